@@ -1,0 +1,215 @@
+"""Images and prompts into tensors, with LLaVA's function names.
+
+Sizes of images are (width, height) throughout, as PIL and LLaVA's configs have them.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import math
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+Size = tuple[int, int]
+
+
+def load_image(source: str | Path) -> Image.Image:
+    """Open an image file or an http(s) address as RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image, or is cut short.
+    """
+    if str(source).startswith(("http://", "https://")):
+        from urllib.request import urlopen
+
+        with urlopen(str(source), timeout=30) as response:
+            data: Any = BytesIO(response.read())
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"no image file at {source}")
+    else:
+        data = source
+    try:
+        with Image.open(data) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{source} is not a readable image ({error}): give a PNG, JPEG, WebP … file") from error
+
+
+def load_image_from_base64(image: str) -> Image.Image:
+    """Open an image that is given as base64 text."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
+    """The resolution that keeps most of the image's pixels, and among those wastes least; ties go to the first.
+
+    Args:
+        original_size: (width, height) of the image, in pixels.
+        possible_resolutions: (width, height) each.
+
+    Source: LLaVA-NeXT. Whole pixels (rounded down) decide close calls.
+    """
+    width, height = original_size
+
+    def effective_and_wasted(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[0] / width, resolution[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    return tuple(max(possible_resolutions, key=effective_and_wasted))
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Scale an image to fit into ``target_resolution`` (width, height) and centre it on black."""
+    scale_width, scale_height = target_resolution[0] / image.width, target_resolution[1] / image.height
+    if scale_width < scale_height:
+        size = target_resolution[0], min(math.ceil(image.height * scale_width), target_resolution[1])
+    else:
+        size = min(math.ceil(image.width * scale_height), target_resolution[0]), target_resolution[1]
+    canvas = Image.new("RGB", tuple(target_resolution), (0, 0, 0))
+    canvas.paste(image.resize(size), ((target_resolution[0] - size[0]) // 2, (target_resolution[1] - size[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut an image into square tiles of ``patch_size`` pixels, row by row."""
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, image.height, patch_size)
+        for left in range(0, image.width, patch_size)
+    ]
+
+
+def _pinpoints(grid_pinpoints: str | list[Size]) -> list[Size]:
+    points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    if not points:
+        raise ValueError(
+            f"image_grid_pinpoints={grid_pinpoints!r} lists no resolution: anyres needs (width, height) pairs such as "
+            "[[336, 672], [672, 336], [672, 672]] in the model's config"
+        )
+    return [tuple(point) for point in points]
+
+
+def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Size], patch_size: int) -> Size:
+    """(columns, rows) of tiles that an image of ``image_size`` (width, height) is cut into.
+
+    Args:
+        grid_pinpoints: allowed resolutions (width, height), as a list or as its text.
+        patch_size: edge of a tile in pixels.
+    """
+    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def processor_resolution(processor: Any) -> int:
+    """Edge in pixels of the square that an image processor makes (CLIP: its crop, SigLIP: its size)."""
+    size = getattr(processor, "crop_size", None) or processor.size
+    return size["height"]
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | list[Size]) -> Tensor:
+    """An image as tiles: itself, squeezed to one tile, then the cells of its best grid, row by row.
+
+    Args:
+        processor: the vision tower's image processor.
+        grid_pinpoints: allowed resolutions (width, height).
+
+    Returns:
+        (tiles, 3, h, w) float32.
+    """
+    edge = processor_resolution(processor)
+    resolution = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
+    tiles = [image.resize((edge, edge)), *divide_to_patches(resize_and_pad_image(image, resolution), edge)]
+    return processor.preprocess(tiles, return_tensors="pt")["pixel_values"]
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """Centre an image on a square of its longer side; a square image comes back as it is."""
+    if pil_img.width == pil_img.height:
+        return pil_img
+    edge = max(pil_img.size)
+    square = Image.new(pil_img.mode, (edge, edge), background_color)
+    square.paste(pil_img, ((edge - pil_img.width) // 2, (edge - pil_img.height) // 2))
+    return square
+
+
+def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
+    """Images as the model was trained to see them: padded to a square, cut into tiles, or as the processor has it.
+
+    Args:
+        images: PIL images of any mode and size.
+        image_processor: the vision tower's, third value of ``load_pretrained_model``.
+        model_cfg: the model's config; ``image_aspect_ratio`` is ``"pad"``, ``"anyres"`` or anything else.
+
+    Returns:
+        (N, 3, h, w), or (N, tiles, 3, h, w) for anyres; a list of such tensors if the images have different numbers of
+        tiles.
+
+    Raises:
+        TypeError: an element is not a PIL image.
+        ValueError: there are no images.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    for index, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"images[{index}] is a {type(image).__name__}, not a PIL image: open files with "
+                "llava.mm_utils.load_image"
+            )
+    if not images:
+        raise ValueError("images is empty: give at least one, or leave images out for a text-only prompt")
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    images = [image.convert("RGB") for image in images]
+    if aspect_ratio == "anyres":
+        tensors = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+    else:
+        if aspect_ratio == "pad":
+            mean_color = tuple(int(channel * 255) for channel in image_processor.image_mean)
+            images = [expand2square(image, mean_color) for image in images]
+        tensors = list(image_processor.preprocess(images, return_tensors="pt")["pixel_values"])
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    return tensors
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | Tensor:
+    """Token ids of a prompt, each ``<image>`` in it replaced by the sentinel.
+
+    The texts between are tokenized apart; the beginning-of-sequence token stays once, at the front.
+
+    Args:
+        image_token_index: the sentinel.
+        return_tensors: ``"pt"`` for a tensor of shape (L,), None for a list.
+
+    Raises:
+        ValueError: another ``return_tensors``.
+    """
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    has_bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
+    ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        ids.append(image_token_index)
+        ids.extend(chunk[int(has_bos) :])
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"return_tensors={return_tensors!r} is not supported: use 'pt' or None")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Name of a model from its path or hub name; a training checkpoint's includes the run's folder."""
+    parts = model_path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]

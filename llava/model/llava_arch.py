@@ -1,0 +1,440 @@
+"""What all LLaVA models share: visual tokens, where they go in the prompt, and loading that does not lose weights.
+
+The classes here are mixed in before a backbone's own (``class LlavaLlamaModel(LlavaMetaModel, LlamaModel)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.loading import settle_weights
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from visionzip import tile_order
+
+logger = logging.get_logger(__name__)
+
+Images = Tensor | Sequence[Tensor]
+Sizes = Sequence[tuple[int, int]]
+Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
+
+
+def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
+    """Cut away what padding an image to a grid has added.
+
+    Args:
+        tensor: (C, H, W) features of the padded image.
+        original_size: (width, height) of the image.
+
+    Returns:
+        (C, H', W'), a view. Source: LLaVA-NeXT, with its rounding down.
+    """
+    width, height = original_size
+    grid_height, grid_width = tensor.shape[1:]
+    if width / height > grid_width / grid_height:
+        border = (grid_height - int(height * (grid_width / width))) // 2
+        return tensor[:, border : grid_height - border]
+    border = (grid_width - int(width * (grid_height / height))) // 2
+    return tensor[:, :, border : grid_width - border]
+
+
+class LlavaMetaModel:
+    """Backbone with a vision tower, a projector and, for unpadded grids, a newline vector."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None) is None:
+            return
+        self.vision_tower = build_vision_tower(config, delay_load=True)
+        self.mm_projector = build_vision_projector(config)
+        if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, None for a model without one."""
+        return getattr(self, "vision_tower", None)
+
+
+class LlavaMetaForCausalLM:
+    """Causal language model that also takes images."""
+
+    backbone_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any) -> None:
+        # Not super().__init__: that would build the text-only backbone first.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        extra_weights: dict[str, Tensor] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint, and fail if a weight of the model is not in it or one of it not in the model.
+
+        The vision tower's weights come from ``config.mm_vision_tower`` where the checkpoint has none. Everything else
+        as in transformers.
+
+        Args:
+            extra_weights: weights by name that replace or complete the checkpoint's (a tuned projector).
+
+        Raises:
+            ValueError: a weight is missing, unexpected or of another shape.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        settle_weights(model, info, extra_weights or {})
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Save with the original keys, as transformers does; what the vision tower needs is put beside the weights."""
+        tower = self.get_vision_tower()
+        if tower is not None:
+            self.config.mm_vision_config = tower.config.to_diff_dict()
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if tower is not None:
+            tower.image_processor.save_pretrained(save_directory)
+
+    def get_model(self) -> Any:
+        """The backbone, with ``vision_tower``, ``mm_projector`` and ``embed_tokens``."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionTower | None:
+        """The vision tower, None for a model without one."""
+        return self.model.get_vision_tower()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sizes | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward; ``images`` and ``image_sizes`` as in :meth:`generate`."""
+        if inputs_embeds is None and (images is not None or past_key_values is None):
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sizes | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer prompts with images; transformers' ``generate`` with all its arguments.
+
+        Args:
+            inputs: (B, L) prompts with the image sentinel, from ``tokenizer_image_token``; also as ``input_ids``.
+                Rows of different lengths need ``attention_mask`` (or padding with ``pad_token_id``), on either side:
+                inside they are padded on the left, so that each row answers as it would alone.
+            images: one per sentinel, in the order of the prompts: (N, 3, h, w), (N, tiles, 3, h, w), or a list of
+                (3, h, w) and (tiles, 3, h, w). A text-only row may be left out or have one dummy image.
+            image_sizes: (width, height) of each image, needed for tiles.
+
+        Returns:
+            The new tokens only, without the prompt: (B, new).
+
+        Raises:
+            ValueError: the prompts and images do not fit together, or a pixel is not finite.
+            TypeError: the images are not tensors.
+        """
+        inputs = kwargs.pop("input_ids", inputs)
+        if kwargs.get("inputs_embeds") is not None:
+            return super().generate(**kwargs)
+        if inputs is None or inputs.ndim != 2 or inputs.numel() == 0:
+            shape = None if inputs is None else tuple(inputs.shape)
+            raise ValueError(f"generate needs prompts of shape (B, L) with B and L at least 1, got {shape}")
+        kwargs.pop("position_ids", None)  # follow from the mask
+        mask = kwargs.pop("attention_mask", None)
+        pad = self.generation_config.pad_token_id
+        if mask is None and len(inputs) > 1 and pad is not None and pad != self.generation_config.eos_token_id:
+            mask = inputs != pad
+        rows, _ = self._embed_prompts(inputs, mask, None, images, image_sizes)
+        embeds, mask, _, _ = _pad_rows(rows, None, side="left")
+        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Visual tokens in the language model's width: (B, N, hidden_size) of images (B, 3, h, w)."""
+        return self._project(self.get_vision_tower()(images))
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Images | None,
+        image_sizes: Sizes | None = None,
+    ) -> Prepared:
+        """Put visual tokens where the prompts have the image sentinel.
+
+        Args:
+            input_ids: (B, L) prompts.
+            position_ids: (B, L) or None.
+            attention_mask: (B, L), 0 or False for padding, or None.
+            past_key_values: passed through.
+            labels: (B, L) or None.
+            images: as in :meth:`generate`. With labels, a batch of text only may carry dummy images too (training).
+            image_sizes: (width, height) of each image.
+
+        Returns:
+            LLaVA's six values: None, position_ids, attention_mask, past_key_values, inputs_embeds (B, L', hidden_size)
+            and labels (visual positions ignored); those that were None are None again. Rows are padded on
+            ``config.tokenizer_padding_side`` and cut at ``config.tokenizer_model_max_length``. Without images the
+            arguments come back as they are, with None for the embeddings.
+
+        Raises:
+            ValueError: the prompts and images do not fit together, or a pixel is not finite.
+            TypeError: the images are not tensors.
+        """
+        decoding = past_key_values is not None and input_ids.shape[1] == 1
+        if decoding or images is None or self.get_vision_tower() is None:
+            if not decoding:
+                _no_sentinel_without_images(input_ids)
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        rows, row_labels = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
+        side = getattr(self.config, "tokenizer_padding_side", "right")
+        embeds, mask, positions, new_labels = _pad_rows(rows, row_labels, side)
+        return (
+            None,
+            None if position_ids is None else positions,
+            None if attention_mask is None else mask.to(attention_mask.dtype),
+            past_key_values,
+            embeds,
+            new_labels,
+        )
+
+    def _embed_prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Images | None,
+        image_sizes: Sizes | None,
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Embeddings (L', D) and labels (L',) of each prompt, padding removed, visual tokens in place."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        prompts = [row[mask] for row, mask in zip(input_ids, keep, strict=True)]
+        row_labels = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
+        markers = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
+        if images is None or len(images) == 0 or self.get_vision_tower() is None:
+            _no_sentinel_without_images(input_ids)
+            visual: list[Tensor] = []
+            takes = [0] * len(prompts)
+        else:
+            takes = _images_per_row(markers, len(images), training=labels is not None)
+            visual = self._visual_tokens(images, image_sizes)
+        embed = self.get_model().embed_tokens
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        remaining = iter(visual)
+        rows, new_labels = [], []
+        for index, prompt in enumerate(prompts):
+            own = [next(remaining) for _ in range(takes[index])]
+            row, expanded = _splice(prompt, own, embed, None if row_labels is None else row_labels[index])
+            if limit is not None and len(row) > limit:
+                logger.warning_once(
+                    f"a prompt of {len(row)} tokens was cut at tokenizer_model_max_length={limit}; its end is lost"
+                )
+            rows.append(row[:limit])
+            new_labels.append(None if expanded is None else expanded[:limit])
+        return rows, None if labels is None else new_labels
+
+    def _visual_tokens(self, images: Images, image_sizes: Sizes | None) -> list[Tensor]:
+        """Visual tokens (n, D) of each image, all tiles encoded in one batch."""
+        if isinstance(images, Tensor) and images.ndim == 4:
+            _check_finite([images])
+            return list(self.encode_images(images))
+        tiles = [_as_tiles(image, index) for index, image in enumerate(images)]
+        _check_finite(tiles)
+        counts = [len(image) for image in tiles]
+        tower = self.get_vision_tower()
+        batch = torch.cat([image.to(tower.device) for image in tiles])
+        if tower.visionzip is None:
+            tokens = self._project(tower(batch))
+            kept: Sequence[Tensor | None] = [None] * len(tiles)
+        else:
+            compressed = tower.compress(batch)
+            tokens = self._project(compressed.tokens)
+            kept = compressed.dominant_indices.split(counts)
+        if image_sizes is not None and len(image_sizes) != len(tiles):
+            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(tiles)} images: give one for each")
+        return [
+            self._merge_tiles(image, indices, None if image_sizes is None else image_sizes[index], index)
+            for index, (image, indices) in enumerate(zip(tokens.split(counts), kept, strict=True))
+        ]
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.get_model().mm_projector(tokens.to(self.dtype))
+
+    def _merge_tiles(
+        self, tokens: Tensor, dominant_indices: Tensor | None, size: tuple[int, int] | None, index: int
+    ) -> Tensor:
+        """One image's sequence (n, D) from its tiles (T, N, D), by ``config.mm_patch_merge_type``."""
+        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge_type == "flat":
+            return tokens.flatten(0, 1)
+        if merge_type not in ("spatial", "spatial_unpad"):
+            raise ValueError(f"mm_patch_merge_type={merge_type!r} is unknown: use 'flat', 'spatial' or 'spatial_unpad'")
+        newline = self.get_model().image_newline if merge_type == "spatial_unpad" else None
+        if len(tokens) == 1:
+            return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
+        columns, rows = self._grid(size, len(tokens) - 1, index)
+        side = self.get_vision_tower().num_patches_per_side
+        if dominant_indices is not None:
+            contextual = tokens.shape[1] - dominant_indices.shape[1]
+            order = tile_order(
+                dominant_indices,
+                contextual,
+                (columns, rows),
+                (side, side),
+                cls_token=self.get_vision_tower().cls_token,
+            )
+            return tokens.flatten(0, 1)[order.to(tokens.device)]
+        if tokens.shape[1] != side * side:
+            raise ValueError(
+                f"{merge_type} lays out {side} x {side} patches per tile but the vision tower returned "
+                f"{tokens.shape[1]} tokens: use mm_vision_select_feature='patch'"
+            )
+        grid = tokens[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).transpose(1, 2)
+        grid = grid.flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
+        if newline is not None:
+            grid = unpad_image(grid.permute(2, 0, 1), size).permute(1, 2, 0)
+            grid = torch.cat([grid, newline.to(grid).expand(len(grid), 1, -1)], dim=1)
+        return torch.cat([tokens[0], grid.flatten(0, 1)])
+
+    def _grid(self, size: tuple[int, int] | None, tiles: int, index: int) -> tuple[int, int]:
+        """(columns, rows) of an image's tiles, checked against their number."""
+        if size is None:
+            raise ValueError(f"image {index} comes as {tiles + 1} tiles: give image_sizes, the (width, height) of each")
+        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+        columns, rows = get_anyres_image_grid_shape(size, pinpoints, self.get_vision_tower().config.image_size)
+        if columns * rows != tiles:
+            raise ValueError(
+                f"image {index} of size {tuple(size)} makes a grid of {columns} x {rows} tiles and the whole image, "
+                f"{columns * rows + 1} in all, but comes as {tiles + 1}: prepare it with process_images and give "
+                "(width, height) of the original image"
+            )
+        return columns, rows
+
+
+def _no_sentinel_without_images(input_ids: Tensor | None) -> None:
+    if input_ids is not None and (markers := int((input_ids == IMAGE_TOKEN_INDEX).sum())):
+        raise ValueError(
+            f"the prompts have {markers} <image> but no images were given: pass images=, or leave <image> out"
+        )
+
+
+def _images_per_row(markers: list[int], images: int, training: bool) -> list[int]:
+    """How many images each prompt takes.
+
+    LLaVA's convention gives a text-only prompt of a mixed batch one dummy image; prompts without one are accepted too.
+    """
+    with_dummies = [max(1, count) for count in markers]
+    if images == sum(with_dummies) and (any(markers) or training):
+        return with_dummies
+    if images == sum(markers):
+        return markers
+    raise ValueError(
+        f"the prompts have {sum(markers)} <image> (by row: {markers}) but {images} images were given: give one image "
+        "for each <image>, in order"
+    )
+
+
+def _as_tiles(image: Any, index: int) -> Tensor:
+    """One image as (tiles, 3, h, w)."""
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"images[{index}] is a {type(image).__name__}, not a tensor: prepare images with "
+            "llava.mm_utils.process_images"
+        )
+    if image.ndim not in (3, 4) or len(image) == 0:
+        raise ValueError(
+            f"images[{index}] has shape {tuple(image.shape)}: an image is (3, h, w), or (tiles, 3, h, w) for anyres"
+        )
+    return image[None] if image.ndim == 3 else image
+
+
+def _check_finite(images: list[Tensor]) -> None:
+    for index, image in enumerate(images):
+        if not torch.isfinite(image).all():
+            count = int((~torch.isfinite(image)).sum())
+            raise ValueError(
+                f"images[{index}] has {count} pixels that are NaN or infinite, of {image.numel()}: check how it was "
+                "decoded and normalised"
+            )
+
+
+def _splice(
+    prompt: Tensor, visual: list[Tensor], embed: nn.Module, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings and labels of one prompt, with visual tokens in the place of the sentinels.
+
+    A text-only prompt's dummy image adds nothing but its (empty) slice, which ties the projector to the loss: under
+    ZeRO and DDP every rank must use every parameter.
+    """
+    is_image = prompt == IMAGE_TOKEN_INDEX
+    text = embed(prompt[~is_image])
+    positions = is_image.nonzero().flatten().tolist()
+    if not positions:
+        return torch.cat([text, *(tokens[:0].to(text) for tokens in visual)]), labels
+    lengths = [end - start - 1 for start, end in zip([-1, *positions], [*positions, len(prompt)], strict=True)]
+    pieces, label_pieces = [], []
+    label_texts = None if labels is None else labels[~is_image].split(lengths)
+    for number, piece in enumerate(text.split(lengths)):
+        pieces.append(piece)
+        if label_texts is not None:
+            label_pieces.append(label_texts[number])
+        if number < len(visual):
+            pieces.append(visual[number].to(text))
+            if label_texts is not None:
+                label_pieces.append(labels.new_full((len(visual[number]),), IGNORE_INDEX))
+    return torch.cat(pieces), None if labels is None else torch.cat(label_pieces)
+
+
+def _pad_rows(
+    rows: list[Tensor], labels: list[Tensor] | None, side: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Stack rows (L_i, D): embeddings (B, L, D), mask (B, L), positions (B, L) and labels (B, L)."""
+
+    def pad(tensors: list[Tensor], value: float) -> Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+    ranges = [torch.arange(len(row), device=row.device) for row in rows]
+    mask = pad([torch.ones_like(positions, dtype=torch.bool) for positions in ranges], False)
+    return pad(rows, 0.0), mask, pad(ranges, 0), None if labels is None else pad(labels, IGNORE_INDEX)

@@ -1,0 +1,273 @@
+"""The vision tower: an image encoder that stops at the layer LLaVA reads, with VisionZip's compression stage in it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from visionzip import CompressedTokens, VisionZipConfig, compress_tokens
+from visionzip.attention import merge_keys, patch_scores, read_attention
+
+logger = logging.getLogger(__name__)
+
+
+class VisionEncoder(nn.Module):
+    """Holds transformers' encoder under the name ``vision_model``.
+
+    LLaVA's checkpoints have that name in their keys (``model.vision_tower.vision_tower.vision_model.…``), while
+    transformers 5 keeps the encoder flat.
+    """
+
+    def __init__(self, vision_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the whole encoder, as transformers' class does (the tower itself stops earlier)."""
+        return self.vision_model(*args, **kwargs)
+
+
+class VisionTower(nn.Module):
+    """Base of the towers, with LLaVA's attribute names; a subclass names transformers' classes.
+
+    Args:
+        vision_tower: hub name or folder of the encoder (``config.mm_vision_tower``); a relative folder may also lie
+            inside the checkpoint's.
+        args: the model's config: ``mm_vision_select_layer``, ``mm_vision_select_feature`` (``"patch"`` drops the CLS
+            token, ``"cls_patch"`` keeps it), and, if stored, ``mm_vision_config`` and ``visionzip``.
+        delay_load: build the encoder without weights; :meth:`load_model` loads them, or a checkpoint brings its own.
+
+    Attributes:
+        visionzip: the compression stage's setting; None leaves the tower as LLaVA has it.
+        is_loaded: whether the encoder has trained weights.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    config_class: ClassVar[type[PretrainedConfig]]
+    processor_class: ClassVar[type]
+    cls_token: ClassVar[bool]
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+        super().__init__()
+        self.vision_tower_name = resolve_tower_path(vision_tower, args)
+        self.select_layer = getattr(args, "mm_vision_select_layer", -2)
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature={self.select_feature!r} is unknown: use 'patch' or 'cls_patch'")
+        stored = getattr(args, "mm_vision_config", None)
+        config = self.config_class(**stored) if stored else self.config_class.from_pretrained(self.vision_tower_name)
+        # The tower runs the attention kernel that was asked for the language model.
+        config._attn_implementation = getattr(args, "_attn_implementation", None)
+        self.vision_tower = VisionEncoder(self.model_class(config)).requires_grad_(False)
+        setting = getattr(args, "visionzip", None)
+        self.visionzip = VisionZipConfig.from_dict(setting) if setting else None
+        self._image_processor: Any = None
+        self._checkpoint = getattr(args, "_name_or_path", "")
+        self.is_loaded = False
+        if not delay_load:
+            self.load_model()
+
+    def load_model(self) -> None:
+        """Load the encoder's own weights from ``vision_tower_name``, in place; nothing happens if it has some.
+
+        Raises:
+            ValueError: a weight that the tower uses is missing there.
+            RuntimeError: the encoder has been offloaded, so that there is nothing to load into.
+        """
+        if self.is_loaded:
+            return
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError(
+                "the vision tower does not fit on the device and was offloaded before its weights could be loaded: "
+                "give it room (a smaller model, load_8bit, or device_map={'model.vision_tower': 0, …})"
+            )
+        source, info = self.model_class.from_pretrained(
+            self.vision_tower_name, dtype=self.dtype, output_loading_info=True
+        )
+        if missing := sorted(key for key in info["missing_keys"] if self.needs(key)):
+            raise ValueError(
+                f"the vision tower {self.vision_tower_name!r} lacks {len(missing)} weights, first {missing[0]!r}: the "
+                "folder is incomplete or holds another model"
+            )
+        self.encoder.load_state_dict(source.state_dict())
+        self.is_loaded = True
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """transformers' encoder."""
+        return self.vision_tower.vision_model
+
+    @property
+    def image_processor(self) -> Any:
+        """The encoder's image processor; read from the checkpoint's folder if it is there, else from the tower's."""
+        if self._image_processor is None:
+            self._image_processor = self._load_image_processor()
+        return self._image_processor
+
+    def _load_image_processor(self) -> Any:
+        for source in (self._checkpoint, self.vision_tower_name):
+            if source and (Path(source) / "preprocessor_config.json").is_file():
+                return self.processor_class.from_pretrained(source)
+        if Path(self.vision_tower_name).is_dir():
+            logger.warning(
+                "%s has no preprocessor_config.json: using the standard processor of %s at %d pixels",
+                self.vision_tower_name,
+                self.model_class.__name__,
+                self.config.image_size,
+            )
+            return self.default_processor()
+        return self.processor_class.from_pretrained(self.vision_tower_name)
+
+    def default_processor(self) -> Any:
+        """The processor that encoders of this class are trained with, at this encoder's resolution."""
+        edge = self.config.image_size
+        return self.processor_class(size={"height": edge, "width": edge})
+
+    def layers_of(self, select_layer: int) -> int:
+        """How many encoder layers produce ``hidden_states[select_layer]``.
+
+        Raises:
+            ValueError: the encoder has no such hidden state.
+        """
+        states = self.config.num_hidden_layers + 1
+        if not -states <= select_layer < states:
+            raise ValueError(
+                f"mm_vision_select_layer={select_layer} is outside the vision tower's {states} hidden states "
+                f"(-{states} to {states - 1})"
+            )
+        return select_layer % states
+
+    def layers_for(self, setting: VisionZipConfig) -> int:
+        """How many encoder layers VisionZip needs: up to and including the scored one.
+
+        Raises:
+            ValueError: the encoder has no such layer.
+        """
+        layers = self.config.num_hidden_layers
+        if not -layers <= setting.layer < layers:
+            raise ValueError(
+                f"layer={setting.layer} is outside the vision tower's {layers} layers (-{layers} to {layers - 1})"
+            )
+        return setting.layer % layers + 1
+
+    def needs(self, key: str) -> bool:
+        """Whether the tower ever uses the encoder weight of this name (it stops before the last layer)."""
+        if key.startswith(("post_layernorm.", "head.")):
+            return False
+        prefix, _, rest = key.partition("encoder.layers.")
+        return bool(prefix) or not rest or int(rest.split(".")[0]) < self.layers_of(self.select_layer)
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Visual tokens before the projector.
+
+        Args:
+            images: (B, 3, h, w), or a list of (3, h, w).
+
+        Returns:
+            (B, N, D) in the images' type: all patches, or K + M tokens when zipped; a list of (1, N, D) for a list.
+
+        Raises:
+            ValueError: the batch is empty, or the images' size is not the encoder's.
+        """
+        if isinstance(images, list):
+            return [self.forward(image[None]) for image in images]
+        if self.visionzip is not None:
+            return self.compress(images).tokens.to(images.dtype)
+        features = self._hidden_states(images, self.layers_of(self.select_layer))
+        if self.cls_token and self.select_feature == "patch":
+            features = features[:, 1:]
+        return features.to(images.dtype)
+
+    def compress(self, images: Tensor) -> CompressedTokens:
+        """Visual tokens of a zipped tower, with what was kept and merged.
+
+        Args:
+            images: (B, 3, h, w).
+
+        Raises:
+            RuntimeError: the tower is not zipped.
+            ValueError: as :meth:`forward`.
+        """
+        setting = self.visionzip
+        if setting is None:
+            raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
+        layers = self.layers_for(setting)
+        with read_attention(self.encoder.encoder.layers[layers - 1].self_attn) as reader:
+            hidden_states = self._hidden_states(images, layers)
+        read = reader.result()
+        return compress_tokens(
+            hidden_states,
+            patch_scores(read, self.cls_token),
+            merge_keys(read),
+            setting.dominant,
+            setting.contextual,
+            cls_token=self.cls_token,
+            merge=setting.merge,
+        )
+
+    def _hidden_states(self, images: Tensor, layers: int) -> Tensor:
+        """Output (B, S, D) of the first ``layers`` encoder layers; the ones behind them are not run."""
+        edge = self.config.image_size
+        if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
+            raise ValueError(
+                f"the vision tower takes images of shape (B, 3, {edge}, {edge}) with B >= 1, got "
+                f"{tuple(images.shape)}: prepare them with llava.mm_utils.process_images"
+            )
+        hidden_states = self._embed(images.to(device=self.device, dtype=self.dtype))
+        for layer in self.encoder.encoder.layers[:layers]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.encoder.embeddings(images)
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        """(1, hidden_size) of zeros."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the encoder's weights."""
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder's weights are."""
+        return self.encoder.device
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The encoder's config."""
+        return self.encoder.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the visual tokens before the projector."""
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Patches along one edge of the image."""
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of an image when not zipped."""
+        return self.num_patches_per_side**2 + int(self.cls_token and self.select_feature == "cls_patch")
+
+    @property
+    def sequence_length(self) -> int:
+        """S, tokens inside the encoder: the patches and, if there is one, the CLS token."""
+        return self.num_patches_per_side**2 + int(self.cls_token)
+
+
+def resolve_tower_path(name: str, args: Any) -> str:
+    """``name``, or the folder of that name inside the model's checkpoint if there is one."""
+    inside = Path(getattr(args, "_name_or_path", "") or ".") / name
+    return str(inside) if not Path(name).is_dir() and inside.is_dir() else name

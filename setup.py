@@ -1,0 +1,40 @@
+"""What is installed: the packages, their dependencies by range, and the console script."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "visionzip/__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="visionzip",
+    version=VERSION,
+    description="VisionZip (CVPR 2025) inside LLaVA: fewer visual tokens, the same answers, several times faster",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["visionzip", "visionzip.*", "llava", "llava.*"]),
+    package_data={"visionzip": ["py.typed"], "llava": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "sentencepiece>=0.2",
+        "protobuf>=7",
+        "pillow>=12",
+        "numpy>=2",
+        "rich>=15",
+    ],
+    extras_require={
+        "train": ["peft>=0.21"],
+        "quant": ["bitsandbytes>=0.49"],
+        "flash": ["flash-attn>=2.7"],
+        "dev": ["pytest>=9", "hypothesis>=6", "ruff>=0.17", "build>=1.6", "psutil>=7"],
+    },
+    entry_points={"console_scripts": ["visionzip = llava.cli:main"]},
+)

@@ -1,0 +1,147 @@
+"""Small checkpoints in exactly the original layout, for the tests: a folder as ``liuhaotian/llava-v1.5-7b`` has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZER = GOLDEN / "models" / "toy_tokenizer.model"
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
+LANGUAGE_MODEL = {
+    "vocab_size": 480,  # of the toy tokenizer
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "mm_hidden_size": 32,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_patch_merge_type": "flat",
+    "image_aspect_ratio": "pad",
+    "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+}
+NEXT = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}
+MODELS = {
+    "llava_llama": LlavaLlamaForCausalLM,
+    "llava_mistral": LlavaMistralForCausalLM,
+    "llava_qwen": LlavaQwenForCausalLM,
+}
+
+
+def write_tower(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    """An encoder as on the hub: config, processor, and weights under ``vision_model.``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    edge = config["image_size"]
+    processor = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    if config["model_type"].startswith("clip"):
+        processor |= {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": edge},
+            "crop_size": {"height": edge, "width": edge},
+            "do_center_crop": True,
+            "resample": 3,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+    else:
+        processor |= {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": edge, "width": edge},
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder: Path, tokenizer: Path = TOKENIZER, legacy: bool = False) -> None:
+    """A Llama tokenizer as LLaVA's checkpoints have it: SentencePiece model and settings."""
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "padding_side": "right",
+        "model_max_length": 2048,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    model_type: str = "llava_llama",
+    vision: dict[str, Any] = CLIP,
+    tower_inside: bool = True,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """A random checkpoint and its vision tower (in ``folder-tower``); returns ``folder``.
+
+    Args:
+        tower_inside: the checkpoint has the tower's weights too, as fine-tuned ones do.
+        **overrides: fields of the config.
+    """
+    torch.manual_seed(seed)
+    tower = folder.with_name(folder.name + "-tower")
+    config_class, encoder_class = {
+        "clip_vision_model": (CLIPVisionConfig, CLIPVisionModel),
+        "siglip_vision_model": (SiglipVisionConfig, SiglipVisionModel),
+    }[vision["model_type"]]
+    encoder = encoder_class(config_class(**vision))
+    scale_up(encoder)
+    write_tower(tower, vision, {f"vision_model.{key}": value for key, value in encoder.state_dict().items()})
+
+    model_class = MODELS[model_type]
+    values = {**LANGUAGE_MODEL, **overrides, "mm_vision_tower": str(tower)}
+    model = model_class(model_class.config_class(**values))
+    scale_up(model)
+    model.get_vision_tower().load_model()
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if values.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
+    if not tower_inside:
+        weights = {key: value for key, value in weights.items() if not key.startswith(TOWER_PREFIX)}
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**values, "model_type": model_type, "architectures": [model_class.__name__]}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def scale_up(model: torch.nn.Module) -> None:
+    """Larger random weights than at initialisation, so that attention and logits are far from uniform."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)

@@ -1,0 +1,72 @@
+"""``visionzip(model)`` and ``unzip(model)``: switch the compression of a model on and off."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from visionzip.config import MergeRule, VisionZipConfig
+from visionzip.integrations import find_integration
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def visionzip(
+    model: Model,
+    dominant: int | None = None,
+    contextual: int | None = None,
+    *,
+    layer: int | None = None,
+    merge: MergeRule | None = None,
+) -> Model:
+    """Let a vision-language model see only K dominant and M contextual visual tokens per image (or tile).
+
+    Works in place on this one object: no class is modified and other models in the process are not affected. Calling it
+    again re-configures. The setting is stored in ``model.config.visionzip``, so that ``save_pretrained`` and
+    ``from_pretrained`` keep it. Nothing is trained; :func:`unzip` takes it off again.
+
+    Args:
+        model: a model of a supported family, or its vision tower, or a PEFT wrapper around one.
+        dominant: tokens to keep, CLS included; this and the rest of the setting as in :class:`VisionZipConfig`, with
+            its defaults. With no argument at all, the setting stored in ``model.config.visionzip`` is applied, if any.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: the model is of no supported family (the message lists them), or a count is not an integer.
+        ValueError: a count is below its limit, or the encoder has no such layer.
+
+    Warns:
+        UserWarning: dominant + contextual is the encoder's whole sequence or more, so nothing is compressed.
+    """
+    target = _unwrap(model)
+    integration = find_integration(target)
+    setting = {"dominant": dominant, "contextual": contextual, "layer": layer, "merge": merge}
+    given = {name: value for name, value in setting.items() if value is not None}
+    stored = getattr(getattr(target, "config", None), "visionzip", None)
+    integration.attach(target, VisionZipConfig.from_dict(given or stored or {}))
+    return model
+
+
+def unzip(model: Model) -> Model:
+    """Undo :func:`visionzip`: the model's outputs are bit-identical to those before it.
+
+    Args:
+        model: a model of a supported family, zipped or not.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: the model is of no supported family.
+    """
+    target = _unwrap(model)
+    find_integration(target).detach(target)
+    return model
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

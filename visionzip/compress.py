@@ -1,0 +1,207 @@
+"""The method itself: pure functions on tensors, with no module state.
+
+Everything here is batched and has shapes that depend on the arguments' shapes only, never on their values: no Python
+loop over images or tokens, no boolean mask, no transfer to the host. ``torch.compile(fullgraph=True)`` and CUDA graphs
+accept it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionzip.config import MergeRule, VisionZipConfig
+
+
+class CompressedTokens(NamedTuple):
+    """What :func:`compress_tokens` returns, for B images of S tokens: K dominant and M contextual tokens each.
+
+    Attributes:
+        tokens: (B, K+M, D), dominant tokens in the order of the sequence, then the contextual ones.
+        dominant_indices: (B, K) int64, ascending positions in the sequence; the CLS token (position 0) is included.
+        target_indices: (B, M) int64, ascending position of each contextual token's target.
+        assignment: (B, S) int64, slot 0..M-1 of the contextual token that each position went into (a target goes into
+            its own), -1 for dominant positions. With M = 0 all are -1: the rest is dropped.
+    """
+
+    tokens: Tensor
+    dominant_indices: Tensor
+    target_indices: Tensor
+    assignment: Tensor
+
+
+def compress_tokens(
+    hidden_states: Tensor,
+    scores: Tensor,
+    keys: Tensor,
+    dominant: int,
+    contextual: int,
+    *,
+    cls_token: bool = True,
+    merge: MergeRule = "released",
+) -> CompressedTokens:
+    """Keep the tokens that attention concentrates on and merge the rest (VisionZip, sections 3.2 and 3.3).
+
+    The dominant tokens are the CLS token and the ``dominant - 1`` patches of highest score; equal scores resolve to the
+    lower index. Of the R tokens that remain, in order, every ``max(1, R // contextual)``-th is a target, the first
+    ``contextual`` of them; each other one joins the target whose key is most similar (cosine; a key of norm zero is
+    equally similar to all and joins the first). Scores and similarities are compared in float32 or better, whatever
+    the input's type and whether autocast is on; the result is differentiable with respect to ``hidden_states``.
+
+    Args:
+        hidden_states: (B, S, D) output of the scored encoder layer.
+        scores: (B, N) attention on each patch; N = S - 1 with a CLS token, else S.
+        keys: (B, S, Dk) keys of that layer, averaged over heads.
+        dominant: K, tokens to keep, at least 1; counts the CLS token.
+        contextual: M, tokens to merge the rest into, at least 0.
+        cls_token: position 0 is a CLS token: it has no score and is always kept.
+        merge: see :class:`VisionZipConfig`.
+
+    Returns:
+        :class:`CompressedTokens`. With K + M >= S nothing is compressed: all S tokens come back as they were, in order,
+        and all count as dominant.
+
+    Raises:
+        ValueError: the shapes do not fit together, or a count is below its limit.
+    """
+    VisionZipConfig(dominant=dominant, contextual=contextual, merge=merge)  # checks the three
+    _check_shapes(hidden_states, scores, keys, cls_token)
+    batch, length, _ = hidden_states.shape
+    device = hidden_states.device
+
+    if dominant + contextual >= length:
+        everything = torch.arange(length, device=device).expand(batch, length)
+        return CompressedTokens(
+            tokens=hidden_states,
+            dominant_indices=everything,
+            target_indices=everything[:, :0],
+            assignment=torch.full_like(everything, -1),
+        )
+
+    dominant_indices, rest = _split(scores, dominant, length, cls_token)
+    kept = _gather_tokens(hidden_states, dominant_indices)
+    assignment = torch.full((batch, length), -1, device=device)
+    if contextual == 0:
+        return CompressedTokens(kept, dominant_indices, rest[:, :0], assignment)
+
+    step = max(1, rest.shape[1] // contextual)
+    target_indices = rest[:, : contextual * step : step]
+    slots = _assign(keys, rest, target_indices, step)
+    assignment = assignment.scatter(1, rest, slots)
+    merged = _merge(hidden_states, assignment, target_indices, merge)
+    return CompressedTokens(torch.cat([kept, merged], dim=1), dominant_indices, target_indices, assignment)
+
+
+def tile_order(
+    dominant_indices: Tensor,
+    contextual: int,
+    grid: tuple[int, int],
+    patches: tuple[int, int],
+    *,
+    cls_token: bool = True,
+) -> Tensor:
+    """Order in which the compressed tiles of one LLaVA-NeXT image enter the language model.
+
+    First the whole-image tile as it is; then the dominant patches of all other tiles in raster order of the whole
+    image (so rows interleave tiles); then those tiles' CLS tokens; then their contextual tokens, tile by tile.
+    ``tokens.flatten(0, 1)[order]`` is the sequence. Source: the released code, without its fixed 24 x 24 grid.
+
+    Args:
+        dominant_indices: (T, K) of :class:`CompressedTokens`; tile 0 is the whole image, the others are row-major.
+        contextual: M, contextual tokens of each tile.
+        grid: (columns, rows) of tiles, whole image not counted: columns * rows = T - 1.
+        patches: (columns, rows) of patches in a tile.
+        cls_token: position 0 of each tile is a CLS token.
+
+    Returns:
+        (T * (K + M),) int64: a permutation of the flattened tokens.
+
+    Raises:
+        ValueError: the grid does not hold T - 1 tiles.
+    """
+    tiles, kept = dominant_indices.shape
+    grid_columns, grid_rows = grid
+    if grid_columns * grid_rows != tiles - 1:
+        raise ValueError(f"a grid of {grid_columns} x {grid_rows} does not hold {tiles - 1} tiles (whole image apart)")
+    columns, rows = patches
+    length, first_patch = kept + contextual, int(cls_token)
+    device = dominant_indices.device
+
+    tile = torch.arange(tiles - 1, device=device)[:, None]
+    start = (tile + 1) * length  # of each tile in the flattened tokens
+    patch = dominant_indices[1:, first_patch:] - first_patch
+    y = (tile // grid_columns) * rows + patch // columns
+    x = (tile % grid_columns) * columns + patch % columns
+    raster = (y * (grid_columns * columns) + x).flatten().argsort()
+    patch_positions = (start + torch.arange(first_patch, kept, device=device)).flatten()[raster]
+
+    whole_image = torch.arange(length, device=device)
+    cls_positions = (start + torch.arange(first_patch, device=device)).flatten()
+    contextual_positions = (start + torch.arange(kept, length, device=device)).flatten()
+    return torch.cat([whole_image, patch_positions, cls_positions, contextual_positions])
+
+
+def _check_shapes(hidden_states: Tensor, scores: Tensor, keys: Tensor, cls_token: bool) -> None:
+    if hidden_states.ndim != 3 or hidden_states.shape[0] == 0:
+        raise ValueError(f"hidden_states must be (B, S, D) with B >= 1, got {tuple(hidden_states.shape)}")
+    batch, length, _ = hidden_states.shape
+    expected = (batch, length - int(cls_token))
+    if tuple(scores.shape) != expected:
+        with_or_without = "with" if cls_token else "without"
+        raise ValueError(f"scores must be {expected} {with_or_without} a CLS token, got {tuple(scores.shape)}")
+    if keys.ndim != 3 or tuple(keys.shape[:2]) != (batch, length):
+        raise ValueError(f"keys must be ({batch}, {length}, Dk), got {tuple(keys.shape)}")
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _split(scores: Tensor, dominant: int, length: int, cls_token: bool) -> tuple[Tensor, Tensor]:
+    """Positions of the dominant tokens (B, K) and of the rest (B, S-K), both ascending."""
+    # A stable sort, not topk: topk leaves the order of equal scores to the device.
+    ranking = _at_least_float32(scores).sort(dim=1, descending=True, stable=True).indices
+    chosen = ranking[:, : dominant - int(cls_token)] + int(cls_token)
+    if cls_token:
+        chosen = F.pad(chosen, (1, 0), value=0)
+    is_dominant = torch.zeros(scores.shape[0], length, dtype=torch.int32, device=scores.device).scatter(1, chosen, 1)
+    # One stable sort of the flags lists the rest (0) and then the dominant tokens (1), each in ascending order.
+    order = is_dominant.sort(dim=1, stable=True).indices
+    return order[:, length - dominant :], order[:, : length - dominant]
+
+
+def _assign(keys: Tensor, rest: Tensor, target_indices: Tensor, step: int) -> Tensor:
+    """Slot of each remaining token (B, R): its own for a target, that of the most similar target for the others."""
+    with torch.autocast(keys.device.type, enabled=False):
+        unit = F.normalize(_at_least_float32(keys), dim=-1)
+        similarity = _gather_tokens(unit, rest) @ _gather_tokens(unit, target_indices).transpose(1, 2)
+    nearest = similarity.argmax(dim=-1)
+    position = torch.arange(rest.shape[1], device=rest.device)
+    is_target = (position % step == 0) & (position < step * target_indices.shape[1])
+    return torch.where(is_target, position // step, nearest)
+
+
+def _merge(hidden_states: Tensor, assignment: Tensor, target_indices: Tensor, merge: MergeRule) -> Tensor:
+    """Contextual tokens (B, M, D), as one product of weights (B, M, S) with the hidden states.
+
+    A product, not a scatter: it is deterministic on a GPU too, and its sum runs in float32.
+    """
+    values = _at_least_float32(hidden_states)
+    slot = torch.arange(target_indices.shape[1], device=assignment.device)[:, None]
+    members = (assignment[:, None, :] == slot).to(values.dtype)
+    if merge == "average":
+        weights = members / members.sum(dim=-1, keepdim=True)
+    else:
+        position = torch.arange(assignment.shape[1], device=assignment.device)
+        targets = (target_indices[..., None] == position).to(values.dtype)
+        assigned = members - targets
+        weights = targets + assigned / assigned.sum(dim=-1, keepdim=True).clamp(min=1)
+    with torch.autocast(values.device.type, enabled=False):
+        return (weights @ values).to(hidden_states.dtype)

@@ -1,0 +1,54 @@
+"""Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
+
+By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
+family, write a module with ``attach(model, config)`` and ``detach(model)`` and register its classes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from visionzip.config import VisionZipConfig
+from visionzip.integrations import llava
+
+
+@dataclass(frozen=True)
+class Integration:
+    """How one model family is zipped.
+
+    Attributes:
+        family: its name, for messages.
+        attach: turns compression on, or re-configures it, and stores the setting in the model's config.
+        detach: turns it off and removes the setting.
+    """
+
+    family: str
+    attach: Callable[[nn.Module, VisionZipConfig], None]
+    detach: Callable[[nn.Module], None]
+
+
+_LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach)
+
+REGISTRY: dict[str, Integration] = {
+    "LlavaMetaForCausalLM": _LLAVA,
+    "VisionTower": _LLAVA,
+}
+
+
+def find_integration(model: nn.Module) -> Integration:
+    """The integration of a model's class or of the nearest of its base classes.
+
+    Raises:
+        TypeError: there is none; the message lists the supported classes.
+    """
+    for base in type(model).__mro__:
+        if base.__name__ in REGISTRY:
+            return REGISTRY[base.__name__]
+    supported = "; ".join(f"{name}: {integration.family}" for name, integration in REGISTRY.items())
+    raise TypeError(
+        f"VisionZip does not support {type(model).__name__}. Supported are these classes and what derives from them: "
+        f"{supported}"
+    )
