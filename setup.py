@@ -14,11 +14,17 @@ setup(
     description="VisionZip (CVPR 2025) inside LLaVA: fewer visual tokens, the same answers, several times faster",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    project_urls={"Paper": "https://arxiv.org/abs/2412.04467"},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",  # transformers' own minimum since 5.21
     packages=find_packages(include=["visionzip", "visionzip.*", "llava", "llava.*"]),
-    package_data={"visionzip": ["py.typed"], "llava": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<6",
@@ -32,7 +38,7 @@ setup(
     ],
     extras_require={
         "train": ["peft>=0.21"],
-        "quant": ["bitsandbytes>=0.49"],
+        "quant": ["bitsandbytes>=0.50"],
         "flash": ["flash-attn>=2.7"],
         "dev": ["pytest>=9", "hypothesis>=6", "ruff>=0.17", "build>=1.6", "psutil>=7"],
     },

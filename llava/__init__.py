@@ -1,0 +1,1 @@
+"""LLaVA-1.5 and LLaVA-NeXT on current libraries, with VisionZip's compression stage in the vision tower."""

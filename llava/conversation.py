@@ -176,7 +176,9 @@ default_conversation = conv_templates["vicuna_v1"]
 
 
 def conv_mode_for(model_name: str) -> str:
-    """The template that LLaVA uses for a checkpoint of this name.
+    """The template that LLaVA's own commands use for a checkpoint of this name.
+
+    For LLaVA-1.5 that is ``llava_v1`` ("a curious human"); its benchmarks ask for ``vicuna_v1`` by name.
 
     Args:
         model_name: as :func:`llava.mm_utils.get_model_name_from_path` returns it.
@@ -190,6 +192,7 @@ def conv_mode_for(model_name: str) -> str:
         ("mistral", "mistral_instruct"),
         ("v1.6-34b", "chatml_direct"),
         ("qwen", "qwen_1_5"),
+        ("v1", "llava_v1"),
     ):
         if part in name:
             return mode

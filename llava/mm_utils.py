@@ -11,6 +11,7 @@ import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -29,8 +30,6 @@ def load_image(source: str | Path) -> Image.Image:
         ValueError: it is not an image, or is cut short.
     """
     if str(source).startswith(("http://", "https://")):
-        from urllib.request import urlopen
-
         with urlopen(str(source), timeout=30) as response:
             data: Any = BytesIO(response.read())
     elif not Path(source).is_file():
@@ -100,9 +99,10 @@ def _pinpoints(grid_pinpoints: str | list[Size]) -> list[Size]:
 
 
 def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Size], patch_size: int) -> Size:
-    """(columns, rows) of tiles that an image of ``image_size`` (width, height) is cut into.
+    """(columns, rows) of tiles that an image is cut into.
 
     Args:
+        image_size: (width, height) of the image, in pixels.
         grid_pinpoints: allowed resolutions (width, height), as a list or as its text.
         patch_size: edge of a tile in pixels.
     """
@@ -120,6 +120,7 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
     """An image as tiles: itself, squeezed to one tile, then the cells of its best grid, row by row.
 
     Args:
+        image: RGB image of any size.
         processor: the vision tower's image processor.
         grid_pinpoints: allowed resolutions (width, height).
 
@@ -190,6 +191,8 @@ def tokenizer_image_token(
     The texts between are tokenized apart; the beginning-of-sequence token stays once, at the front.
 
     Args:
+        prompt: text of the whole conversation, from a template's ``get_prompt``.
+        tokenizer: returns ``input_ids`` for a text and has a ``bos_token_id``.
         image_token_index: the sentinel.
         return_tensors: ``"pt"`` for a tensor of shape (L,), None for a list.
 

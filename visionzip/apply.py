@@ -28,8 +28,12 @@ def visionzip(
 
     Args:
         model: a model of a supported family, or its vision tower, or a PEFT wrapper around one.
-        dominant: tokens to keep, CLS included; this and the rest of the setting as in :class:`VisionZipConfig`, with
-            its defaults. With no argument at all, the setting stored in ``model.config.visionzip`` is applied, if any.
+        dominant: tokens to keep by attention, CLS included (default: 54).
+        contextual: tokens to merge the rest into (default: 10).
+        layer: encoder layer to score (default: -2).
+        merge: ``"released"`` (default) or ``"average"``; this and the others are explained in
+            :class:`VisionZipConfig`. With no argument at all, the setting stored in ``model.config.visionzip`` is
+            applied, if there is one.
 
     Returns:
         The same object.

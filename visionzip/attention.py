@@ -8,12 +8,16 @@ projections, so that all layers keep their kernel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
+_PROJECTIONS = ("q_proj", "k_proj")
 
 
 class QueriesKeys(NamedTuple):
@@ -24,28 +28,42 @@ class QueriesKeys(NamedTuple):
     scale: float
 
 
-class AttentionReader:
+class AttentionReader(Generic[T]):
     """Filled while the attention layer runs inside :func:`read_attention`."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, reduce: Callable[[QueriesKeys], T]) -> None:
         self._attention = attention
+        self._reduce = reduce
         self._captured: dict[str, Tensor] = {}
+        self._result: T | None = None
 
-    def result(self) -> QueriesKeys:
-        """What the layer computed.
+    def record(self, name: str, output: Tensor) -> None:
+        """Take one projection's output (B, S, H * Dh); with the second one the result is computed."""
+        self._captured[name] = output
+        if len(self._captured) == len(_PROJECTIONS):
+            heads = self._attention.num_heads
+            split = [self._captured.pop(name).unflatten(-1, (heads, -1)).transpose(1, 2) for name in _PROJECTIONS]
+            self._result = self._reduce(QueriesKeys(*split, scale=self._attention.scale))
+
+    def result(self) -> T:
+        """What ``reduce`` made of the layer's queries and keys.
 
         Raises:
             RuntimeError: the layer has not run inside the ``with`` block.
         """
-        if len(self._captured) < 2:
+        if self._result is None:
             raise RuntimeError("the attention layer has not run inside read_attention, so there is nothing to read")
-        heads = self._attention.num_heads
-        split = [self._captured[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj")]
-        return QueriesKeys(*split, scale=self._attention.scale)
+        return self._result
+
+
+def _unreduced(read: QueriesKeys) -> QueriesKeys:
+    return read
 
 
 @contextmanager
-def read_attention(attention: nn.Module) -> Iterator[AttentionReader]:
+def read_attention(
+    attention: nn.Module, reduce: Callable[[QueriesKeys], T] = _unreduced
+) -> Iterator[AttentionReader[T]]:
     """Record what one attention layer's query and key projections return during the ``with`` block.
 
     The hooks are on these two projections of this one module, only during the block, and listen to the calling thread
@@ -55,6 +73,8 @@ def read_attention(attention: nn.Module) -> Iterator[AttentionReader]:
     Args:
         attention: module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``, as transformers' CLIP and SigLIP
             attention layers have.
+        reduce: applied at once, inside the layer, so that the queries and keys need not outlive it; as they are if not
+            given.
 
     Yields:
         An :class:`AttentionReader`; call its ``result()`` after the layer has run.
@@ -62,19 +82,20 @@ def read_attention(attention: nn.Module) -> Iterator[AttentionReader]:
     Raises:
         TypeError: the module lacks one of the four attributes.
     """
-    if missing := [name for name in ("q_proj", "k_proj", "num_heads", "scale") if not hasattr(attention, name)]:
+    needed = (*_PROJECTIONS, "num_heads", "scale")
+    if missing := [name for name in needed if not hasattr(attention, name)]:
         raise TypeError(f"{type(attention).__name__} is not an attention layer that can be read: it has no {missing}")
-    reader = AttentionReader(attention)
+    reader = AttentionReader(attention, reduce)
     thread = threading.get_ident()
 
-    def record(name: str):
+    def listen(name: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             if threading.get_ident() == thread:
-                reader._captured[name] = output
+                reader.record(name, output)
 
-        return hook
+        return getattr(attention, name).register_forward_hook(hook)
 
-    handles = [getattr(attention, name).register_forward_hook(record(name)) for name in ("q_proj", "k_proj")]
+    handles = [listen(name) for name in _PROJECTIONS]
     try:
         yield reader
     finally:

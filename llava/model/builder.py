@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
-from llava.model.loading import check_shards, load_weights
+from llava.model.loading import find_file, has_weights, load_weights, weight_files
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,8 +30,11 @@ _MODEL_TYPES = {
     "llava_mistral": LlavaMistralForCausalLM,
     "llava_qwen": LlavaQwenForCausalLM,
 }
+_PLAIN_BACKBONES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-_NOT_QUANTIZED = ["vision_tower", "mm_projector", "lm_head"]
+_BESIDE_ADAPTER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+# Patterns for the start of a module's name.
+_NOT_QUANTIZED = ["model.vision_tower", "model.mm_projector", "lm_head"]
 
 
 def load_pretrained_model(
@@ -48,7 +54,7 @@ def load_pretrained_model(
         model_path: folder or hub name of a full checkpoint in the original layout (safetensors or .bin, one file or
             shards), of a projector (``mm_projector.bin`` or ``.safetensors`` with a config), or of a LoRA adapter.
         model_base: for a projector or an adapter: the checkpoint that it completes (a language model or a LLaVA).
-        model_name: as LLaVA has it; here the checkpoint's own config decides, so it is only a hint where that is silent.
+        model_name: as LLaVA has it; here the checkpoint's config decides, and this is a hint where that is silent.
         load_8bit: quantise the language model to 8 bits (needs bitsandbytes).
         load_4bit: the same to 4 bits (NF4, double quantisation).
         device_map: for accelerate; ``"auto"`` spreads the model over the GPUs.
@@ -61,12 +67,12 @@ def load_pretrained_model(
         tokenizer, model, image_processor and context_len (tokens). A checkpoint that was saved zipped is zipped.
 
     Raises:
-        FileNotFoundError: the folder, or shards of it, are missing.
+        OSError: a folder or file is missing or damaged, or cannot be had from the hub.
         ValueError: the checkpoint is not an original LLaVA one, its weights do not fit, or it needs ``model_base``.
         ImportError: a library that the layout needs (peft, bitsandbytes) is not installed; the message says which.
     """
-    for path in filter(None, (model_path, model_base)):
-        _check_folder(path)
+    model_path = str(Path(model_path).expanduser())
+    model_base = model_base and str(Path(model_base).expanduser())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for but this machine has no CUDA: use device='cpu'")
@@ -80,60 +86,41 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
 
+    # All that can be wrong is looked at before the weights are fetched and read, which takes minutes.
+    adapter, extra_file = _parts(model_path, model_base)
     model_class, config = _read_config(model_path, model_name)
-    adapter = _is_local(model_path, "adapter_config.json")
-    projector = next((Path(model_path) / name for name in _PROJECTOR_FILES if _is_local(model_path, name)), None)
-    if model_base is None:
-        if adapter:
-            raise ValueError(f"{model_path} holds a LoRA adapter: give the model it was trained on as model_base")
-        if projector and not any(Path(model_path).glob("*model*.safetensors")) and not list(
-            Path(model_path).glob("pytorch_model*.bin")
-        ):
-            raise ValueError(f"{model_path} holds a projector only: give its language model as model_base")
-        model = model_class.from_pretrained(model_path, config=config, **options)
-    elif adapter:
-        model = _load_lora(model_class, model_path, model_base, config, options)
-    elif projector:
-        extra = {_with_prefix(key): value for key, value in load_weights(projector).items()}
-        model = model_class.from_pretrained(model_base, config=config, extra_weights=extra, **options)
-    else:
-        raise ValueError(
-            f"model_base was given, but {model_path} holds neither a LoRA adapter (adapter_config.json) nor a projector "
-            f"({' or '.join(_PROJECTOR_FILES)}): leave model_base out for a full checkpoint"
-        )
-
     tokenizer = load_tokenizer(model_base or model_path)
+    with torch.device("meta"):
+        tower = build_vision_tower(config, delay_load=True)
+        if adapter:
+            _check_adapter(model_class(copy.deepcopy(config)), model_path)
+    image_processor = tower.image_processor
+    extra = {_own_name(key): value for key, value in load_weights(extra_file).items()} if extra_file else {}
+    if model_base:  # a relative folder is inside model_path, not the base
+        config.mm_vision_tower = resolve_tower_path(config.mm_vision_tower, config)
+    model = model_class.from_pretrained(model_base or model_path, config=config, extra_weights=extra, **options)
+    if adapter:
+        model = _merge_adapter(model, model_path)
+    model.get_vision_tower().image_processor = image_processor
     _add_image_tokens(model, tokenizer)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     context_len = getattr(model.config, "max_sequence_length", 2048)
-    return tokenizer, model, model.get_vision_tower().image_processor, context_len
-
-
-def _check_folder(path: str) -> None:
-    if Path(path).is_dir():
-        check_shards(path)
-    elif str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-        raise FileNotFoundError(f"no model folder at {path} (a hub name has the form owner/name)")
-
-
-def _is_local(folder: str, name: str) -> bool:
-    return (Path(folder) / name).is_file()
+    return tokenizer, model, image_processor, context_len
 
 
 def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype:
-    given = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-    kwargs.pop("torch_dtype", None)
-    return given or (torch.float16 if device.startswith("cuda") else torch.float32)
+    old_name = kwargs.pop("torch_dtype", None)
+    return kwargs.pop("dtype", None) or old_name or (torch.float16 if device.startswith("cuda") else torch.float32)
 
 
 def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other: choose one")
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401, PLC0415 - optional
     except ImportError as error:
         raise ImportError("load_8bit and load_4bit need bitsandbytes: pip install bitsandbytes") from error
     return BitsAndBytesConfig(
@@ -146,8 +133,41 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsA
     )
 
 
+def _parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
+    """What is in ``model_path``: whether a LoRA adapter, and the file of weights that go over those of the base."""
+    for path in filter(None, (model_path, model_base)):
+        if not Path(path).is_dir() and (path.startswith((".", "/")) or path.count("/") > 1):
+            raise FileNotFoundError(f"there is no folder {path} (a model on the hub has a name of the form owner/name)")
+    is_local = Path(model_path).is_dir()
+    adapter = find_file(model_path, "adapter_config.json") is not None
+    complete = is_local and has_weights(model_path)
+    if adapter and model_base is None:
+        raise ValueError(f"{model_path} holds a LoRA adapter: give the model it was trained on as model_base")
+    extra_file = None
+    if adapter:
+        extra_file = _first_file(model_path, _BESIDE_ADAPTER_FILES)
+    elif not complete and (model_base or is_local):
+        extra_file = _first_file(model_path, _PROJECTOR_FILES)
+        if extra_file and model_base is None:
+            raise ValueError(f"{model_path} holds a projector only: give its language model as model_base")
+    if model_base and not adapter and extra_file is None:
+        raise ValueError(
+            f"model_base={model_base!r} was given, but {model_path} is neither a LoRA adapter (adapter_config.json) nor "
+            f"just a projector ({' or '.join(_PROJECTOR_FILES)}): leave model_base out for a full checkpoint"
+        )
+    if Path(model_base or model_path).is_dir():
+        weight_files(model_base or model_path)
+    return adapter, extra_file
+
+
+def _first_file(path: str, names: tuple[str, ...]) -> str | None:
+    return next(filter(None, (find_file(path, name) for name in names)), None)
+
+
 def _read_config(model_path: str, model_name: str | None) -> tuple[type, PretrainedConfig]:
     """The model's class and its config. Older uploads have a model_type that is transformers' own now."""
+    if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
     values, _ = PretrainedConfig.get_config_dict(model_path)
     architecture = next(iter(values.get("architectures") or []), None)
     model_type = values.pop("model_type", None)
@@ -166,30 +186,38 @@ def _read_config(model_path: str, model_name: str | None) -> tuple[type, Pretrai
     return model_class, config
 
 
-_PLAIN_BACKBONES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+def _own_name(key: str) -> str:
+    """The model's name of a weight in a projector or LoRA folder: peft puts more in front, some files leave it out."""
+    key = key.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")
+    return key if key.startswith("lm_head.") else f"model.{key}"
 
 
-def _with_prefix(key: str) -> str:
-    return key if key.startswith("model.") else f"model.{key}"
+def _check_adapter(model: Any, path: str) -> None:
+    """Check that a LoRA adapter fits the model (on the meta device), which peft does only in part.
 
-
-def _load_lora(
-    model_class: type, model_path: str, model_base: str, config: PretrainedConfig, options: dict[str, Any]
-) -> Any:
-    """Base, then what was trained beside the adapter (the projector), then the adapter, merged."""
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: a weight is missing, not part of the model, or of another shape.
+    """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("a LoRA checkpoint needs peft: pip install peft") from error
-    extra = {}
-    for name in ("non_lora_trainables.safetensors", "non_lora_trainables.bin"):
-        if _is_local(model_path, name):
-            extra = load_weights(Path(model_path) / name)
-            break
-    extra = {_with_prefix(key.removeprefix("base_model.").removeprefix("model.")): v for key, v in extra.items()}
-    model = model_class.from_pretrained(model_base, config=config, extra_weights=extra, **options)
-    logger.info("merging the LoRA adapter of %s", model_path)
-    return PeftModel.from_pretrained(model, model_path).merge_and_unload().eval()
+    found = {key: tuple(value.shape) for key, value in load_peft_weights(path, device="meta").items()}
+    wrapped = get_peft_model(model, PeftConfig.from_pretrained(path))
+    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(wrapped).items()}
+    if wrong := sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)):
+        raise ValueError(
+            f"the LoRA adapter in {path} does not fit the model of its config.json: {len(wrong)} weights are missing, "
+            f"not part of the model, or of another shape, such as {', '.join(wrong[:3])}"
+        )
+
+
+def _merge_adapter(model: Any, path: str) -> Any:
+    from peft import PeftModel  # noqa: PLC0415
+
+    logger.info("merging the LoRA adapter of %s", path)
+    return PeftModel.from_pretrained(model, path).merge_and_unload().eval()
 
 
 def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -200,4 +228,4 @@ def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     added = tokenizer.add_tokens(tokens, special_tokens=True)
     # Never shrink: many vocabularies are padded beyond the tokenizer's.
     if added and len(tokenizer) > model.config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

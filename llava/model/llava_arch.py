@@ -5,24 +5,29 @@ The classes here are mixed in before a backbone's own (``class LlavaLlamaModel(L
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.loading import settle_weights
+from llava.model.loading import check_weights, no_load_report, settle_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from visionzip import tile_order
 
 logger = logging.get_logger(__name__)
+
+# Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
+_OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
 
 Images = Tensor | Sequence[Tensor]
 Sizes = Sequence[tuple[int, int]]
@@ -56,6 +61,8 @@ class LlavaMetaModel:
         if getattr(config, "mm_vision_tower", None) is None:
             return
         self.vision_tower = build_vision_tower(config, delay_load=True)
+        # Layers of the tower are no use on different GPUs: device_map="auto" keeps it in one piece.
+        self._no_split_modules = {*self._no_split_modules, type(self.vision_tower).__name__}
         self.mm_projector = build_vision_projector(config)
         if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
@@ -90,26 +97,55 @@ class LlavaMetaForCausalLM:
         """Load a checkpoint, and fail if a weight of the model is not in it or one of it not in the model.
 
         The vision tower's weights come from ``config.mm_vision_tower`` where the checkpoint has none. Everything else
-        as in transformers.
+        as in transformers. A local checkpoint is checked by names and shapes before anything large is read.
 
         Args:
+            pretrained_model_name_or_path: folder or hub name.
+            *args: as in transformers, as are the ``**kwargs``.
             extra_weights: weights by name that replace or complete the checkpoint's (a tuned projector).
+            output_loading_info: return the loading info too.
+            **kwargs: ``config``, ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, …
 
         Raises:
+            OSError: a file is missing or damaged.
             ValueError: a weight is missing, unexpected or of another shape.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        settle_weights(model, info, extra_weights or {})
+        path, weights = pretrained_model_name_or_path, extra_weights or {}
+        if path is not None and Path(path).is_dir() and not kwargs.keys() & _OTHER_SOURCES:
+            config = copy.deepcopy(kwargs.pop("config", None))
+            if not isinstance(config, PretrainedConfig):
+                config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+            config.name_or_path = str(path)
+            kwargs["config"] = config
+            if getattr(config, "quantization_config", None) is None:
+                with torch.device("meta"):
+                    model = cls(copy.deepcopy(config))
+                weights = check_weights(model, path, weights)
+        kwargs["ignore_mismatched_sizes"] = True  # settle_weights names them, and an extra weight may replace them
+        with no_load_report():
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        settle_weights(model, info, weights)
+        if (tower := model.get_vision_tower()) is not None:
+            tower.requires_grad_(False)  # loading has made new, trainable parameters
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Save with the original keys, as transformers does; what the vision tower needs is put beside the weights."""
+        """Save with the original keys, as transformers does; what the vision tower needs is put beside the weights.
+
+        Encoder weights that the checkpoint never had are left out again (see ``settle_weights``).
+        """
         tower = self.get_vision_tower()
-        if tower is not None:
-            self.config.mm_vision_config = tower.config.to_diff_dict()
+        if tower is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        self.config.mm_vision_config = tower.config.to_diff_dict()
         super().save_pretrained(save_directory, *args, **kwargs)
-        if tower is not None:
+        if not kwargs.get("is_main_process", True):
+            return
+        try:
             tower.image_processor.save_pretrained(save_directory)
+        except OSError as error:
+            logger.warning("saved without the image processor: %s", error)
 
     def get_model(self) -> Any:
         """The backbone, with ``vision_tower``, ``mm_projector`` and ``embed_tokens``."""
@@ -165,6 +201,7 @@ class LlavaMetaForCausalLM:
             images: one per sentinel, in the order of the prompts: (N, 3, h, w), (N, tiles, 3, h, w), or a list of
                 (3, h, w) and (tiles, 3, h, w). A text-only row may be left out or have one dummy image.
             image_sizes: (width, height) of each image, needed for tiles.
+            **kwargs: transformers' own: ``attention_mask``, ``max_new_tokens``, ``num_beams``, ``streamer``, …
 
         Returns:
             The new tokens only, without the prompt: (B, new).
@@ -259,7 +296,7 @@ class LlavaMetaForCausalLM:
             takes = [0] * len(prompts)
         else:
             takes = _images_per_row(markers, len(images), training=labels is not None)
-            visual = self._visual_tokens(images, image_sizes)
+            visual = self.visual_tokens(images, image_sizes)
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         remaining = iter(visual)
@@ -275,8 +312,17 @@ class LlavaMetaForCausalLM:
             new_labels.append(None if expanded is None else expanded[:limit])
         return rows, None if labels is None else new_labels
 
-    def _visual_tokens(self, images: Images, image_sizes: Sizes | None) -> list[Tensor]:
-        """Visual tokens (n, D) of each image, all tiles encoded in one batch."""
+    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
+        """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.
+
+        Args:
+            images: as in :meth:`generate`.
+            image_sizes: (width, height) of each image, needed for tiles.
+
+        Raises:
+            ValueError: a pixel is not finite, or the tiles do not fit the image's size.
+            TypeError: the images are not tensors.
+        """
         if isinstance(images, Tensor) and images.ndim == 4:
             _check_finite([images])
             return list(self.encode_images(images))

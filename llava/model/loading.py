@@ -3,18 +3,120 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 _TOWER = "model.vision_tower."
 _ENCODER = _TOWER + "vision_tower.vision_model."
 # Buffers that older transformers saved with the weights; they are computed now.
 _OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+# In the order in which transformers looks for them.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def find_file(path: str | Path, name: str) -> str | None:
+    """Where a checkpoint (folder or hub name) has the file ``name``; None if it has none."""
+    return cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder has a model's weights, complete or not (a projector's or an adapter's do not count)."""
+    return any((Path(folder) / name).is_file() for name in _WEIGHT_FILES)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that transformers loads from a local checkpoint: safetensors before .bin, one file before shards.
+
+    Raises:
+        FileNotFoundError: there are none, or not all that the index names; the message lists them.
+    """
+    folder = Path(folder)
+    first = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if first is None:
+        raise FileNotFoundError(
+            f"{folder} has no weights: expected {', '.join(_WEIGHT_FILES[:-1])} or {_WEIGHT_FILES[-1]}. Download them "
+            "again, or give the folder that has them"
+        )
+    if first.suffix != ".json":
+        return [first]
+    names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} is incomplete: {len(absent)} of {len(names)} shards named in {first.name} are missing "
+            f"({', '.join(absent)}): download them again"
+        )
+    return [folder / name for name in names]
+
+
+def load_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Tensors of one ``.safetensors`` or ``.bin`` file.
+
+    Args:
+        path: the file.
+        device: ``"cpu"``, or ``"meta"`` for names and shapes only, which reads next to nothing.
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    try:
+        return load_state_dict(path, map_location=device)
+    except Exception as error:  # each reader, and each kind of damage, has its own
+        raise OSError(
+            f"cannot read the weights in {path} ({Path(path).stat().st_size} bytes): the file is damaged or was not "
+            f"fully downloaded (git-lfs leaves a small text file): download it again. ({error})"
+        ) from error
+
+
+def check_weights(model: Any, folder: str | Path, extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compare a checkpoint with the model by names and shapes, before anything large is read.
+
+    Args:
+        model: a LLaVA model; it may be on the meta device.
+        folder: the checkpoint.
+        extra_weights: weights by name that replace or complete the checkpoint's.
+
+    Returns:
+        ``extra_weights``, and the vision tower's own weights if neither they nor the checkpoint has them.
+
+    Raises:
+        FileNotFoundError: shards are missing.
+        OSError: a file is damaged.
+        ValueError: weights are missing, unexpected, or of another shape; the message names them.
+    """
+    found = {
+        key: tuple(value.shape) for file in weight_files(folder) for key, value in load_weights(file, "meta").items()
+    }
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    tied = {key for pair in model.all_tied_weights_keys.items() if found.keys() & set(pair) for key in pair}
+    info = {
+        "missing_keys": shapes.keys() - found.keys() - tied,
+        "unexpected_keys": found.keys() - shapes.keys(),
+        "mismatched_keys": {
+            (key, found[key], shape) for key, shape in shapes.items() if key in found and found[key] != shape
+        },
+    }
+    return _complete(model, info, extra_weights)
 
 
 def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]) -> None:
@@ -27,29 +129,42 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
 
     Raises:
         ValueError: weights are missing, unexpected, or of another shape; the message names them.
+        RuntimeError: the place of an extra weight has been offloaded.
     """
-    missing = set(info["missing_keys"]) - set(extra_weights)
+    extra_weights = _complete(model, info, extra_weights)
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, value in extra_weights.items():
+            if own[key].is_meta:
+                raise RuntimeError(
+                    f"{key} does not come from the checkpoint itself and was offloaded before it could be loaded: give "
+                    "the model room (a smaller one, load_8bit, or device_map={'model.vision_tower': 0, …})"
+                )
+            own[key].copy_(value)
+    if (tower := model.get_vision_tower()) is not None:
+        absent = {key for key in info["missing_keys"] if key.startswith(_ENCODER)} - extra_weights.keys()
+        model._keys_to_ignore_on_save |= absent  # not to write what is random
+        tower.untrained = frozenset(key.removeprefix(_ENCODER) for key in absent)
+        tower.is_loaded = True
+
+
+def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``extra_weights`` and what else the model needs; ValueError if that does not fit."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing = set(info["missing_keys"]) - extra_weights.keys()
     unexpected = {key for key in info["unexpected_keys"] if not _OBSOLETE.search(key)}
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    parameters = dict(model.named_parameters())
-    for key, value in extra_weights.items():
-        if key not in parameters:
-            unexpected.add(key)
-        elif parameters[key].shape != value.shape:
-            mismatched.add(f"{key} (model {tuple(parameters[key].shape)}, file {tuple(value.shape)})")
-        else:
-            mismatched.discard(key)
-            with torch.no_grad():
-                parameters[key].copy_(value)
+    unexpected |= extra_weights.keys() - shapes.keys()
+    found = {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    found |= {key: tuple(value.shape) for key, value in extra_weights.items() if key in shapes}
+    mismatched = {
+        f"{key} (model {shapes[key]}, checkpoint {shape})" for key, shape in found.items() if shape != shapes[key]
+    }
     tower = model.get_vision_tower()
+    from_tower = False
     if tower is not None:
-        needed = {key for key in parameters if key.startswith(_ENCODER) and tower.needs(key.removeprefix(_ENCODER))}
-        if needed <= missing:  # the checkpoint has no tower of its own
-            tower.load_model()
-            missing = {key for key in missing if not key.startswith(_TOWER)}
-        else:
-            tower.is_loaded = True
-            missing = {key for key in missing if not key.startswith(_ENCODER) or key in needed}
+        needed = {key for key in shapes if key.startswith(_ENCODER) and tower.needs(key.removeprefix(_ENCODER))}
+        from_tower = needed <= missing
+        missing = {key for key in missing if not key.startswith(_ENCODER) or (key in needed and not from_tower)}
     problems = [
         f"{len(keys)} {problem}, such as {', '.join(sorted(keys)[:3])}"
         for problem, keys in (
@@ -61,28 +176,32 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
     ]
     if problems:
         raise ValueError(
-            f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}. The folder is incomplete or its "
-            "config.json belongs to another model; a projector or LoRA alone needs model_base"
+            f"the weights in {model.config.name_or_path} do not fit {type(model).__name__}: {'; '.join(problems)}. The "
+            "checkpoint is incomplete or its config.json belongs to another model; a projector or LoRA alone needs "
+            "model_base"
         )
+    if not from_tower:
+        return extra_weights
+    return extra_weights | {_ENCODER + key: value for key, value in tower.read_weights().items()}
 
 
-def check_shards(folder: str | Path) -> None:
-    """Check that a local checkpoint has all the files that its index names.
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """Keep back transformers' table of missing and unexpected weights, in this thread.
 
-    Raises:
-        FileNotFoundError: some are missing; the message lists them.
+    It lists what is as it should be (the vision tower's weights come from its own folder), and what is not is an error
+    here. Everything else that transformers logs still comes through.
     """
-    for index in Path(folder).glob("*.index.json"):
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(name for name in names if not (Path(folder) / name).is_file()):
-            raise FileNotFoundError(
-                f"{folder} is incomplete: {len(absent)} of {len(names)} shards named in {index.name} are missing "
-                f"({', '.join(absent)}): download them again"
-            )
+    thread = threading.get_ident()
 
+    def is_wanted(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_report = "LOAD REPORT" in message and "CONVERSION" not in message
+        return record.thread != thread or not is_report
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of one ``.safetensors`` or ``.bin`` file, on the CPU."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_wanted)

@@ -8,7 +8,8 @@ from typing import Any
 
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+
+from llava.model.loading import find_file
 
 _SPACE = "▁"  # SentencePiece's
 
@@ -24,10 +25,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         OSError: there is no tokenizer.
     """
     settings = _settings(path)
-    if settings.get("tokenizer_class", "LlamaTokenizer") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return AutoTokenizer.from_pretrained(path)
-    if not settings and _file(path, "tokenizer.model") is None:
-        return AutoTokenizer.from_pretrained(path)
+    is_llama = settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if not is_llama and ("tokenizer_class" in settings or find_file(path, "tokenizer.model") is None):
+        return _load_other(path)
     legacy = settings.get("legacy")
     legacy = True if legacy is None else legacy
     tokenizer = LlamaTokenizer.from_pretrained(
@@ -38,18 +38,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _file(path: str | Path, name: str) -> str | None:
-    return cached_file(
-        str(path),
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+def _load_other(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"cannot load a tokenizer from {path}: it needs a tokenizer.model or tokenizer.json, as its language model "
+            f"has them; copy them there. ({error})"
+        ) from error
 
 
 def _settings(path: str | Path) -> dict[str, Any]:
-    file = _file(path, "tokenizer_config.json")
+    file = find_file(path, "tokenizer_config.json")
     return json.loads(Path(file).read_text()) if file else {}
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from llava.model.loading import find_file, load_weights, no_load_report, weight_files
 from visionzip import CompressedTokens, VisionZipConfig, compress_tokens
-from visionzip.attention import merge_keys, patch_scores, read_attention
+from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class VisionTower(nn.Module):
     Attributes:
         visionzip: the compression stage's setting; None leaves the tower as LLaVA has it.
         is_loaded: whether the encoder has trained weights.
+        untrained: names of encoder weights that are random, as no file has them (of layers behind the last one used).
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -69,6 +71,7 @@ class VisionTower(nn.Module):
         self._image_processor: Any = None
         self._checkpoint = getattr(args, "_name_or_path", "")
         self.is_loaded = False
+        self.untrained: frozenset[str] = frozenset()
         if not delay_load:
             self.load_model()
 
@@ -76,42 +79,62 @@ class VisionTower(nn.Module):
         """Load the encoder's own weights from ``vision_tower_name``, in place; nothing happens if it has some.
 
         Raises:
-            ValueError: a weight that the tower uses is missing there.
-            RuntimeError: the encoder has been offloaded, so that there is nothing to load into.
+            OSError: there are no weights.
+            ValueError: a weight that the tower uses is missing there, or has another shape.
         """
         if self.is_loaded:
             return
-        if any(parameter.is_meta for parameter in self.parameters()):
-            raise RuntimeError(
-                "the vision tower does not fit on the device and was offloaded before its weights could be loaded: "
-                "give it room (a smaller model, load_8bit, or device_map={'model.vision_tower': 0, …})"
-            )
-        source, info = self.model_class.from_pretrained(
-            self.vision_tower_name, dtype=self.dtype, output_loading_info=True
-        )
-        if missing := sorted(key for key in info["missing_keys"] if self.needs(key)):
-            raise ValueError(
-                f"the vision tower {self.vision_tower_name!r} lacks {len(missing)} weights, first {missing[0]!r}: the "
-                "folder is incomplete or holds another model"
-            )
-        self.encoder.load_state_dict(source.state_dict())
+        weights = self.read_weights()
+        self.encoder.load_state_dict(weights, strict=False)
+        self.untrained = frozenset(self.encoder.state_dict().keys() - weights.keys())
         self.is_loaded = True
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """The encoder's own weights by name, on the CPU, as ``vision_tower_name`` has them.
+
+        Raises:
+            OSError: there are none.
+            ValueError: a weight that the tower uses is missing there, or has another shape.
+        """
+        if Path(self.vision_tower_name).is_dir():
+            for file in weight_files(self.vision_tower_name):
+                load_weights(file, "meta")  # says which file is damaged
+        with no_load_report():
+            source, info = self.model_class.from_pretrained(
+                self.vision_tower_name, config=self.config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        absent = info["missing_keys"] | {entry[0] for entry in info["mismatched_keys"]}
+        if needed := sorted(key for key in absent if self.needs(key)):
+            raise ValueError(
+                f"the vision tower {self.vision_tower_name!r} lacks {len(needed)} weights, or has them in another "
+                f"shape, such as {', '.join(needed[:3])}: the folder is incomplete or holds another model. Download it "
+                "again, or set mm_vision_tower in the checkpoint's config.json to the right one"
+            )
+        return {key: value for key, value in source.state_dict().items() if key not in absent}
 
     @property
     def encoder(self) -> PreTrainedModel:
-        """transformers' encoder."""
+        """The encoder, a transformers model."""
         return self.vision_tower.vision_model
 
     @property
     def image_processor(self) -> Any:
-        """The encoder's image processor; read from the checkpoint's folder if it is there, else from the tower's."""
+        """The encoder's image processor; read from the checkpoint if it is there, else from the tower's.
+
+        Raises:
+            OSError: neither can be read.
+        """
         if self._image_processor is None:
             self._image_processor = self._load_image_processor()
         return self._image_processor
 
+    @image_processor.setter
+    def image_processor(self, processor: Any) -> None:
+        self._image_processor = processor
+
     def _load_image_processor(self) -> Any:
-        for source in (self._checkpoint, self.vision_tower_name):
-            if source and (Path(source) / "preprocessor_config.json").is_file():
+        for source in filter(None, (self._checkpoint, self.vision_tower_name)):
+            if find_file(source, "preprocessor_config.json"):
                 return self.processor_class.from_pretrained(source)
         if Path(self.vision_tower_name).is_dir():
             logger.warning(
@@ -121,7 +144,11 @@ class VisionTower(nn.Module):
                 self.config.image_size,
             )
             return self.default_processor()
-        return self.processor_class.from_pretrained(self.vision_tower_name)
+        raise OSError(
+            f"there is no image processor: neither the checkpoint {self._checkpoint!r} nor the vision tower "
+            f"{self.vision_tower_name!r} has a preprocessor_config.json that can be read. Copy the vision tower's into "
+            "the checkpoint's folder"
+        )
 
     def default_processor(self) -> Any:
         """The processor that encoders of this class are trained with, at this encoder's resolution."""
@@ -146,21 +173,27 @@ class VisionTower(nn.Module):
         """How many encoder layers VisionZip needs: up to and including the scored one.
 
         Raises:
-            ValueError: the encoder has no such layer.
+            ValueError: the encoder has no such layer, or its weights are random, as the checkpoint lacks them.
         """
         layers = self.config.num_hidden_layers
         if not -layers <= setting.layer < layers:
             raise ValueError(
                 f"layer={setting.layer} is outside the vision tower's {layers} layers (-{layers} to {layers - 1})"
             )
-        return setting.layer % layers + 1
+        index = setting.layer % layers
+        if any(key.startswith(f"encoder.layers.{index}.") for key in self.untrained):
+            raise ValueError(f"layer={setting.layer} has no weights in this checkpoint: choose one before it")
+        return index + 1
 
     def needs(self, key: str) -> bool:
         """Whether the tower ever uses the encoder weight of this name (it stops before the last layer)."""
         if key.startswith(("post_layernorm.", "head.")):
             return False
         prefix, _, rest = key.partition("encoder.layers.")
-        return bool(prefix) or not rest or int(rest.split(".")[0]) < self.layers_of(self.select_layer)
+        layers = self.layers_of(self.select_layer)
+        if self.visionzip is not None:
+            layers = max(layers, self.layers_for(self.visionzip))
+        return bool(prefix) or not rest or int(rest.split(".")[0]) < layers
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Visual tokens before the projector.
@@ -197,13 +230,17 @@ class VisionTower(nn.Module):
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
         layers = self.layers_for(setting)
-        with read_attention(self.encoder.encoder.layers[layers - 1].self_attn) as reader:
+
+        def summarize(read: QueriesKeys) -> tuple[Tensor, Tensor]:
+            return patch_scores(read, self.cls_token), merge_keys(read)
+
+        with read_attention(self.encoder.encoder.layers[layers - 1].self_attn, summarize) as reader:
             hidden_states = self._hidden_states(images, layers)
-        read = reader.result()
+        scores, keys = reader.result()
         return compress_tokens(
             hidden_states,
-            patch_scores(read, self.cls_token),
-            merge_keys(read),
+            scores,
+            keys,
             setting.dominant,
             setting.contextual,
             cls_token=self.cls_token,

@@ -1,0 +1,286 @@
+"""What compression costs: ``visionzip benchmark tower``.
+
+Four ways through one vision tower of random weights, interleaved in one process so that a noisy machine disturbs all
+alike; peak memory in a fresh process each. Ratios carry over to other machines better than times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from visionzip import compress_tokens, unzip, visionzip
+
+TOWERS = {
+    "vit-l-14-336": {  # LLaVA-1.5's and LLaVA-NeXT's: openai/clip-vit-large-patch14-336
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    },
+    "tiny": {  # to try the command itself
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 112,
+        "patch_size": 14,
+    },
+}
+WAYS = {
+    "vanilla": "LLaVA's tower: sdpa, all layers, all hidden states",
+    "unzipped": "this tower without VisionZip: stops at layer -2",
+    "zipped": "this tower with VisionZip",
+    "released": "VisionZip as released: eager, attention of all layers",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way at one batch size.
+
+    Attributes:
+        seconds: median time of a forward.
+        time_ratio: median over rounds of its time by vanilla's in the same round.
+        time_spread: quartiles of that ratio.
+        memory_mib: peak memory of weights and forward.
+        memory_ratio: by vanilla's.
+    """
+
+    way: str
+    batch: int
+    seconds: float
+    time_ratio: float
+    time_spread: tuple[float, float]
+    memory_mib: float
+    memory_ratio: float
+
+
+def build_tower(shape: str, device: str, dtype: torch.dtype) -> CLIPVisionTower:
+    """A tower of random weights of a named shape."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(**TOWERS[shape]).to_dict()
+    args = SimpleNamespace(mm_vision_config=config, mm_vision_select_layer=-2, _attn_implementation="sdpa")
+    return CLIPVisionTower(shape, args, delay_load=True).to(device=device, dtype=dtype).eval()
+
+
+def forward_of(way: str, tower: CLIPVisionTower, dominant: int, contextual: int) -> Callable[[Tensor], Tensor]:
+    """The forward that ``way`` (a key of :data:`WAYS`) stands for, on the weights of ``tower``."""
+    if way == "vanilla":
+        return lambda images: tower.encoder(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+    if way == "unzipped":
+        return unzip(_sharing_weights(tower))
+    if way == "zipped":
+        return visionzip(_sharing_weights(tower), dominant=dominant, contextual=contextual)
+    eager = _sharing_weights(tower).encoder
+    eager.set_attn_implementation("eager")
+
+    def released(images: Tensor) -> Tensor:
+        heads_first: list[Tensor] = []
+        layer = eager.encoder.layers[-2].self_attn.k_proj
+        handle = layer.register_forward_hook(lambda module, args, output: heads_first.append(output))
+        outputs = eager(images, output_hidden_states=True, output_attentions=True)
+        handle.remove()
+        keys = heads_first[0].unflatten(-1, (eager.config.num_attention_heads, -1)).mean(dim=2)
+        scores = outputs.attentions[-2][:, :, 0, 1:].sum(dim=1)
+        return compress_tokens(outputs.hidden_states[-2], scores, keys, dominant, contextual).tokens
+
+    return released
+
+
+def _sharing_weights(tower: CLIPVisionTower) -> CLIPVisionTower:
+    """A copy with a configuration of its own but the same parameters."""
+    return copy.deepcopy(tower, memo={id(parameter): parameter for parameter in tower.parameters()})
+
+
+def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
+    """Time all ways interleaved, then measure the peak memory of each.
+
+    Args:
+        args: as :func:`add_benchmark_arguments` parses them.
+    """
+    device, dtype = args.device, getattr(torch, args.dtype)
+    tower = build_tower(args.shape, device, dtype)
+    edge = tower.config.image_size
+    forwards = {way: forward_of(way, tower, args.dominant, args.contextual) for way in WAYS}
+    results = []
+    for batch in args.batch_sizes:
+        images = torch.randn(batch, 3, edge, edge, device=device, dtype=dtype)
+        times = _time_interleaved(forwards, images, args.rounds)
+        with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
+            peaks = pool.map(partial(_peak_memory, args, batch), WAYS)
+            named = zip(WAYS, track(peaks, f"memory, batch {batch}", total=len(WAYS), console=_progress()), strict=True)
+            memory = dict(named)
+        for way in WAYS:
+            ratios = [mine / vanilla for mine, vanilla in zip(times[way], times["vanilla"], strict=True)]
+            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            results.append(
+                Measurement(
+                    way=way,
+                    batch=batch,
+                    seconds=statistics.median(times[way]),
+                    time_ratio=statistics.median(ratios),
+                    time_spread=(quartiles[0], quartiles[2]),
+                    memory_mib=memory[way],
+                    memory_ratio=memory[way] / memory["vanilla"],
+                )
+            )
+    return results
+
+
+@torch.inference_mode()
+def _time_interleaved(
+    forwards: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each forward in each round; the order turns by one each round, after one warm-up of each."""
+    times: dict[str, list[float]] = {way: [] for way in forwards}
+    ways = list(forwards)
+    with Progress(console=_progress()) as progress:
+        task = progress.add_task(f"time, batch {len(images)}", total=(rounds + 1) * len(ways))
+        for number in range(rounds + 1):
+            for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+                _synchronize(images)
+                start = time.perf_counter()
+                forwards[way](images)
+                _synchronize(images)
+                if number > 0:
+                    times[way].append(time.perf_counter() - start)
+                progress.advance(task)
+    return times
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _peak_memory(args: argparse.Namespace, batch: int, way: str) -> float:
+    """Peak memory in MiB of weights and one forward, in a process of its own."""
+    request = {key: value for key, value in vars(args).items() if isinstance(value, str | int)}
+    # Large blocks go back to the system when freed, so that the peak is the program's and not the allocator's.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.benchmark", json.dumps({**request, "way": way, "batch": batch})],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {way!r} failed:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+@torch.inference_mode()
+def _measure_memory(request: dict[str, Any]) -> float:
+    """Peak memory in MiB since the libraries were loaded; runs in the child process."""
+    device, dtype = request["device"], getattr(torch, request["dtype"])
+    Path("/proc/self/clear_refs").write_text("5")  # sets Linux's high-water mark to what is in use now
+    before = _memory_status("VmHWM")
+    tower = build_tower(request["shape"], device, dtype)
+    forward = forward_of(request["way"], tower, request["dominant"], request["contextual"])
+    edge = tower.config.image_size
+    forward(torch.randn(request["batch"], 3, edge, edge, device=device, dtype=dtype))
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _memory_status("VmHWM") - before
+
+
+def _memory_status(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _progress() -> Console:
+    return Console(stderr=True)
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a figure depends on, to be written beside it."""
+    cuda = device.startswith("cuda")
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measure what VisionZip costs in the vision tower: time and peak memory, as ratios of one interleaved run."""
+    if args.rounds < 1 or min(args.batch_sizes) < 1:
+        raise ValueError(f"--rounds {args.rounds} and --batch-sizes {args.batch_sizes} must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    results = benchmark_tower(args)
+    facts = environment(args.device)
+    budget = f"{args.dominant} + {args.contextual} tokens"
+    table = Table(title=f"{args.shape}, {args.dtype}, random weights, VisionZip {budget}, {args.rounds} rounds")
+    for column in ("batch", "way", "time", "ratio", "quartiles", "peak memory", "ratio"):
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for row in results:
+        table.add_row(
+            str(row.batch),
+            row.way,
+            f"{row.seconds * 1e3:.1f} ms",
+            f"{row.time_ratio:.3f}",
+            f"{row.time_spread[0]:.3f}-{row.time_spread[1]:.3f}",
+            f"{row.memory_mib:.0f} MiB",
+            f"{row.memory_ratio:.3f}",
+        )
+    Console().print(table)
+    for way, meaning in WAYS.items():
+        Console().print(f"{way}: {meaning}", style="dim")
+    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    if args.output:
+        output = Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_name(output.name + ".partial")
+        unfinished.write_text(json.dumps({**facts, "results": [asdict(row) for row in results]}, indent=1))
+        unfinished.replace(output)
+
+
+def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip benchmark``."""
+    parser.add_argument("what", choices=["tower"], help="tower: the vision encoder with and without compression")
+    parser.add_argument("--shape", choices=sorted(TOWERS), default="vit-l-14-336", help="size of the tower")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 5], help="images at a time (default: 1 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all ways (default: 5)")
+    parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (default: 54)")
+    parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (default: 10)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="weights' type")
+    parser.add_argument("--output", help="also write the results to this JSON file")
+
+
+if __name__ == "__main__":
+    print(_measure_memory(json.loads(sys.argv[1])))

@@ -1,0 +1,42 @@
+"""The console script ``visionzip``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llava.benchmark import add_benchmark_arguments, benchmark
+from llava.serve.cli import add_chat_arguments, chat
+from visionzip import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status (2 for bad input, as argparse has it)."""
+    parser = argparse.ArgumentParser(
+        "visionzip", description="VisionZip (CVPR 2025): a vision-language model on a fraction of its visual tokens."
+    )
+    parser.add_argument("--version", action="version", version=f"visionzip {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    chat_parser = commands.add_parser("chat", help="talk about images in the terminal", description=chat.__doc__)
+    add_chat_arguments(chat_parser)
+    chat_parser.add_argument("--vanilla", action="store_true", help="keep all visual tokens")
+    chat_parser.set_defaults(run=chat)
+
+    benchmark_parser = commands.add_parser(
+        "benchmark", help="measure what compression costs and gains", description=benchmark.__doc__
+    )
+    add_benchmark_arguments(benchmark_parser)
+    benchmark_parser.set_defaults(run=benchmark)
+
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"visionzip {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

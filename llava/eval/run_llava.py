@@ -1,0 +1,72 @@
+"""One question about some images: ``eval_model(args)`` and ``python -m llava.eval.run_llava``, with LLaVA's flags."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.conversation import conv_templates
+from llava.mm_utils import load_image, process_images, tokenizer_image_token
+from llava.serve.chat import with_image_tokens
+from llava.serve.cli import add_model_arguments, load_from_arguments, sampling
+
+
+def eval_model(args: Any) -> str:
+    """Load a model, ask it one question, print the answer.
+
+    Args:
+        args: object with LLaVA's attributes: ``model_path``, ``model_base``, ``query``, ``image_file`` (several,
+            separated by ``sep``), ``conv_mode`` (None: by the model's name), ``temperature``, ``top_p``, ``num_beams``,
+            ``max_new_tokens``; optional: ``dominant`` and ``contextual`` for VisionZip, ``device``, ``load_8bit``,
+            ``load_4bit``.
+
+    Returns:
+        The answer.
+
+    Raises:
+        FileNotFoundError: an image or the checkpoint is missing.
+        ValueError: a file is not an image, or ``<image>`` in the query and images differ in number.
+    """
+    generate_kwargs = sampling(args.temperature, num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
+    if args.temperature > 0 and args.top_p:
+        generate_kwargs["top_p"] = args.top_p
+    images = [load_image(file) for file in args.image_file.split(args.sep)]
+    tokenizer, model, image_processor, conv_mode = load_from_arguments(args)
+    query = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    conversation = conv_templates[conv_mode].copy()
+    conversation.append_message(conversation.roles[0], with_image_tokens(query, len(images), model.config))
+    conversation.append_message(conversation.roles[1], None)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
+    output = model.generate(
+        ids[None].to(model.device),
+        images=process_images(images, image_processor, model.config),
+        image_sizes=[image.size for image in images],
+        **generate_kwargs,
+    )
+    answer = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+    print(answer)
+    return answer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``python -m llava.eval.run_llava``."""
+    parser = argparse.ArgumentParser("python -m llava.eval.run_llava", description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--image-file", required=True, help="image files or addresses, separated by --sep")
+    parser.add_argument("--query", required=True, help="the question; <image> in it says where images go")
+    parser.add_argument("--sep", default=",", help="separates image files (default: a comma)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
+    parser.add_argument("--top_p", type=float, help="nucleus sampling")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
+    torch.manual_seed(0)
+    eval_model(parser.parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""A conversation that keeps its KV cache: an image is encoded and prefilled once, later turns feed only new text.
+
+VisionZip chooses visual tokens without looking at the text, so those of the first turn stay right for every later one.
+A method that prunes by the question would have to prefill the image again for each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer and what it cost.
+
+    Attributes:
+        text: the answer.
+        visual_tokens: visual tokens that this turn brought.
+        fed_tokens: tokens, visual ones included, that went through the language model before the first new one.
+        cached_tokens: tokens before them, whose keys and values were kept from earlier turns.
+        new_tokens: tokens of the answer, with the end token if there was one.
+        vision_seconds: encoding of this turn's images; 0 without any.
+        prefill_seconds: from then to the first new token.
+        decode_seconds: from the first new token to the last.
+    """
+
+    text: str
+    visual_tokens: int
+    fed_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+    def __str__(self) -> str:
+        speed = f", {(self.new_tokens - 1) / self.decode_seconds:.1f}/s" if self.new_tokens > 1 else ""
+        vision = f"vision {self.vision_seconds * 1e3:.0f} ms · " if self.visual_tokens else ""
+        return (
+            f"{self.fed_tokens} tokens in ({self.visual_tokens} visual), {self.cached_tokens} cached · {vision}"
+            f"prefill {self.prefill_seconds * 1e3:.0f} ms · {self.new_tokens} tokens out{speed}"
+        )
+
+
+def with_image_tokens(text: str, images: int, config: Any) -> str:
+    """A question with one ``<image>`` per image: where the text has them, else in front.
+
+    Args:
+        text: the question.
+        images: how many it is about.
+        config: the model's; with ``mm_use_im_start_end`` each is put between start and end markers.
+
+    Raises:
+        ValueError: the text has ``<image>``, but not one per image.
+    """
+    marker = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
+    present = text.count(DEFAULT_IMAGE_TOKEN)
+    if present == 0:
+        return "".join(f"{marker}\n" for _ in range(images)) + text
+    if present != images:
+        raise ValueError(f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {images} images were given: give one each")
+    return text.replace(DEFAULT_IMAGE_TOKEN, marker)
+
+
+class ChatSession:
+    """A conversation with a LLaVA model, zipped or not.
+
+    Args:
+        model: from ``load_pretrained_model``, as are the next two.
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        conv_mode: key of ``llava.conversation.conv_templates``.
+        **generate_kwargs: for ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
+
+    Raises:
+        ValueError: the template is unknown.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, image_processor: Any, conv_mode: str = "vicuna_v1", **generate_kwargs: Any
+    ) -> None:
+        if conv_mode not in conv_templates:
+            raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.conv_mode = conv_mode
+        self.generate_kwargs = {"max_new_tokens": 512, "do_sample": False, **generate_kwargs}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything said and seen."""
+        self.conversation = conv_templates[self.conv_mode].copy()
+        self._visual: list[Tensor] = []  # (n, D) of each image, in order
+        self._cache = DynamicCache(config=self.model.config)
+        self._cached: list[int] = []  # what each position of the cache holds; see _positions
+
+    @torch.no_grad()
+    def ask(self, text: str, images: Sequence[Image.Image] = (), streamer: BaseStreamer | None = None) -> Turn:
+        """Ask the next question.
+
+        Args:
+            text: the question; ``<image>`` in it says where the images go, else they go in front.
+            images: PIL images that are new in this turn.
+            streamer: gets the new tokens as they come.
+
+        Raises:
+            TypeError: an image is not a PIL image.
+            ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context.
+        """
+        question = with_image_tokens(text, len(images), self.model.config)
+        start = time.perf_counter()
+        visual = self._encode(images)
+        vision_seconds = time.perf_counter() - start if visual else 0.0
+
+        conversation = self.conversation.copy()
+        user, assistant = conversation.roles
+        conversation.append_message(user, question)
+        conversation.append_message(assistant, None)
+        positions, embeds = self._positions(conversation.get_prompt(), self._visual + visual)
+        known = self._reuse(positions)
+
+        clock = _Clock(streamer)
+        new_ids = self.model.generate(
+            # What is cached is sliced away by generate, so its embeddings are never read.
+            inputs_embeds=torch.cat([embeds.new_zeros(known, embeds.shape[1]), embeds[known:]])[None],
+            attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=embeds.device),
+            past_key_values=self._cache,
+            streamer=clock,
+            **self.generate_kwargs,
+        )[0].tolist()
+        self._cached = (positions + new_ids)[: self._cache.get_seq_length()]
+        self._visual += visual
+        answer = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        conversation.messages[-1] = (assistant, answer)
+        self.conversation = conversation
+        return Turn(
+            text=answer,
+            visual_tokens=sum(len(tokens) for tokens in visual),
+            fed_tokens=len(positions) - known,
+            cached_tokens=known,
+            new_tokens=len(new_ids),
+            vision_seconds=vision_seconds,
+            prefill_seconds=clock.first - clock.start,
+            decode_seconds=clock.last - clock.first,
+        )
+
+    def _encode(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        if not images:
+            return []
+        pixels = process_images(list(images), self.image_processor, self.model.config)
+        tokens = self.model.visual_tokens(pixels, [image.size for image in images])
+        if tokens[0].is_cuda:
+            torch.cuda.synchronize()
+        return tokens
+
+    def _positions(self, prompt: str, visual: list[Tensor]) -> tuple[list[int], Tensor]:
+        """What stands at each position of a prompt, to compare with the cache, and its embeddings (L, D).
+
+        A text token stands as its id; all of image number i as -1 - i.
+        """
+        ids = tokenizer_image_token(prompt, self.tokenizer)
+        remaining = iter(enumerate(visual))
+        positions: list[int] = []
+        for token in ids:
+            if token == IMAGE_TOKEN_INDEX:
+                number, tokens = next(remaining)
+                positions += [-1 - number] * len(tokens)
+            else:
+                positions.append(token)
+        limit = self.model.config.max_position_embeddings
+        if len(positions) >= limit:
+            raise ValueError(
+                f"the conversation has {len(positions)} tokens but the model's context is {limit}: reset it, or use "
+                "smaller VisionZip budgets"
+            )
+        device = self.model.get_input_embeddings().weight.device
+        here = torch.tensor(positions, device=device)
+        embeds = self.model.get_input_embeddings()(here.clamp(min=0))
+        if visual:
+            embeds[here < 0] = torch.cat(visual).to(embeds)
+        return positions, embeds
+
+    def _reuse(self, positions: list[int]) -> int:
+        """Crop the cache to what it shares with the prompt; how many positions that is.
+
+        The prompt is tokenized whole each turn, so that answers are those of recomputing everything. Where the model's
+        own tokens differ from how its text is tokenized, the cache is cut there. One position is always fed.
+        """
+        known = 0
+        for cached, wanted in zip(self._cached, positions[:-1], strict=False):
+            if cached != wanted:
+                break
+            known += 1
+        self._cache.crop(known - len(self._cached))
+        self._cached = self._cached[:known]
+        return known
+
+
+class _Clock(BaseStreamer):
+    """Passes tokens on and notes when the first and the last came (arriving on the host, they are synchronised)."""
+
+    def __init__(self, inner: BaseStreamer | None) -> None:
+        self.inner = inner
+        self.start = self.first = self.last = time.perf_counter()
+        self._prompt_came = False
+        self._counting = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (first call, empty here) or a new token."""
+        self.last = time.perf_counter()
+        if self._prompt_came and not self._counting:
+            self.first, self._counting = self.last, True
+        self._prompt_came = True
+        if self.inner is not None:
+            self.inner.put(value)
+
+    def end(self) -> None:
+        """No more tokens."""
+        if self.inner is not None:
+            self.inner.end()

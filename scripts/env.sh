@@ -1,0 +1,60 @@
+# Sourced by test.sh and quickstart.sh: the Python environment that both work in.
+#
+#   source scripts/env.sh       sets ROOT, the repository's root
+#   use_environment EXTRAS      installs this repository, editable, with the extras (comma separated, may be empty) and
+#                               the versions of constraints.txt; sets PYTHON, the interpreter to run things with
+#
+# The environment is the active virtual environment, else .venv/ at the root, made when it is missing. A stamp in it records
+# what was installed from what, so that a second call takes no time. Things are run as "$PYTHON -m pip" and the like: the
+# commands in .venv/bin name an absolute interpreter, and in a copied or moved repository that is someone else's.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '\n== %s\n' "$*"; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# transformers 5.21 and later need Python 3.11
+require_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$(type -P "$1") is $("$1" -V 2>&1)," \
+        "but Python 3.11 or newer is needed. If you have one under another name, make a virtual environment with it," \
+        "activate that, and run this again."
+}
+
+use_environment() {
+    local extras="$1" venv="${VIRTUAL_ENV:-$ROOT/.venv}" stamp checksum
+    PYTHON="$venv/bin/python"
+    stamp="$venv/visionzip-installed"
+
+    if [[ -z "${VIRTUAL_ENV:-}" && ! -e "$venv" ]]; then
+        type -P python3 >/dev/null || die "there is no python3 on the PATH; Python 3.11 or newer is needed"
+        require_python python3
+        say "making $venv"
+        python3 -m venv "$venv" || {
+            rm -rf "$venv"
+            die "python3 -m venv failed (on Debian and Ubuntu: apt install python3-venv)"
+        }
+    fi
+
+    # the place counts too: an editable install points at one directory
+    checksum="$(cd "$ROOT" && { pwd && cat constraints.txt setup.py pyproject.toml visionzip/__init__.py; } | cksum)"
+    if [[ "$(head -n 1 "$stamp" 2>/dev/null)" != "$checksum" ]]; then
+        rm -f "$stamp"
+    elif grep -qxF "extras=$extras" "$stamp"; then
+        say "$venv is up to date"
+        return
+    fi
+
+    "$PYTHON" -m pip --version >/dev/null || die "$PYTHON does not run pip: is $venv a whole virtual environment?"
+    require_python "$PYTHON"
+    say "installing into $venv (extras: ${extras:-none}; versions: constraints.txt)"
+    # the build backend first, at its tested version, so that no isolated environment is made for it
+    "$PYTHON" -m pip install -c "$ROOT/constraints.txt" setuptools wheel
+    "$PYTHON" -m pip install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT${extras:+[$extras]}"
+    "$PYTHON" -m pip check
+    [[ -e "$stamp" ]] || echo "$checksum" >"$stamp"
+    echo "extras=$extras" >>"$stamp"
+}

@@ -1,0 +1,293 @@
+"""The LLaVA models: prompts and images in every combination, generation, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from checkpoints import CLIP, NEXT, SIGLIP
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import process_images
+from llava.model.multimodal_projector.builder import build_vision_projector
+from visionzip import visionzip
+
+IMG = IMAGE_TOKEN_INDEX
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+def pixels(count: int, seed: int = 0, edge: int = 56) -> torch.Tensor:
+    return torch.randn(count, 3, edge, edge, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(*rows: list[int], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded with 0 on one side, and their mask."""
+    length = max(map(len, rows))
+    pad = [[0] * (length - len(row)) for row in rows]
+    both = zip(rows, pad, strict=True)
+    padded = torch.tensor([p + row if side == "left" else row + p for row, p in both])
+    ones = zip([[1] * len(row) for row in rows], pad, strict=True)
+    return padded, torch.tensor([p + row if side == "left" else row + p for row, p in ones])
+
+
+@pytest.fixture(params=[False, True], ids=["vanilla", "zipped"])
+def model(request: pytest.FixtureRequest, load):
+    _, model, _, _ = load()
+    return visionzip(model, dominant=5, contextual=2) if request.param else model
+
+
+# Generation
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_answers_as_its_prompts_would_alone(model, side: str):
+    """Different lengths, several images, text only; wherever the prompts are padded."""
+    images = pixels(4)
+    prompts = [[1, IMG, 13, 40, 41], [1, 50, IMG, 51, IMG, 52, 53, 54], [1, 60, 61], [1, 70, IMG]]
+    alone = [
+        model.generate(torch.tensor([prompts[0]]), images=images[:1], **GREEDY),
+        model.generate(torch.tensor([prompts[1]]), images=images[1:3], **GREEDY),
+        model.generate(torch.tensor([prompts[2]]), **GREEDY),
+        model.generate(torch.tensor([prompts[3]]), images=images[3:], **GREEDY),
+    ]
+    input_ids, mask = ids(*prompts, side=side)
+    batch = model.generate(input_ids, images=images, attention_mask=mask, **GREEDY)
+    assert torch.equal(batch, torch.cat(alone))
+    # The padding is found without a mask too, and a text-only prompt may carry LLaVA's dummy image.
+    with_dummy = torch.cat([images[:3], torch.zeros(1, 3, 56, 56), images[3:]])
+    assert torch.equal(model.generate(input_ids, images=with_dummy, **GREEDY), batch)
+
+
+def test_images_as_tensor_list_or_tiles(model):
+    input_ids, _ = ids([1, IMG, 7, IMG, 8])
+    images = pixels(2)
+    expected = model.generate(input_ids, images=images, **GREEDY)
+    for same in (list(images), images[:, None], [images[0], images[1:]]):
+        assert torch.equal(model.generate(input_ids=input_ids, images=same, **GREEDY), expected)
+
+
+def test_text_only_equals_the_plain_language_model(load, make_checkpoint):
+    _, model, _, _ = load()
+    visionzip(model, dominant=5, contextual=2)
+    plain = LlamaForCausalLM(model.config)
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    prompt = torch.tensor([[1, 30, 31, 32]])
+    expected = plain.eval().generate(prompt, pad_token_id=0, **GREEDY)[:, prompt.shape[1] :]
+    assert torch.equal(model.generate(prompt, **GREEDY), expected)
+    torch.testing.assert_close(model(prompt).logits, plain(prompt).logits)
+
+
+def test_beams_return_sequences_and_sampling(model):
+    input_ids, mask = ids([1, IMG, 7, 8], [1, 9, IMG])
+    inputs = {"images": pixels(2), "attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5}
+    beams = model.generate(input_ids, num_beams=3, num_return_sequences=2, do_sample=False, **inputs)
+    assert beams.shape == (4, 5)
+    alone = inputs | {"images": inputs["images"][1:], "attention_mask": mask[1:, 1:]}
+    first = model.generate(input_ids[1:, 1:], num_beams=3, do_sample=False, **alone)
+    assert torch.equal(beams[2:3], first)
+    torch.manual_seed(1)
+    sampled = model.generate(input_ids, do_sample=True, temperature=1.5, **inputs)
+    torch.manual_seed(1)
+    assert torch.equal(sampled, model.generate(input_ids, do_sample=True, temperature=1.5, **inputs))
+    assert not torch.equal(sampled, model.generate(input_ids, do_sample=True, temperature=1.5, **inputs))
+
+
+def test_streaming(model):
+    class Collect(BaseStreamer):
+        tokens: list[int] = []  # noqa: RUF012
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    streamer = Collect()
+    out = model.generate(torch.tensor([[1, IMG, 7]]), images=pixels(1), streamer=streamer, **GREEDY)
+    assert streamer.tokens == [*out[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava_mistral", "llava_qwen"])
+@pytest.mark.parametrize("vision", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_backbones_and_towers(load, model_type: str, vision: dict[str, Any]):
+    _, model, _, _ = load(model_type=model_type, vision=vision)
+    prompt = torch.tensor([[1, IMG, 7]])
+    images = pixels(1)
+
+    def prefill_length() -> int:
+        return model(prompt, images=images).logits.shape[1]
+
+    assert prefill_length() == 16 + 2
+    visionzip(model, dominant=5, contextual=2)
+    assert prefill_length() == 7 + 2
+    assert model.generate(prompt, images=images, **GREEDY).shape == (1, 6)
+
+
+# Training
+
+
+def test_loss_ignores_visual_tokens_and_reaches_the_projector(model):
+    """LLaVA's training step: labels follow the text, and a text-only batch carries a dummy image."""
+    input_ids, mask = ids([1, 40, IMG, 41, 42], [1, 43, 44], side="right")
+    labels = input_ids.masked_fill((mask == 0) | (input_ids == IMG), IGNORE_INDEX)
+    out = model(input_ids, attention_mask=mask, labels=labels, images=pixels(2))
+    visual = out.logits.shape[1] - 4
+    predicted = torch.cat([out.logits[0, [0, 1 + visual, 2 + visual]], out.logits[1, :2]])
+    expected = torch.nn.functional.cross_entropy(predicted, torch.tensor([40, 41, 42, 43, 44]), reduction="none")
+    # Between 40 and 41 stand the visual tokens; the last of them predicts 41.
+    torch.testing.assert_close(out.loss, expected.mean())
+    out.loss.backward()
+    assert model.get_model().mm_projector[0].weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.get_vision_tower().parameters())
+
+    model.zero_grad()
+    text, _ = ids([1, 40, 41])
+    model(text, labels=text, images=pixels(1)).loss.backward()
+    assert model.get_model().mm_projector[0].weight.grad is not None  # all zeros, but there for DDP and ZeRO
+
+
+def test_long_prompts_are_cut(model):
+    model.config.tokenizer_model_max_length = 6
+    prompt = torch.tensor([[1, IMG, 9]])
+    _, _, _, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(prompt, None, None, None, prompt, pixels(1))
+    assert embeds.shape == (1, 6, 32)
+    assert labels.tolist() == [[1, *[IGNORE_INDEX] * 5]]
+
+
+# Tiles
+
+
+SIZES = [(112, 50), (60, 200), (56, 56)]  # grids of 2 x 1, 1 x 3 and 1 x 2 tiles
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
+def test_tiles(load, merge_type: str):
+    _, model, processor, _ = load(**NEXT | {"mm_patch_merge_type": merge_type})
+    images = process_images([Image.new("RGB", size) for size in SIZES], processor, model.config)
+    tiles = [len(image) for image in images]
+    assert tiles == [3, 4, 3]
+    vanilla = [len(tokens) for tokens in model.visual_tokens(images, SIZES)]
+    if merge_type == "spatial_unpad":  # the whole image, and rows x (columns + newline) of what padding left over
+        assert vanilla == [16 + 4 * (8 + 1), 16 + 12 * (4 + 1), 16 + 4 * (4 + 1)]
+    else:
+        assert vanilla == [16 * count for count in tiles]
+    visionzip(model, dominant=5, contextual=2)
+    assert [len(tokens) for tokens in model.visual_tokens(images, SIZES)] == [7 * count for count in tiles]
+
+
+def test_tiles_of_one_image_are_compressed_alone_and_ordered_across_the_grid(load):
+    """The order of the released code, for a 4 x 4 grid of patches: nothing is hard-wired to 24 x 24."""
+    _, model, _, _ = load(**NEXT)
+    model = visionzip(model, dominant=5, contextual=2)
+    tiles = pixels(3)
+    sequence = model.visual_tokens([tiles], [(112, 56)])[0]
+    single = model.get_vision_tower().compress(tiles)
+    tokens = model.get_model().mm_projector(single.tokens)
+    kept = [
+        (y, tile * 4 + x, tokens[1 + tile, position])
+        for tile in range(2)
+        for position, index in enumerate(single.dominant_indices[1 + tile].tolist())
+        if position > 0
+        for y, x in [divmod(index - 1, 4)]
+    ]
+    raster = [token for _, _, token in sorted(kept, key=lambda entry: entry[:2])]
+    expected = [*tokens[0], *raster, tokens[1, 0], tokens[2, 0], *tokens[1, 5:], *tokens[2, 5:]]
+    torch.testing.assert_close(sequence, torch.stack(expected))
+
+
+def test_one_tile_keeps_its_newline(load):
+    _, model, _, _ = load(**NEXT)
+    newline = model.get_model().image_newline
+    assert torch.equal(model.visual_tokens([pixels(1)[0]])[0][-1], newline)
+    zipped = visionzip(model, dominant=5, contextual=2).visual_tokens([pixels(1)])[0]
+    assert len(zipped) == 8 and torch.equal(zipped[-1], newline)
+
+
+# Projectors
+
+
+@pytest.mark.parametrize(("kind", "linears"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
+def test_projectors(load, kind: str, linears: int):
+    _, model, _, _ = load(mm_projector_type=kind)
+    weights = [key for key in model.state_dict() if "mm_projector" in key and key.endswith("weight")]
+    assert len(weights) == linears
+    assert model.encode_images(pixels(2)).shape == (2, 16, 32)
+
+
+def test_identity_projector(load):
+    _, model, _, _ = load(mm_projector_type="identity")
+    assert torch.equal(model.encode_images(pixels(1)), model.get_vision_tower()(pixels(1)))
+
+
+@pytest.mark.parametrize(("kind", "width"), [("mlp0x_gelu", 32), ("qformer", 32), ("identity", 16)])
+def test_unknown_projectors(kind: str, width: int):
+    with pytest.raises(ValueError, match=kind):
+        build_vision_projector(SimpleNamespace(mm_projector_type=kind, mm_hidden_size=32, hidden_size=width))
+
+
+# What is refused
+
+
+def nan_pixels() -> torch.Tensor:
+    images = pixels(2)
+    images[1, 0, 0, 0] = torch.nan
+    return images
+
+
+ONE = [1, IMG, 7]
+REFUSED = {
+    "too many images": (ONE, lambda: pixels(2), "1 <image>.*2 images"),
+    "too few images": ([1, IMG, IMG], lambda: pixels(1), "2 <image>.*1 images"),
+    "images but no <image>": ([1, 7], lambda: pixels(1), "0 <image>.*1 images"),
+    "<image> but no images": (ONE, lambda: None, "1 <image> but no images"),
+    "an empty list": (ONE, list, "1 <image> but no images"),
+    "no pixels": ([1, IMG, IMG], nan_pixels, r"images\[0\] has 1 pixels that are NaN"),
+    "another size": (ONE, lambda: pixels(1, edge=42), r"\(B, 3, 56, 56\).*42"),
+    "not an image": (ONE, lambda: [torch.zeros(56, 56)], r"images\[0\] has shape \(56, 56\)"),
+    "empty tiles": (ONE, lambda: [torch.zeros(0, 3, 56, 56)], r"images\[0\] has shape \(0,"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(model, case: str):
+    prompt, images, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([prompt]), images=images(), **GREEDY)
+
+
+def test_pil_images_are_refused(model):
+    with pytest.raises(TypeError, match=r"images\[0\] is a Image, not a tensor.*process_images"):
+        model.generate(torch.tensor([ONE]), images=[Image.new("RGB", (56, 56))], **GREEDY)
+
+
+@pytest.mark.parametrize("prompts", [torch.empty(0, 3, dtype=torch.long), torch.empty(1, 0, dtype=torch.long), None])
+def test_empty_batches_are_refused(model, prompts: torch.Tensor | None):
+    with pytest.raises(ValueError, match="generate needs prompts"):
+        model.generate(prompts, images=pixels(1), **GREEDY)
+    with pytest.raises(ValueError, match=r"B >= 1, got \(0, 3, 56, 56\)"):
+        model.get_vision_tower()(pixels(0))
+
+
+def test_tiles_are_checked_against_the_image_size(load):
+    _, model, _, _ = load(**NEXT)
+    with pytest.raises(ValueError, match="3 tiles: give image_sizes"):
+        model.visual_tokens([pixels(3)])
+    with pytest.raises(ValueError, match="grid of 2 x 1 tiles and the whole image, 3 in all, but comes as 4"):
+        model.visual_tokens([pixels(4)], [(112, 56)])
+    with pytest.raises(ValueError, match="1 entries for 2 images"):
+        model.visual_tokens([pixels(3), pixels(3)], [(112, 56)])
+    model.config.image_grid_pinpoints = None
+    with pytest.raises(ValueError, match="image_grid_pinpoints=None"):
+        model.visual_tokens([pixels(3)], [(112, 56)])
+
+
+def test_what_is_not_an_image_is_refused():
+    with pytest.raises(TypeError, match=r"images\[1\] is a str"):
+        process_images([Image.new("RGB", (8, 8)), "cat.png"], None, SimpleNamespace())
+    with pytest.raises(ValueError, match="images is empty"):
+        process_images([], None, SimpleNamespace())

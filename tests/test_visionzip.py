@@ -1,0 +1,333 @@
+"""``visionzip`` and ``unzip``: one line switches the compression of a model on and off, and touches nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import pickle
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
+
+from checkpoints import CLIP, LANGUAGE_MODEL, SIGLIP, write_checkpoint, write_tokenizer
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
+from visionzip import VisionZipConfig, unzip, visionzip
+
+EDGE, PATCHES = 112, 64  # of the towers here; CLIP has the CLS token besides
+PROMPT = torch.tensor([[1, 20, IMAGE_TOKEN_INDEX, 30, 40]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint with each tower."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: write_checkpoint(root / name, vision={**vision, "image_size": EDGE})
+        for name, vision in {"clip": CLIP, "siglip": SIGLIP}.items()
+    }
+
+
+@pytest.fixture
+def model(folders: dict[str, Path]) -> LlavaLlamaForCausalLM:
+    return load(folders["clip"])
+
+
+def load(folder: Path) -> LlavaLlamaForCausalLM:
+    return load_pretrained_model(str(folder), device="cpu")[1]
+
+
+def pixels(seed: int = 0) -> Tensor:
+    return torch.randn(1, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def visual_tokens(model: nn.Module) -> Tensor:
+    """(n, hidden_size), what the language model sees of an image."""
+    return model.encode_images(pixels())[0]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, seed: int = 0) -> list[Tensor]:
+    """Logits of the prompt with its visual tokens, and an answer."""
+    images = pixels(seed)
+    answer = model.generate(PROMPT, images=images, max_new_tokens=4, do_sample=False)
+    return [model(PROMPT, images=images).logits, answer]
+
+
+def load_and_run(pickled: bytes) -> list[list[Any]]:
+    """For another process, which sends back plain lists."""
+    return [tensor.tolist() for tensor in outputs(pickle.loads(pickled))]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that hangs on the model: attributes, hooks, parameters, the class of each module, and the config."""
+    modules = {
+        name: (type(module), {key: dict(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
+        for name, module in model.named_modules()
+    }
+    return {"modules": modules, "config": copy.deepcopy(vars(model.config))}
+
+
+# --- on, again, off ---
+
+
+def test_in_place_and_the_same_object(model: LlavaLlamaForCausalLM):
+    assert visionzip(model, dominant=16, contextual=4) is model
+    assert len(visual_tokens(model)) == 20
+    assert unzip(model) is model
+    assert len(visual_tokens(model)) == PATCHES
+
+
+def test_default_is_the_papers_64_tokens(model: LlavaLlamaForCausalLM):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        visionzip(model)
+    compressed = model.get_vision_tower().compress(pixels())
+    assert compressed.dominant_indices.shape == (1, 54) and compressed.target_indices.shape == (1, 10)
+    assert len(visual_tokens(model)) == 64
+
+
+def test_calling_again_configures_anew(model: LlavaLlamaForCausalLM, folders: dict[str, Path]):
+    visionzip(visionzip(model, dominant=16, contextual=4, merge="average"), dominant=8, contextual=2)
+    assert same(outputs(model), outputs(visionzip(load(folders["clip"]), dominant=8, contextual=2)))
+    assert model.config.visionzip == VisionZipConfig(8, 2).to_dict()
+
+
+def test_unzip_restores_outputs_and_every_attribute(model: LlavaLlamaForCausalLM):
+    before, expected = snapshot(model), outputs(model)
+    visionzip(model, dominant=16, contextual=4)
+    assert not same(outputs(model)[:1], expected[:1])
+    unzip(model)
+    assert snapshot(model) == before
+    assert same(outputs(model), expected)
+    assert snapshot(unzip(model)) == before  # once more is harmless
+
+
+def test_no_class_is_modified(model: LlavaLlamaForCausalLM):
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    assert {LlavaLlamaForCausalLM, LlamaForCausalLM, CLIPVisionModel, CLIPVisionTower, nn.Module} < classes
+    before = {cls: dict(vars(cls)) for cls in classes}
+    visionzip(model, dominant=16, contextual=4)
+    assert {cls: dict(vars(cls)) for cls in classes} == before
+    outputs(model)
+    unzip(model)
+    assert {cls: dict(vars(cls)) for cls in classes} == before
+
+
+@pytest.mark.parametrize("setting", [{"merge": "average"}, {"layer": -3}, {"dominant": 17}, {"contextual": 5}])
+@pytest.mark.filterwarnings("ignore:VisionZip reads encoder layer")
+def test_every_setting_matters(setting: dict[str, Any], model: LlavaLlamaForCausalLM):
+    plain = visual_tokens(visionzip(model, dominant=16, contextual=4))
+    other = visual_tokens(visionzip(model, **{"dominant": 16, "contextual": 4, **setting}))
+    assert not torch.equal(plain, other)
+
+
+# --- models do not affect each other ---
+
+
+@pytest.fixture
+def pair(folders: dict[str, Path]) -> list[LlavaLlamaForCausalLM]:
+    """A zipped and a plain model in one process."""
+    return [visionzip(load(folders["clip"]), dominant=16, contextual=4), load(folders["clip"])]
+
+
+def test_a_zipped_and_a_plain_model_interleaved(pair: list[LlavaLlamaForCausalLM]):
+    alone = [outputs(pair[0]), outputs(pair[1])]
+    assert alone[0][0].shape[1] == 4 + 20 and alone[1][0].shape[1] == 4 + PATCHES
+    for _ in range(2):
+        assert same(outputs(pair[0]), alone[0])
+        assert same(outputs(pair[1]), alone[1])
+
+
+@pytest.mark.parametrize("which", [(0, 1), (0, 0)], ids=["zipped and plain", "the same zipped one"])
+def test_two_threads_at_once(which: tuple[int, int], pair: list[LlavaLlamaForCausalLM]):
+    barrier = Barrier(2, timeout=60)
+    rounds = 5
+
+    def run(index: int, seed: int) -> list[Tensor]:
+        barrier.wait()
+        return [tensor for _ in range(rounds) for tensor in outputs(pair[index], seed)]
+
+    sequential = [outputs(pair[index], seed) * rounds for seed, index in enumerate(which)]
+    with ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(run, which, range(2)))
+    torch.testing.assert_close(at_once, sequential)
+
+
+def test_a_copy_is_zipped_and_independent(model: LlavaLlamaForCausalLM):
+    plain = outputs(model)
+    visionzip(model, dominant=16, contextual=4)
+    expected = outputs(model)
+    twin = copy.deepcopy(model)
+    assert same(outputs(twin), expected)
+    assert same(outputs(unzip(twin)), plain)
+    assert same(outputs(model), expected) and model.config.visionzip["dominant"] == 16
+
+
+# --- the setting is kept with the model ---
+
+
+def test_the_setting_is_a_plain_dict_in_the_config(model: LlavaLlamaForCausalLM):
+    visionzip(model, dominant=16, contextual=4)
+    assert type(model.config.visionzip) is dict
+    assert model.config.visionzip == {"dominant": 16, "contextual": 4, "layer": -2, "merge": "released"}
+    assert not hasattr(unzip(model).config, "visionzip")
+
+
+def test_a_saved_model_comes_back_zipped(model: LlavaLlamaForCausalLM, tmp_path: Path):
+    visionzip(model, dominant=16, contextual=4, merge="average").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["visionzip"] == model.config.visionzip
+    for again in (LlavaLlamaForCausalLM.from_pretrained(tmp_path), load(tmp_path)):
+        assert same(outputs(again), outputs(model))
+        assert again.config.visionzip == model.config.visionzip
+        assert len(visual_tokens(unzip(again))) == PATCHES
+
+
+def test_without_arguments_the_stored_setting_is_applied(model: LlavaLlamaForCausalLM):
+    model.config.visionzip = {"dominant": 16, "contextual": 4}
+    visionzip(model)
+    assert model.get_vision_tower().visionzip == VisionZipConfig(16, 4)
+    assert len(visual_tokens(visionzip(model))) == 20
+
+
+def test_a_pickled_model_is_zipped_in_another_process(model: LlavaLlamaForCausalLM):
+    visionzip(model, dominant=16, contextual=4)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(load_and_run, pickle.dumps(model)).result()
+    torch.testing.assert_close([torch.tensor(values) for values in there], outputs(model))
+
+
+# --- what can be zipped ---
+
+
+def test_a_bare_tower(model: LlavaLlamaForCausalLM):
+    tower = model.get_vision_tower()
+    plain = tower(pixels())
+    assert visionzip(tower, dominant=16, contextual=4) is tower
+    assert tower(pixels()).shape == (1, 20, 32)
+    assert torch.equal(unzip(tower)(pixels()), plain)
+
+
+def test_a_peft_model(model: LlavaLlamaForCausalLM):
+    lora = LoraConfig(target_modules=r"model\.layers.*q_proj", init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    plain = outputs(adapted)
+    assert visionzip(adapted, dominant=16, contextual=4) is adapted
+    assert outputs(adapted)[0].shape[1] == 4 + 20
+    assert same(outputs(unzip(adapted)), plain)
+
+
+def test_siglip_has_no_cls_token(folders: dict[str, Path]):
+    model = visionzip(load(folders["siglip"]), dominant=16, contextual=4)
+    tower = model.get_vision_tower()
+    assert type(tower) is SigLipVisionTower
+    compressed = tower.compress(pixels())
+    features = unzip(tower)(pixels())[0]
+    assert compressed.assignment.shape == (1, PATCHES)
+    assert torch.equal(compressed.tokens[0, :16], features[compressed.dominant_indices[0]])
+
+
+@pytest.mark.parametrize("name, encoder_class", [("clip", CLIPVisionModel), ("siglip", SiglipVisionModel)])
+@pytest.mark.parametrize("zipped", [True, False])
+@torch.no_grad()
+def test_the_last_encoder_layer_never_runs(
+    name: str, encoder_class: type[nn.Module], zipped: bool, folders: dict[str, Path]
+):
+    tower = load(folders[name]).get_vision_tower()
+    encoder = encoder_class.from_pretrained(tower.vision_tower_name)
+    expected = encoder(pixels(), output_hidden_states=True).hidden_states[-2]
+    ran = []
+    for index, layer in enumerate(tower.encoder.encoder.layers):
+        layer.register_forward_hook(lambda *args, index=index: ran.append(index))
+    if zipped:
+        compressed = visionzip(tower, dominant=16, contextual=0).compress(pixels())
+        torch.testing.assert_close(compressed.tokens[0], expected[0, compressed.dominant_indices[0]])
+    else:
+        torch.testing.assert_close(tower(pixels()), expected[:, -PATCHES:])
+    assert ran == [0, 1, 2]  # of four
+
+
+# --- warnings and errors ---
+
+
+@pytest.mark.parametrize("dominant, contextual", [(65, 0), (60, 5), (55, 10), (100, 0), (10, 100)], ids=str)
+def test_a_budget_of_the_whole_sequence_warns_and_compresses_nothing(
+    dominant: int, contextual: int, model: LlavaLlamaForCausalLM
+):
+    """All 65 tokens, the CLS token included, as they were; and no further warning when the model runs."""
+    features = model.get_vision_tower()(pixels())
+    message = f"dominant={dominant} .* contextual={contextual} is {dominant + contextual} tokens, .* has 65: nothing"
+    with pytest.warns(UserWarning, match=message) as caught:
+        visionzip(model, dominant=dominant, contextual=contextual)
+        assert outputs(model)[0].shape[1] == 4 + 65
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(model.get_vision_tower()(pixels())[:, 1:], features)
+
+
+def test_a_layer_that_the_projector_was_not_trained_on_warns(model: LlavaLlamaForCausalLM):
+    message = r"reads encoder layer -3, but .* layer -2 \(mm_vision_select_layer\)"
+    with pytest.warns(UserWarning, match=message) as caught:
+        visionzip(model, dominant=16, contextual=4, layer=-3)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+WRONG_SETTINGS = [
+    ({"dominant": 0}, ValueError, "dominant=0 is below 1"),
+    ({"dominant": 16, "contextual": -1}, ValueError, "contextual=-1 is below 0"),
+    ({"dominant": 16.0}, TypeError, r"dominant=16\.0 must be an integer"),
+    ({"contextual": True}, TypeError, "contextual=True must be an integer"),
+    ({"merge": "mean"}, ValueError, "merge='mean' is unknown"),
+    ({"layer": 4}, ValueError, r"layer=4 is outside the vision tower's 4 layers \(-4 to 3\)"),
+    ({"layer": -5}, ValueError, r"layer=-5 is outside"),
+]
+
+
+@pytest.mark.parametrize("setting, error, message", WRONG_SETTINGS, ids=[str(row[0]) for row in WRONG_SETTINGS])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_wrong_setting_changes_nothing(
+    setting: dict[str, Any], error: type[Exception], message: str, zipped: bool, model: LlavaLlamaForCausalLM
+):
+    if zipped:
+        visionzip(model, dominant=8, contextual=2)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        visionzip(model, **setting)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("function", [visionzip, unzip])
+def test_an_unsupported_model(function: Any):
+    text_only = LlamaForCausalLM(LlamaConfig(**{**LANGUAGE_MODEL, "num_hidden_layers": 1}))
+    message = "does not support LlamaForCausalLM. Supported are .*LlavaMetaForCausalLM.*VisionTower"
+    with pytest.raises(TypeError, match=message):
+        function(text_only)
+
+
+@pytest.mark.parametrize("function", [visionzip, unzip])
+def test_a_model_without_vision_tower(function: Any):
+    with pytest.raises(ValueError, match=r"this LlavaLlamaForCausalLM has no vision tower .* no mm_vision_tower"):
+        function(LlavaLlamaForCausalLM(LlavaConfig(**LANGUAGE_MODEL)))
+
+
+def test_an_unzipped_tower_has_nothing_to_compress(model: LlavaLlamaForCausalLM):
+    with pytest.raises(RuntimeError, match="not zipped"):
+        model.get_vision_tower().compress(pixels())
