@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 
@@ -145,3 +156,49 @@ def scale_up(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+
+
+def write_hub_tower(folder: Path, vision: dict[str, Any]) -> None:
+    """An encoder as OpenAI's and Google's on the hub: text encoder, its config and an old buffer come with it."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 8}
+    config_class, model_class = {
+        "clip_vision_model": (CLIPConfig, CLIPModel),
+        "siglip_vision_model": (SiglipConfig, SiglipModel),
+    }[vision["model_type"]]
+    model = model_class(config_class(vision_config=vision, text_config=text))
+    scale_up(model)
+    positions = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    write_tower(folder, vision, {**model.state_dict(), **positions})
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+
+
+def write_qwen_tokenizer(folder: Path) -> None:
+    """A tokenizer as Qwen's: bytes, no beginning-of-sequence token, ``tokenizer.json``."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def edit_config(folder: Path, *removed: str, **changes: Any) -> None:
+    """Change fields of ``config.json``, or remove them."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in removed}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Put other weights into ``model.safetensors``, made from those in it."""
+    path = folder / "model.safetensors"
+    weights = {key: value.clone() for key, value in load_file(path).items()}  # not views of the file
+    save_file(change(weights), path, metadata={"format": "pt"})

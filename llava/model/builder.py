@@ -168,7 +168,13 @@ def _read_config(model_path: str, model_name: str | None) -> tuple[type, Pretrai
     """The model's class and its config. Older uploads have a model_type that is transformers' own now."""
     if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
-    values, _ = PretrainedConfig.get_config_dict(model_path)
+    try:
+        values, _ = PretrainedConfig.get_config_dict(model_path)
+    except OSError as error:
+        raise OSError(
+            f"cannot read the config of {model_path}: it is no folder here, and not to be had from the hub. Check the "
+            f"name and the connection, or download it and give its folder. ({error})"
+        ) from error
     architecture = next(iter(values.get("architectures") or []), None)
     model_type = values.pop("model_type", None)
     model_class = _MODELS.get(architecture)

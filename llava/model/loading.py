@@ -30,14 +30,11 @@ _WEIGHT_FILES = (
 
 
 def find_file(path: str | Path, name: str) -> str | None:
-    """Where a checkpoint (folder or hub name) has the file ``name``; None if it has none."""
-    return cached_file(
-        str(path),
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    """Where a checkpoint (folder or hub name) has the file ``name``; None if it has none or cannot be reached."""
+    try:
+        return cached_file(str(path), name)
+    except OSError:
+        return None
 
 
 def has_weights(folder: str | Path) -> bool:
