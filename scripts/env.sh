@@ -1,5 +1,6 @@
-# Sourced by test.sh and quickstart.sh: the Python environment that both work in.
+# The Python environment that everything here works in.
 #
+#   bash scripts/env.sh [EXTRAS]   makes it
 #   source scripts/env.sh       sets ROOT, the repository's root
 #   use_environment EXTRAS      installs this repository, editable, with the extras (comma separated, may be empty) and
 #                               the versions of constraints.txt; sets PYTHON, the interpreter to run things with
@@ -58,3 +59,8 @@ use_environment() {
     [[ -e "$stamp" ]] || echo "$checksum" >"$stamp"
     echo "extras=$extras" >>"$stamp"
 }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    set -euo pipefail
+    use_environment "${1:-}"
+fi

@@ -137,7 +137,7 @@ def test_tensor_core(name: str):
     torch.testing.assert_close(result.tokens, case.data["tokens"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name X
+@pytest.mark.parametrize("name", cases("tower"))
 def test_tower(name: str, tmp_path: Path):
     case = Case.read(name)
     shared = load_file(ROOT / case.shared)

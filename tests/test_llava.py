@@ -71,6 +71,11 @@ def test_images_as_tensor_list_or_tiles(model):
         assert torch.equal(model.generate(input_ids=input_ids, images=same, **GREEDY), expected)
 
 
+def test_a_list_straight_to_the_tower(model):
+    tower, images = model.get_vision_tower(), pixels(2)
+    torch.testing.assert_close(torch.cat(tower(list(images))), tower(images))
+
+
 def test_text_only_equals_the_plain_language_model(load, make_checkpoint):
     _, model, _, _ = load()
     visionzip(model, dominant=5, contextual=2)
@@ -246,7 +251,7 @@ REFUSED = {
     "images but no <image>": ([1, 7], lambda: pixels(1), "0 <image>.*1 images"),
     "<image> but no images": (ONE, lambda: None, "1 <image> but no images"),
     "an empty list": (ONE, list, "1 <image> but no images"),
-    "no pixels": ([1, IMG, IMG], nan_pixels, r"images\[0\] has 1 pixels that are NaN"),
+    "no pixels": ([1, IMG, IMG], nan_pixels, r"images\[1\] has 1 pixels that are NaN"),
     "another size": (ONE, lambda: pixels(1, edge=42), r"\(B, 3, 56, 56\).*42"),
     "not an image": (ONE, lambda: [torch.zeros(56, 56)], r"images\[0\] has shape \(56, 56\)"),
     "empty tiles": (ONE, lambda: [torch.zeros(0, 3, 56, 56)], r"images\[0\] has shape \(0,"),

@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import infer_auto_device_map
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
 from checkpoints import (
     CLIP,
     LANGUAGE_MODEL,
@@ -25,15 +30,11 @@ from checkpoints import (
     write_qwen_tokenizer,
     write_tokenizer,
 )
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
-
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from visionzip import visionzip
+from llava.model.loading import no_load_report
+from visionzip import VisionZipConfig, unzip, visionzip
 
 Weights = dict[str, Tensor]
 FILE = "model.safetensors"
@@ -75,10 +76,10 @@ def copied(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[...
 
 
 @pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Any:
+def log(caplog: pytest.LogCaptureFixture) -> Any:
     """What users would read, from transformers too."""
     transformers.logging.enable_propagation()
-    yield caplog.messages
+    yield caplog
     transformers.logging.disable_propagation()
 
 
@@ -136,11 +137,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("tower_inside", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_full_checkpoint(layout: str, tower_inside: bool, make_checkpoint, copied, warnings):
+def test_full_checkpoint(layout: str, tower_inside: bool, make_checkpoint, copied, log):
     folder = copied(tower_inside=tower_inside)
     LAYOUTS[layout](folder)
     assert_same(load(folder).state_dict(), weights_of(make_checkpoint()))
-    assert not warnings
+    assert not log.messages
 
 
 def test_tower_inside_the_checkpoints_folder(make_checkpoint, copied):
@@ -151,24 +152,24 @@ def test_tower_inside_the_checkpoints_folder(make_checkpoint, copied):
 
 
 @pytest.mark.parametrize("vision", [CLIP, {**SIGLIP, "vision_use_head": True}], ids=["clip", "siglip"])
-def test_tower_as_on_the_hub(vision: dict[str, Any], tmp_path: Path, warnings):
+def test_tower_as_on_the_hub(vision: dict[str, Any], tmp_path: Path, log):
     """``openai/clip-vit-large-patch14-336`` is the whole CLIP: two configs in one, and the text encoder's weights."""
     folder = write_checkpoint(tmp_path / "llava", vision=vision, tower_inside=False)
     write_hub_tower(tmp_path / "llava-tower", vision)
     expected = weights_of(tmp_path / "llava-tower")
-    warnings.clear()
+    log.clear()
     own = load(folder).get_vision_tower().vision_tower.state_dict()
     assert_same(own, {key: expected[key] for key in own})
-    assert not warnings
+    assert not log.messages
 
 
-def test_siglip_without_what_is_never_used(tmp_path: Path, warnings):
+def test_siglip_without_what_is_never_used(tmp_path: Path, log):
     """LLaVA-OneVision's checkpoints lack the encoder's last layer and its pooling head."""
     folder = write_checkpoint(tmp_path / "llava", vision={**SIGLIP, "vision_use_head": True})
     unused = tuple(ENCODER + name for name in ("encoder.layers.3.", "post_layernorm.", "head."))
     edit_weights(folder, lambda weights: {key: value for key, value in weights.items() if not key.startswith(unused)})
     model = load(folder)
-    assert not warnings
+    assert not log.messages
     assert generate(visionzip(model, dominant=4, contextual=2)).shape == (1, 4)
     with pytest.raises(ValueError, match="layer=-1 has no weights in this checkpoint"):
         visionzip(model, dominant=4, contextual=2, layer=-1)
@@ -241,12 +242,12 @@ EARLY = {  # fields of liuhaotian/llava-v1.5-7b that are transformers' own now, 
         ([], {"architectures": ["LlamaForCausalLM"]}, None),  # what a projector was pretrained on
     ],
 )
-def test_configs(removed: list[str], changes: dict[str, Any], name: str | None, copied, warnings):
+def test_configs(removed: list[str], changes: dict[str, Any], name: str | None, copied, log):
     folder = copied()
     edit_config(folder, *removed, **changes)
     model = load(folder, model_name=name)
     assert type(model) is LlavaLlamaForCausalLM and model.config.model_type == "llava_llama"
-    assert model.dtype == torch.float32 and not warnings
+    assert model.dtype == torch.float32 and not log.messages
 
 
 def test_hint_where_the_config_is_silent(copied):
@@ -256,14 +257,12 @@ def test_hint_where_the_config_is_silent(copied):
 
 
 def test_vicunas_generation_config(copied, tmp_path: Path):
-    """It samples without saying so, which transformers refuses to save."""
+    """It has sampling parameters without sampling; transformers refuses to save that once it is modified."""
     folder = copied()
-    settings = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    model = load(folder)
-    assert generate(model).shape == (1, 4)
-    model.save_pretrained(tmp_path / "saved")
-    assert load(tmp_path / "saved", base=None).generation_config.top_p == 0.6
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.9, "top_p": 0.6}))
+    load(folder).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["top_p"] == 0.6
 
 
 # Parts that complete a base
@@ -315,24 +314,383 @@ def test_projectors_tower_is_relative_to_its_own_folder(make_checkpoint, languag
     assert_same(model.state_dict(), weights_of(make_checkpoint()) | projector)
 
 
-def write_lora(source: Path, folder: Path, layers: int = 2) -> Weights:
-    """An adapter as LLaVA's training writes it; returns all weights of the model with it merged."""
+def write_lora(source: Path, folder: Path, suffix: str = ".bin") -> Weights:
+    """An adapter as LLaVA's training writes it; returns all weights of the model with it merged by hand."""
     projector = write_part(source, folder)
-    torch.save({f"base_model.model.{key}": value for key, value in projector.items()}, folder / "non_lora_trainables.bin")
-    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=list(range(layers)), layers_pattern="model.layers", task_type="CAUSAL_LM").save_pretrained(folder)
+    beside = {f"base_model.model.{key}": value for key, value in projector.items()}
+    torch.save(beside, folder / "non_lora_trainables.bin")
+    parts = ["self_attn.q_proj", "mlp.up_proj"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    settings["target_modules"] = [part.split(".")[1] for part in parts]  # of the vision tower too, by name
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     merged, adapter = weights_of(source) | projector, {}
-    for name in (f"model.layers.{layer}.{part}" for layer in range(layers) for part in ("self_attn.q_proj", "mlp.up_proj")):
+    for name in (f"model.layers.{layer}.{part}" for layer in range(2) for part in parts):
         weight = merged[f"{name}.weight"]
         down, up = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
         adapter |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
         merged[f"{name}.weight"] = weight + 8 / 4 * up @ down
-    save_safetensors(adapter, folder / "adapter_model.safetensors")
+    (torch.save if suffix == ".bin" else save_safetensors)(adapter, folder / f"adapter_model{suffix}")
     return merged
 
 
-@pytest.mark.parametrize("base", ["language_model", "llava"])
-def test_lora(base: str, make_checkpoint, language_model, tmp_path: Path):
-    merged = write_lora(make_checkpoint(), tmp_path / "lora")
+@pytest.mark.parametrize(("base", "suffix"), [("language_model", ".bin"), ("llava", ".safetensors")])
+def test_lora(base: str, suffix: str, make_checkpoint, language_model, tmp_path: Path, recwarn):
+    merged = write_lora(make_checkpoint(), tmp_path / "lora", suffix)
     model = load(tmp_path / "lora", language_model if base == "language_model" else make_checkpoint())
     torch.testing.assert_close(dict(model.state_dict()), merged)
     assert type(model) is LlavaLlamaForCausalLM and generate(model).shape == (1, 4)
+    assert not [warning for warning in recwarn if "missing" in str(warning.message)]  # of the tower, says peft
+
+
+def test_lora_needs_peft(make_checkpoint, tmp_path: Path, unread, monkeypatch: pytest.MonkeyPatch):
+    write_lora(make_checkpoint(), tmp_path / "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        load(tmp_path / "lora", make_checkpoint())
+
+
+# How it is loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("option", ["torch_dtype", "dtype"])
+def test_dtype(option: str, dtype: torch.dtype, make_checkpoint):
+    """It holds for the tower too, also where its weights come from another folder."""
+    for tower_inside in (True, False):
+        model = load(make_checkpoint(tower_inside=tower_inside), **{option: dtype})
+        assert {value.dtype for value in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention(attention: str, make_checkpoint):
+    model = load(make_checkpoint(), attn_implementation=attention)
+    assert model.config._attn_implementation == model.get_vision_tower().config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device": "cpu"}, {"device_map": {"": "cpu"}}])
+def test_devices(options: dict[str, Any], make_checkpoint):
+    model = load_pretrained_model(str(make_checkpoint()), **options)[1]
+    automatic = torch.cuda.is_available() and options == {"device_map": "auto"}
+    assert {value.device.type for value in model.parameters()} == {"cuda" if automatic else "cpu"}
+
+
+@pytest.mark.parametrize("room", [0.5, 0.7, 0.9])
+def test_what_does_not_fit_is_the_end_of_the_language_model(room: float, make_checkpoint):
+    config = AutoConfig.from_pretrained(make_checkpoint(), num_hidden_layers=30)
+    with torch.device("meta"):
+        model = LlavaLlamaForCausalLM(config)
+    size = sum(value.nbytes for value in model.parameters())
+    memory = {"cpu": int(room * size), "disk": size}
+    device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    offloaded = [name for name, device in device_map.items() if device == "disk"]
+    assert offloaded and all(
+        name.startswith(("model.layers", "model.norm", "model.rotary_emb", "lm_head")) for name in offloaded
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisation(bits: int, tmp_path: Path, copied):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder = copied(hidden_size=64, mm_hidden_size=32)
+    model = load(folder, **{f"load_{bits}bit": True})
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name, module in linears.items() if isinstance(module, kind)} == {
+        name for name in linears if name.startswith("model.layers.")
+    }
+    answer = generate(model)
+    assert answer.shape == (1, 4)
+    assert generate(visionzip(model, dominant=4, contextual=2)).shape == (1, 4)
+    assert torch.equal(generate(unzip(model)), answer)
+
+
+def test_quantisation_needs_bitsandbytes(make_checkpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        load(make_checkpoint(), load_4bit=True)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("tower_inside", [True, False])
+@pytest.mark.parametrize("vision", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_saved_folder_stands_alone(vision: dict[str, Any], tower_inside: bool, make_checkpoint, copied, tmp_path: Path):
+    folder = copied(vision=vision, tower_inside=tower_inside)
+    edit_config(folder.parent / "tower", hidden_act="relu")  # not a default, so that it has to be stored
+    processor = json.loads((folder.parent / "tower" / "preprocessor_config.json").read_text())
+    (folder.parent / "tower" / "preprocessor_config.json").write_text(
+        json.dumps({**processor, "image_mean": [0.1, 0.2, 0.3]})
+    )
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(folder), device="cpu")
+    visionzip(model, dominant=4, contextual=2)
+    answer = generate(model)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    assert_same(weights_of(tmp_path / "saved"), weights_of(make_checkpoint(vision=vision)))
+
+    shutil.rmtree(tmp_path / "tower")
+    _, again, processor_again, _ = load_pretrained_model(str(tmp_path / "saved"), device="cpu")
+    assert again.get_vision_tower().visionzip == VisionZipConfig(4, 2)
+    assert torch.equal(generate(again), answer)
+    assert processor_again.to_dict() == image_processor.to_dict()
+    assert list(processor_again.image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_saving_without_an_image_processor(copied, tmp_path: Path, offline, log):
+    """The tower is known by its hub name only, and there is no connection; its weights are in the checkpoint."""
+    folder = copied()
+    edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336", mm_vision_config=CLIP)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder)
+    assert not log.messages
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(weights_of(tmp_path / "saved"), weights_of(folder))
+    assert "saved without the image processor" in log.messages[-1]
+
+
+# transformers' own entrances
+
+
+def test_from_pretrained(make_checkpoint, copied, log):
+    expected = weights_of(make_checkpoint())
+    folder = copied(tower_inside=False)
+    assert_same(LlavaLlamaForCausalLM.from_pretrained(folder).state_dict(), expected)
+    assert type(AutoConfig.from_pretrained(folder)) is LlavaLlamaForCausalLM.config_class
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert type(model) is LlavaLlamaForCausalLM and model.dtype == torch.bfloat16
+    assert model.get_vision_tower().config._attn_implementation == "eager"
+    config = AutoConfig.from_pretrained(folder, mm_vision_select_feature="cls_patch")
+    model, info = LlavaLlamaForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+    assert model.get_vision_tower().select_feature == "cls_patch" and not info["unexpected_keys"]
+    assert not log.messages
+
+    model = LlavaLlamaForCausalLM(config)
+    model.load_state_dict(expected, strict=True)
+    assert_same(model.state_dict(), expected)
+    edit_weights(folder, without("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"1 missing from the checkpoint, such as model\.norm\.weight"):
+        LlavaLlamaForCausalLM.from_pretrained(folder)
+
+
+def test_only_the_one_report_is_kept_back(copied, log):
+    folder = copied(tower_inside=False)
+    with no_load_report():
+        LlamaForCausalLM.from_pretrained(folder)
+        logging.getLogger("transformers.modeling_utils").warning("something else")
+    assert "something else" in log.messages and "LOAD REPORT" not in log.text
+    LlamaForCausalLM.from_pretrained(folder)
+    assert "LOAD REPORT" in log.messages[-1]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "vocabulary", "added"),
+    [
+        ({"mm_use_im_patch_token": False}, 480, []),
+        ({"mm_use_im_patch_token": None}, 480, ["<im_patch>"]),  # absent: as if true
+        ({"mm_use_im_patch_token": True, "mm_use_im_start_end": True}, 480, ["<im_patch>", "<im_start>", "<im_end>"]),
+        ({"mm_use_im_patch_token": True}, 512, ["<im_patch>"]),  # padded: there is room
+    ],
+)
+def test_marker_tokens(config: dict[str, Any], vocabulary: int, added: list[str], copied, make_checkpoint):
+    folder = copied(vocab_size=vocabulary)
+    edit_config(folder, *(key for key, value in config.items() if value is None), **config)
+    tokenizer, model, _, _ = load_pretrained_model(str(folder), device="cpu")
+    assert tokenizer.convert_tokens_to_ids(added) == list(range(480, 480 + len(added))) and len(tokenizer) == 480 + len(
+        added
+    )
+    rows = max(vocabulary, len(tokenizer))
+    embeddings = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert [len(weight) for weight in embeddings] == [rows, rows] and model.config.vocab_size == rows
+    expected = weights_of(folder)
+    assert torch.equal(embeddings[0][:vocabulary], expected["model.embed_tokens.weight"])
+    assert torch.equal(embeddings[1][:vocabulary], expected["lm_head.weight"])
+
+
+# What is wrong, said before anything large is read
+
+
+def without(*keys: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {key: value for key, value in weights.items() if key not in keys}
+
+
+def reshaped(key: str) -> Callable[[Weights], Weights]:
+    return lambda weights: weights | {key: weights[key][:-1].clone()}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_a_shard(folder: Path) -> None:
+    LAYOUTS["bin_shards"](folder)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+
+
+def tower(folder: Path) -> Path:
+    return folder.parent / "tower"
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "embeddings.position_embedding.weight"
+BROKEN = {
+    "weight missing": (
+        lambda folder: edit_weights(folder, without(LAYER)),
+        rf"llava do not fit LlavaLlamaForCausalLM: 1 missing from the checkpoint, such as {LAYER}\..*incomplete",
+    ),
+    "weight unexpected": (
+        lambda folder: edit_weights(folder, lambda weights: weights | {"model.image_newline": torch.ones(32)}),
+        r"1 not part of the model, such as model\.image_newline",
+    ),
+    "weight of another shape": (
+        lambda folder: edit_weights(folder, reshaped(LAYER)),
+        rf"1 of another shape than the model's, such as {LAYER} \(model \(64, 32\), checkpoint \(63, 32\)\)",
+    ),
+    "weight of the tower missing": (
+        lambda folder: edit_weights(folder, without(ENCODER + EMBEDDING)),
+        rf"1 missing from the checkpoint, such as {ENCODER}{EMBEDDING}",
+    ),
+    "config of another model": (
+        lambda folder: edit_config(folder, num_hidden_layers=3, intermediate_size=32),
+        r"9 missing .*model\.layers\.2.*6 of another shape",
+    ),
+    "shard missing": (
+        remove_a_shard,
+        r"incomplete: 1 of 2 shards named in pytorch_model\.bin\.index\.json .*\(pytorch_model-00002-of-00002\.bin\)",
+    ),
+    "no weights": (lambda folder: (folder / FILE).unlink(), r"llava has no weights: expected model\.safetensors"),
+    "cut short": (lambda folder: cut(folder / FILE), r"model\.safetensors \(\d+ bytes\): .* download it again"),
+    "git-lfs": (
+        lambda folder: (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1"),
+        r"model\.safetensors \(42 bytes\): .*git-lfs",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"llava has no config\.json: copy"),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("token*")],
+        r"cannot load a tokenizer from .*llava: it needs a tokenizer\.model",
+    ),
+    "llava-hf": (
+        lambda folder: edit_config(
+            folder, "mm_vision_tower", model_type="llava", architectures=["LlavaForConditionalGeneration"]
+        ),
+        "not an original LLaVA checkpoint .*'LlavaForConditionalGeneration'.* such as liuhaotian/llava-v1.5-7b",
+    ),
+    "plain Llama": (
+        lambda folder: edit_config(folder, "mm_vision_tower", model_type="llama", architectures=["LlamaForCausalLM"]),
+        "not an original LLaVA checkpoint .*'LlamaForCausalLM'.* such as liuhaotian/llava-v1.5-7b",
+    ),
+    "MPT": (
+        lambda folder: edit_config(folder, model_type="llava_mpt", architectures=["LlavaMptForCausalLM"]),
+        "'LlavaMptForCausalLM'.*supported are LlavaLlamaForCausalLM",
+    ),
+    "projector type": (
+        lambda folder: edit_config(folder, mm_projector_type="resampler"),
+        "mm_projector_type='resampler' is unknown: use",
+    ),
+    "select layer": (
+        lambda folder: edit_config(folder, mm_vision_select_layer=-9),
+        r"mm_vision_select_layer=-9 is outside the vision tower's 5 hidden states",
+    ),
+    "tower missing": (
+        lambda folder: shutil.rmtree(tower(folder)),
+        r"mm_vision_tower='.*tower'.* set mm_vision_tower in the checkpoint's config\.json",
+    ),
+    "tower unreachable": (
+        lambda folder: edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336"),
+        "mm_vision_tower='openai/clip-vit-large-patch14-336'.* Download it and set mm_vision_tower",
+    ),
+    "tower of another type": (
+        lambda folder: edit_config(tower(folder), model_type="dinov2"),
+        r"tower' is of type 'dinov2': supported are \['clip', 'siglip'\]",
+    ),
+    "image processor unreachable": (
+        lambda folder: edit_config(folder, mm_vision_tower="openai/clip", mm_vision_config=CLIP),
+        r"no image processor: .*'openai/clip' has a preprocessor_config\.json.* Copy",
+    ),
+}
+BROKEN_TOWER = {  # of a checkpoint that does not have the tower's weights
+    "no weights": (lambda folder: (tower(folder) / FILE).unlink(), "tower has no weights: expected"),
+    "weight missing": (
+        lambda folder: edit_weights(tower(folder), without("vision_model." + EMBEDDING)),
+        rf"tower' lacks 1 weights.* such as {EMBEDDING}: .*set mm_vision_tower",
+    ),
+    "weight of another shape": (
+        lambda folder: edit_weights(tower(folder), reshaped("vision_model." + EMBEDDING)),
+        rf"tower' lacks 1 weights, or has them in another shape, such as {EMBEDDING}",
+    ),
+    "cut short": (lambda folder: cut(tower(folder) / FILE), r"tower/model\.safetensors .*: download it again"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tower_inside", "damage", "message"),
+    [
+        pytest.param(inside, *case, id=f"{kind}-{name}")
+        for kind, inside, cases in (("checkpoint", True, BROKEN), ("tower", False, BROKEN_TOWER))
+        for name, case in cases.items()
+    ],
+)
+def test_broken(tower_inside: bool, damage: Callable[[Path], None], message: str, copied, unread, offline):
+    folder = copied(tower_inside=tower_inside)
+    damage(folder)
+    with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
+        load(folder)
+
+
+def test_parts_without_a_base(make_checkpoint, tmp_path: Path, unread):
+    source = make_checkpoint()
+    torch.save(write_part(source, tmp_path / "projector"), tmp_path / "projector" / "mm_projector.bin")
+    write_lora(source, tmp_path / "lora")
+    with pytest.raises(ValueError, match="projector holds a projector only: give its language model as model_base"):
+        load(tmp_path / "projector")
+    with pytest.raises(ValueError, match="lora holds a LoRA adapter: give the model it was trained on as model_base"):
+        load(tmp_path / "lora")
+    with pytest.raises(ValueError, match="leave model_base out for a full checkpoint"):
+        load(source, source)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
+        load(tmp_path / "lora", tmp_path / "absent")
+
+
+def test_parts_of_another_model(make_checkpoint, tmp_path: Path, unread):
+    small, large = make_checkpoint(), make_checkpoint(hidden_size=64)
+    torch.save(write_part(small, tmp_path / "projector"), tmp_path / "projector" / "mm_projector.bin")
+    write_lora(small, tmp_path / "lora")
+    for part in ("projector", "lora"):
+        with pytest.raises(ValueError, match=r"of another shape.* \(model \(32,\), checkpoint \(64,\)\)"):
+            load(tmp_path / part, large)
+    edit_config(tmp_path / "lora", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"adapter in .*lora does not fit .* 4 weights .*layers\.1"):
+        load(tmp_path / "lora", small)
+    (tmp_path / "lora" / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lora has an adapter_config.json but no adapter_model"):
+        load(tmp_path / "lora", small)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_no_cuda(make_checkpoint, unread):
+    with pytest.raises(ValueError, match="device='cuda' was asked for but this machine has no CUDA: use device='cpu'"):
+        load_pretrained_model(str(make_checkpoint()), device="cuda")
+
+
+def test_options_that_exclude_each_other(make_checkpoint, unread):
+    with pytest.raises(ValueError, match="load_8bit and load_4bit exclude each other: choose one"):
+        load(make_checkpoint(), load_8bit=True, load_4bit=True)
+
+
+@pytest.mark.skipif(transformers.utils.is_flash_attn_2_available(), reason="about machines without flash-attn")
+def test_flash_attention_is_not_installed(make_checkpoint, unread):
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        load(make_checkpoint(), use_flash_attn=True)
+
+
+@pytest.mark.parametrize("path", ["/absent/llava", "./absent", "~/absent/llava", "a/b/c"])
+def test_no_such_folder(path: str):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*owner/name"):
+        load_pretrained_model(path, device="cpu")
+
+
+def test_no_such_model_on_the_hub(offline):
+    with pytest.raises(OSError, match=r"cannot read the config of nobody/nothing: .* Check the name"):
+        load_pretrained_model("nobody/nothing", device="cpu")

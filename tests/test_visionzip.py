@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
-from checkpoints import CLIP, LANGUAGE_MODEL, SIGLIP, write_checkpoint, write_tokenizer
+from checkpoints import CLIP, LANGUAGE_MODEL, SIGLIP, write_tokenizer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
@@ -31,14 +31,11 @@ EDGE, PATCHES = 112, 64  # of the towers here; CLIP has the CLS token besides
 PROMPT = torch.tensor([[1, 20, IMAGE_TOKEN_INDEX, 30, 40]])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def folders(make_checkpoint: Any) -> dict[str, Path]:
     """A checkpoint with each tower."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {
-        name: write_checkpoint(root / name, vision={**vision, "image_size": EDGE})
-        for name, vision in {"clip": CLIP, "siglip": SIGLIP}.items()
-    }
+    towers = {"clip": CLIP, "siglip": SIGLIP}
+    return {name: make_checkpoint(vision={**vision, "image_size": EDGE}) for name, vision in towers.items()}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _MODEL_TYPES = {
 }
 _PLAIN_BACKBONES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 # Patterns for the start of a module's name.
 _NOT_QUANTIZED = ["model.vision_tower", "model.mm_projector", "lm_head"]
@@ -71,8 +73,8 @@ def load_pretrained_model(
         ValueError: the checkpoint is not an original LLaVA one, its weights do not fit, or it needs ``model_base``.
         ImportError: a library that the layout needs (peft, bitsandbytes) is not installed; the message says which.
     """
-    model_path = str(Path(model_path).expanduser())
-    model_base = model_base and str(Path(model_base).expanduser())
+    model_path = _existing(model_path)
+    model_base = model_base and _existing(model_base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for but this machine has no CUDA: use device='cpu'")
@@ -87,20 +89,19 @@ def load_pretrained_model(
         options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
 
     # All that can be wrong is looked at before the weights are fetched and read, which takes minutes.
-    adapter, extra_file = _parts(model_path, model_base)
     model_class, config = _read_config(model_path, model_name)
+    adapter, extra_file = _parts(model_path, model_base)
     tokenizer = load_tokenizer(model_base or model_path)
     with torch.device("meta"):
         tower = build_vision_tower(config, delay_load=True)
-        if adapter:
-            _check_adapter(model_class(copy.deepcopy(config)), model_path)
+        adapter_config = _check_adapter(model_class(copy.deepcopy(config)), model_path) if adapter else None
     image_processor = tower.image_processor
     extra = {_own_name(key): value for key, value in load_weights(extra_file).items()} if extra_file else {}
     if model_base:  # a relative folder is inside model_path, not the base
         config.mm_vision_tower = resolve_tower_path(config.mm_vision_tower, config)
     model = model_class.from_pretrained(model_base or model_path, config=config, extra_weights=extra, **options)
     if adapter:
-        model = _merge_adapter(model, model_path)
+        model = _merge_adapter(model, model_path, adapter_config)
     model.get_vision_tower().image_processor = image_processor
     _add_image_tokens(model, tokenizer)
     if model.generation_config.pad_token_id is None:
@@ -109,6 +110,13 @@ def load_pretrained_model(
         )
     context_len = getattr(model.config, "max_sequence_length", 2048)
     return tokenizer, model, image_processor, context_len
+
+
+def _existing(path: str) -> str:
+    path = os.path.expanduser(path)  # noqa: PTH111 - pathlib would turn ./name into what could be a hub name
+    if not Path(path).is_dir() and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {path} (a model on the hub has a name of the form owner/name)")
+    return path
 
 
 def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype:
@@ -135,9 +143,6 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsA
 
 def _parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
     """What is in ``model_path``: whether a LoRA adapter, and the file of weights that go over those of the base."""
-    for path in filter(None, (model_path, model_base)):
-        if not Path(path).is_dir() and (path.startswith((".", "/")) or path.count("/") > 1):
-            raise FileNotFoundError(f"there is no folder {path} (a model on the hub has a name of the form owner/name)")
     is_local = Path(model_path).is_dir()
     adapter = find_file(model_path, "adapter_config.json") is not None
     complete = is_local and has_weights(model_path)
@@ -152,7 +157,7 @@ def _parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
             raise ValueError(f"{model_path} holds a projector only: give its language model as model_base")
     if model_base and not adapter and extra_file is None:
         raise ValueError(
-            f"model_base={model_base!r} was given, but {model_path} is neither a LoRA adapter (adapter_config.json) nor "
+            f"model_base={model_base!r} was given, but {model_path} is no LoRA adapter (adapter_config.json) and not "
             f"just a projector ({' or '.join(_PROJECTOR_FILES)}): leave model_base out for a full checkpoint"
         )
     if Path(model_base or model_path).is_dir():
@@ -198,32 +203,49 @@ def _own_name(key: str) -> str:
     return key if key.startswith("lm_head.") else f"model.{key}"
 
 
-def _check_adapter(model: Any, path: str) -> None:
-    """Check that a LoRA adapter fits the model (on the meta device), which peft does only in part.
+def _check_adapter(model: Any, path: str) -> Any:
+    """Check that a LoRA adapter fits the model, which peft does only in part.
+
+    Args:
+        model: on the meta device; it is changed.
+        path: the adapter.
+
+    Returns:
+        The adapter's config.
 
     Raises:
+        FileNotFoundError: its weights are missing.
         ImportError: peft is not installed.
         ValueError: a weight is missing, not part of the model, or of another shape.
     """
     try:
-        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights  # noqa: PLC0415
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # noqa: PLC0415
     except ImportError as error:
         raise ImportError("a LoRA checkpoint needs peft: pip install peft") from error
-    found = {key: tuple(value.shape) for key, value in load_peft_weights(path, device="meta").items()}
-    wrapped = get_peft_model(model, PeftConfig.from_pretrained(path))
+    if (file := _first_file(path, _ADAPTER_FILES)) is None:
+        raise FileNotFoundError(
+            f"{path} has an adapter_config.json but no {' or '.join(_ADAPTER_FILES)}: copy it there"
+        )
+    found = {key: tuple(value.shape) for key, value in load_weights(file, "meta").items()}
+    config = PeftConfig.from_pretrained(path)
+    if config.exclude_modules is None and not any("vision_tower" in key for key in found):
+        # LLaVA attaches the adapter before the tower, which has layers of the same names (q_proj, …).
+        config.exclude_modules = r".*\bvision_tower\b.*"
+    wrapped = get_peft_model(model, config)
     expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(wrapped).items()}
     if wrong := sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)):
         raise ValueError(
             f"the LoRA adapter in {path} does not fit the model of its config.json: {len(wrong)} weights are missing, "
             f"not part of the model, or of another shape, such as {', '.join(wrong[:3])}"
         )
+    return config
 
 
-def _merge_adapter(model: Any, path: str) -> Any:
+def _merge_adapter(model: Any, path: str, config: Any) -> Any:
     from peft import PeftModel  # noqa: PLC0415
 
     logger.info("merging the LoRA adapter of %s", path)
-    return PeftModel.from_pretrained(model, path).merge_and_unload().eval()
+    return PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
 
 
 def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -61,11 +61,14 @@ class LlavaMetaModel:
         if getattr(config, "mm_vision_tower", None) is None:
             return
         self.vision_tower = build_vision_tower(config, delay_load=True)
-        # Layers of the tower are no use on different GPUs: device_map="auto" keeps it in one piece.
-        self._no_split_modules = {*self._no_split_modules, type(self.vision_tower).__name__}
         self.mm_projector = build_vision_projector(config)
         if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
+        # device_map="auto" goes by this order, and offloads what does not fit: the end of the language model, not the
+        # tower, which it keeps in one piece.
+        first = ("embed_tokens", "vision_tower", "mm_projector")
+        self._modules = {name: self._modules[name] for name in dict.fromkeys((*first, *self._modules))}
+        self._no_split_modules = {*self._no_split_modules, type(self.vision_tower).__name__}
 
     def get_vision_tower(self) -> VisionTower | None:
         """The vision tower, None for a model without one."""
@@ -226,7 +229,12 @@ class LlavaMetaForCausalLM:
         return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Visual tokens in the language model's width: (B, N, hidden_size) of images (B, 3, h, w)."""
+        """Visual tokens in the language model's width: (B, N, hidden_size) of images (B, 3, h, w).
+
+        Raises:
+            ValueError: a pixel is not finite, or the images' size is not the encoder's.
+        """
+        _check_finite(images, [1] * len(images))
         return self._project(self.get_vision_tower()(images))
 
     def prepare_inputs_labels_for_multimodal(
@@ -324,13 +332,12 @@ class LlavaMetaForCausalLM:
             TypeError: the images are not tensors.
         """
         if isinstance(images, Tensor) and images.ndim == 4:
-            _check_finite([images])
             return list(self.encode_images(images))
         tiles = [_as_tiles(image, index) for index, image in enumerate(images)]
-        _check_finite(tiles)
         counts = [len(image) for image in tiles]
         tower = self.get_vision_tower()
         batch = torch.cat([image.to(tower.device) for image in tiles])
+        _check_finite(batch, counts)
         if tower.visionzip is None:
             tokens = self._project(tower(batch))
             kept: Sequence[Tensor | None] = [None] * len(tiles)
@@ -436,12 +443,14 @@ def _as_tiles(image: Any, index: int) -> Tensor:
     return image[None] if image.ndim == 3 else image
 
 
-def _check_finite(images: list[Tensor]) -> None:
-    for index, image in enumerate(images):
-        if not torch.isfinite(image).all():
-            count = int((~torch.isfinite(image)).sum())
+def _check_finite(batch: Tensor, counts: list[int]) -> None:
+    """Refuse pixels (tiles, 3, h, w) that are NaN or infinite; ``counts`` says how many tiles each image has."""
+    if torch.isfinite(batch).all():
+        return
+    for index, image in enumerate(batch.split(counts)):
+        if wrong := int((~torch.isfinite(image)).sum()):
             raise ValueError(
-                f"images[{index}] has {count} pixels that are NaN or infinite, of {image.numel()}: check how it was "
+                f"images[{index}] has {wrong} pixels that are NaN or infinite, of {image.numel()}: check how it was "
                 "decoded and normalised"
             )
 

@@ -6,13 +6,14 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
@@ -104,7 +105,7 @@ def check_weights(model: Any, folder: str | Path, extra_weights: dict[str, Tenso
     found = {
         key: tuple(value.shape) for file in weight_files(folder) for key, value in load_weights(file, "meta").items()
     }
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = _shapes(model)
     tied = {key for pair in model.all_tied_weights_keys.items() if found.keys() & set(pair) for key in pair}
     info = {
         "missing_keys": shapes.keys() - found.keys() - tied,
@@ -129,8 +130,8 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
         RuntimeError: the place of an extra weight has been offloaded.
     """
     extra_weights = _complete(model, info, extra_weights)
-    own = model.state_dict()
-    with torch.no_grad():
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad(), gathered(own[key] for key in extra_weights):
         for key, value in extra_weights.items():
             if own[key].is_meta:
                 raise RuntimeError(
@@ -147,7 +148,7 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
 
 def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """``extra_weights`` and what else the model needs; ValueError if that does not fit."""
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    shapes = _shapes(model)
     missing = set(info["missing_keys"]) - extra_weights.keys()
     unexpected = {key for key in info["unexpected_keys"] if not _OBSOLETE.search(key)}
     unexpected |= extra_weights.keys() - shapes.keys()
@@ -180,6 +181,24 @@ def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]
     if not from_tower:
         return extra_weights
     return extra_weights | {_ENCODER + key: value for key, value in tower.read_weights().items()}
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all weights by name, also where ZeRO-3 has left none of them on this rank."""
+    weights = model.state_dict(keep_vars=True)
+    return {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in weights.items()}
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have these parameters whole during the block where ZeRO-3 partitions them; what rank 0 writes is kept."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed  # noqa: PLC0415 - optional, and there if ZeRO-3 is on
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
 
 
 @contextmanager

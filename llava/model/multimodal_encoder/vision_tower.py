@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava.model.loading import find_file, load_weights, no_load_report, weight_files
+from llava.model.loading import find_file, gathered, load_weights, no_load_report, weight_files
 from visionzip import CompressedTokens, VisionZipConfig, compress_tokens
 from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
 
@@ -85,7 +85,8 @@ class VisionTower(nn.Module):
         if self.is_loaded:
             return
         weights = self.read_weights()
-        self.encoder.load_state_dict(weights, strict=False)
+        with gathered(self.encoder.parameters()):
+            self.encoder.load_state_dict(weights, strict=False)
         self.untrained = frozenset(self.encoder.state_dict().keys() - weights.keys())
         self.is_loaded = True
 
@@ -110,7 +111,9 @@ class VisionTower(nn.Module):
                 f"shape, such as {', '.join(needed[:3])}: the folder is incomplete or holds another model. Download it "
                 "again, or set mm_vision_tower in the checkpoint's config.json to the right one"
             )
-        return {key: value for key, value in source.state_dict().items() if key not in absent}
+        with gathered(source.parameters()):
+            weights = source.state_dict()
+            return {key: value.to("cpu", copy=True) for key, value in weights.items() if key not in absent}
 
     @property
     def encoder(self) -> PreTrainedModel:
