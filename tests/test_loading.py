@@ -89,6 +89,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def publish(tmp_path: Path, offline, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], str]:
+    """Puts a folder where a download from the hub would have, so that it is found by its hub name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(folder: Path, name: str) -> str:
+        cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "snapshots").mkdir()
+        folder.rename(cached / "snapshots" / ("0" * 40))
+        return name
+
+    return make
+
+
+@pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where a LLaVA's weights are read: what can be known before has to be said before."""
     read = PreTrainedModel._load_pretrained_model
@@ -185,6 +201,36 @@ def test_obsolete_buffers(copied, make_checkpoint):
     }
     edit_weights(folder, lambda weights: weights | buffers)
     assert_same(load(folder).state_dict(), weights_of(make_checkpoint()))
+
+
+def test_hub_names(make_checkpoint, copied, publish, tmp_path: Path, log):
+    """A checkpoint, its tower, a projector and an adapter, none of them a folder."""
+    source = make_checkpoint()
+    projector = write_part(source, tmp_path / "projector")
+    torch.save(projector, tmp_path / "projector" / "mm_projector.bin")
+    merged = write_lora(source, tmp_path / "lora")
+    folder = copied(tower_inside=False)
+    for path in (folder, tmp_path / "projector", tmp_path / "lora"):
+        edit_config(path, mm_vision_tower="openai/clip")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    edit_weights(broken, without("model.norm.weight"))
+    for path in (folder, broken, tmp_path / "projector", tmp_path / "lora"):
+        publish(path, f"liuhaotian/{path.name}")
+    publish(tmp_path / "tower", "openai/clip")
+
+    def fetched(name: str, base: str | None = None) -> Any:
+        return load_pretrained_model(f"liuhaotian/{name}", base, device="cpu")
+
+    expected = weights_of(source)
+    _, model, processor, _ = fetched("llava")
+    assert_same(model.state_dict(), expected)
+    assert processor.size == {"shortest_edge": 56} and not log.messages
+    assert_same(fetched("projector", "liuhaotian/llava")[1].state_dict(), expected | projector)
+    torch.testing.assert_close(dict(fetched("lora", "liuhaotian/llava")[1].state_dict()), merged)
+    with pytest.raises(ValueError, match=r"liuhaotian/broken do not fit .* missing .* model\.norm\.weight"):
+        fetched("broken")
+    with pytest.raises(ValueError, match=r"liuhaotian/lora holds a LoRA adapter: give"):
+        fetched("lora")
 
 
 # Configs
@@ -451,7 +497,7 @@ def test_saving_without_an_image_processor(copied, tmp_path: Path, offline, log)
 # transformers' own entrances
 
 
-def test_from_pretrained(make_checkpoint, copied, log):
+def test_from_pretrained(make_checkpoint, language_model, copied, log):
     expected = weights_of(make_checkpoint())
     folder = copied(tower_inside=False)
     assert_same(LlavaLlamaForCausalLM.from_pretrained(folder).state_dict(), expected)
@@ -463,6 +509,7 @@ def test_from_pretrained(make_checkpoint, copied, log):
     model, info = LlavaLlamaForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     assert model.get_vision_tower().select_feature == "cls_patch" and not info["unexpected_keys"]
     assert not log.messages
+    assert LlavaLlamaForCausalLM.from_pretrained(language_model).get_vision_tower() is None  # to train from
 
     model = LlavaLlamaForCausalLM(config)
     model.load_state_dict(expected, strict=True)
@@ -562,6 +609,14 @@ BROKEN = {
     ),
     "no weights": (lambda folder: (folder / FILE).unlink(), r"llava has no weights: expected model\.safetensors"),
     "cut short": (lambda folder: cut(folder / FILE), r"model\.safetensors \(\d+ bytes\): .* download it again"),
+    "index cut short": (
+        lambda folder: [LAYOUTS["shards"](folder), cut(folder / "model.safetensors.index.json")],
+        r"cannot read .*model\.safetensors\.index\.json: .* download it again",
+    ),
+    "config cut short": (
+        lambda folder: cut(folder / "config.json"),
+        "cannot read the config of .*llava: it is damaged.*not a valid JSON file",
+    ),
     "git-lfs": (
         lambda folder: (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1"),
         r"model\.safetensors \(42 bytes\): .*git-lfs",

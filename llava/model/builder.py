@@ -119,12 +119,12 @@ def _existing(path: str) -> str:
     return path
 
 
-def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype:
+def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype | str:
     old_name = kwargs.pop("torch_dtype", None)
     return kwargs.pop("dtype", None) or old_name or (torch.float16 if device.startswith("cuda") else torch.float32)
 
 
-def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other: choose one")
     try:
@@ -134,7 +134,7 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsA
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,
         load_in_4bit=load_4bit,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=_NOT_QUANTIZED,
@@ -177,8 +177,8 @@ def _read_config(model_path: str, model_name: str | None) -> tuple[type, Pretrai
         values, _ = PretrainedConfig.get_config_dict(model_path)
     except OSError as error:
         raise OSError(
-            f"cannot read the config of {model_path}: it is no folder here, and not to be had from the hub. Check the "
-            f"name and the connection, or download it and give its folder. ({error})"
+            f"cannot read the config of {model_path}: it is damaged, or neither a folder here nor to be had from the "
+            f"hub. Check the name and the connection, or download it and give its folder. ({error})"
         ) from error
     architecture = next(iter(values.get("architectures") or []), None)
     model_type = values.pop("model_type", None)
@@ -231,8 +231,8 @@ def _check_adapter(model: Any, path: str) -> Any:
     if config.exclude_modules is None and not any("vision_tower" in key for key in found):
         # LLaVA attaches the adapter before the tower, which has layers of the same names (q_proj, …).
         config.exclude_modules = r".*\bvision_tower\b.*"
-    wrapped = get_peft_model(model, config)
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(wrapped).items()}
+    own = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     if wrong := sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)):
         raise ValueError(
             f"the LoRA adapter in {path} does not fit the model of its config.json: {len(wrong)} weights are missing, "

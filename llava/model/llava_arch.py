@@ -12,16 +12,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.loading import check_weights, no_load_report, settle_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.prompts import (
+    as_tiles,
+    check_finite,
+    images_per_row,
+    pad_rows,
+    refuse_sentinels_without_images,
+    splice,
+)
 from visionzip import tile_order
 
 logger = logging.get_logger(__name__)
@@ -225,7 +232,7 @@ class LlavaMetaForCausalLM:
         if mask is None and len(inputs) > 1 and pad is not None and pad != self.generation_config.eos_token_id:
             mask = inputs != pad
         rows, _ = self._embed_prompts(inputs, mask, None, images, image_sizes)
-        embeds, mask, _, _ = _pad_rows(rows, None, side="left")
+        embeds, mask, _, _ = pad_rows(rows, None, side="left")
         return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -234,7 +241,7 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: a pixel is not finite, or the images' size is not the encoder's.
         """
-        _check_finite(images, [1] * len(images))
+        check_finite(images, [1] * len(images))
         return self._project(self.get_vision_tower()(images))
 
     def prepare_inputs_labels_for_multimodal(
@@ -271,11 +278,11 @@ class LlavaMetaForCausalLM:
         decoding = past_key_values is not None and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
             if not decoding:
-                _no_sentinel_without_images(input_ids)
+                refuse_sentinels_without_images(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         rows, row_labels = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
         side = getattr(self.config, "tokenizer_padding_side", "right")
-        embeds, mask, positions, new_labels = _pad_rows(rows, row_labels, side)
+        embeds, mask, positions, new_labels = pad_rows(rows, row_labels, side)
         return (
             None,
             None if position_ids is None else positions,
@@ -299,11 +306,11 @@ class LlavaMetaForCausalLM:
         row_labels = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
         markers = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
         if images is None or len(images) == 0 or self.get_vision_tower() is None:
-            _no_sentinel_without_images(input_ids)
+            refuse_sentinels_without_images(input_ids)
             visual: list[Tensor] = []
             takes = [0] * len(prompts)
         else:
-            takes = _images_per_row(markers, len(images), training=labels is not None)
+            takes = images_per_row(markers, len(images), training=labels is not None)
             visual = self.visual_tokens(images, image_sizes)
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -311,7 +318,7 @@ class LlavaMetaForCausalLM:
         rows, new_labels = [], []
         for index, prompt in enumerate(prompts):
             own = [next(remaining) for _ in range(takes[index])]
-            row, expanded = _splice(prompt, own, embed, None if row_labels is None else row_labels[index])
+            row, expanded = splice(prompt, own, embed, None if row_labels is None else row_labels[index])
             if limit is not None and len(row) > limit:
                 logger.warning_once(
                     f"a prompt of {len(row)} tokens was cut at tokenizer_model_max_length={limit}; its end is lost"
@@ -333,11 +340,11 @@ class LlavaMetaForCausalLM:
         """
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
-        tiles = [_as_tiles(image, index) for index, image in enumerate(images)]
+        tiles = [as_tiles(image, index) for index, image in enumerate(images)]
         counts = [len(image) for image in tiles]
         tower = self.get_vision_tower()
         batch = torch.cat([image.to(tower.device) for image in tiles])
-        _check_finite(batch, counts)
+        check_finite(batch, counts)
         if tower.visionzip is None:
             tokens = self._project(tower(batch))
             kept: Sequence[Tensor | None] = [None] * len(tiles)
@@ -404,92 +411,3 @@ class LlavaMetaForCausalLM:
                 "(width, height) of the original image"
             )
         return columns, rows
-
-
-def _no_sentinel_without_images(input_ids: Tensor | None) -> None:
-    if input_ids is not None and (markers := int((input_ids == IMAGE_TOKEN_INDEX).sum())):
-        raise ValueError(
-            f"the prompts have {markers} <image> but no images were given: pass images=, or leave <image> out"
-        )
-
-
-def _images_per_row(markers: list[int], images: int, training: bool) -> list[int]:
-    """How many images each prompt takes.
-
-    LLaVA's convention gives a text-only prompt of a mixed batch one dummy image; prompts without one are accepted too.
-    """
-    with_dummies = [max(1, count) for count in markers]
-    if images == sum(with_dummies) and (any(markers) or training):
-        return with_dummies
-    if images == sum(markers):
-        return markers
-    raise ValueError(
-        f"the prompts have {sum(markers)} <image> (by row: {markers}) but {images} images were given: give one image "
-        "for each <image>, in order"
-    )
-
-
-def _as_tiles(image: Any, index: int) -> Tensor:
-    """One image as (tiles, 3, h, w)."""
-    if not isinstance(image, Tensor):
-        raise TypeError(
-            f"images[{index}] is a {type(image).__name__}, not a tensor: prepare images with "
-            "llava.mm_utils.process_images"
-        )
-    if image.ndim not in (3, 4) or len(image) == 0:
-        raise ValueError(
-            f"images[{index}] has shape {tuple(image.shape)}: an image is (3, h, w), or (tiles, 3, h, w) for anyres"
-        )
-    return image[None] if image.ndim == 3 else image
-
-
-def _check_finite(batch: Tensor, counts: list[int]) -> None:
-    """Refuse pixels (tiles, 3, h, w) that are NaN or infinite; ``counts`` says how many tiles each image has."""
-    if torch.isfinite(batch).all():
-        return
-    for index, image in enumerate(batch.split(counts)):
-        if wrong := int((~torch.isfinite(image)).sum()):
-            raise ValueError(
-                f"images[{index}] has {wrong} pixels that are NaN or infinite, of {image.numel()}: check how it was "
-                "decoded and normalised"
-            )
-
-
-def _splice(
-    prompt: Tensor, visual: list[Tensor], embed: nn.Module, labels: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings and labels of one prompt, with visual tokens in the place of the sentinels.
-
-    A text-only prompt's dummy image adds nothing but its (empty) slice, which ties the projector to the loss: under
-    ZeRO and DDP every rank must use every parameter.
-    """
-    is_image = prompt == IMAGE_TOKEN_INDEX
-    text = embed(prompt[~is_image])
-    positions = is_image.nonzero().flatten().tolist()
-    if not positions:
-        return torch.cat([text, *(tokens[:0].to(text) for tokens in visual)]), labels
-    lengths = [end - start - 1 for start, end in zip([-1, *positions], [*positions, len(prompt)], strict=True)]
-    pieces, label_pieces = [], []
-    label_texts = None if labels is None else labels[~is_image].split(lengths)
-    for number, piece in enumerate(text.split(lengths)):
-        pieces.append(piece)
-        if label_texts is not None:
-            label_pieces.append(label_texts[number])
-        if number < len(visual):
-            pieces.append(visual[number].to(text))
-            if label_texts is not None:
-                label_pieces.append(labels.new_full((len(visual[number]),), IGNORE_INDEX))
-    return torch.cat(pieces), None if labels is None else torch.cat(label_pieces)
-
-
-def _pad_rows(
-    rows: list[Tensor], labels: list[Tensor] | None, side: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Stack rows (L_i, D): embeddings (B, L, D), mask (B, L), positions (B, L) and labels (B, L)."""
-
-    def pad(tensors: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-    ranges = [torch.arange(len(row), device=row.device) for row in rows]
-    mask = pad([torch.ones_like(positions, dtype=torch.bool) for positions in ranges], False)
-    return pad(rows, 0.0), mask, pad(ranges, 0), None if labels is None else pad(labels, IGNORE_INDEX)

@@ -48,6 +48,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none, or not all that the index names; the message lists them.
+        OSError: the index is damaged.
     """
     folder = Path(folder)
     first = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
@@ -58,7 +59,10 @@ def weight_files(folder: str | Path) -> list[Path]:
         )
     if first.suffix != ".json":
         return [first]
-    names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise OSError(f"cannot read {first}: it is no index of weights; download it again. ({error!r})") from error
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{folder} is incomplete: {len(absent)} of {len(names)} shards named in {first.name} are missing "
@@ -98,8 +102,7 @@ def check_weights(model: Any, folder: str | Path, extra_weights: dict[str, Tenso
         ``extra_weights``, and the vision tower's own weights if neither they nor the checkpoint has them.
 
     Raises:
-        FileNotFoundError: shards are missing.
-        OSError: a file is damaged.
+        OSError: a file is missing or damaged.
         ValueError: weights are missing, unexpected, or of another shape; the message names them.
     """
     found = {

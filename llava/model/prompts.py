@@ -1,0 +1,148 @@
+"""Prompts and images, row by row: which images belong to which prompt, and visual tokens in the place of sentinels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+def refuse_sentinels_without_images(input_ids: Tensor | None) -> None:
+    """Check that text-only prompts (B, L) have no image sentinel.
+
+    Raises:
+        ValueError: they have; an embedding table has no row for it.
+    """
+    if input_ids is not None and (markers := int((input_ids == IMAGE_TOKEN_INDEX).sum())):
+        raise ValueError(
+            f"the prompts have {markers} <image> but no images were given: pass images=, or leave <image> out"
+        )
+
+
+def images_per_row(markers: list[int], images: int, training: bool) -> list[int]:
+    """How many images each prompt takes.
+
+    LLaVA's convention gives a text-only prompt of a mixed batch one dummy image; prompts without one are accepted too.
+
+    Args:
+        markers: image sentinels in each prompt.
+        images: how many images there are.
+        training: a batch of text only may have dummy images (they keep the projector in the graph).
+
+    Raises:
+        ValueError: the prompts and the images differ in number.
+    """
+    with_dummies = [max(1, count) for count in markers]
+    if images == sum(with_dummies) and (any(markers) or training):
+        return with_dummies
+    if images == sum(markers):
+        return markers
+    raise ValueError(
+        f"the prompts have {sum(markers)} <image> (by row: {markers}) but {images} images were given: give one image "
+        "for each <image>, in order"
+    )
+
+
+def as_tiles(image: Any, index: int) -> Tensor:
+    """One image, (3, h, w) or (tiles, 3, h, w), as (tiles, 3, h, w).
+
+    Args:
+        image: the tensor.
+        index: its place among the images, for messages.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has other dimensions, or no tiles.
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"images[{index}] is a {type(image).__name__}, not a tensor: prepare images with "
+            "llava.mm_utils.process_images"
+        )
+    if image.ndim not in (3, 4) or len(image) == 0:
+        raise ValueError(
+            f"images[{index}] has shape {tuple(image.shape)}: an image is (3, h, w), or (tiles, 3, h, w) for anyres"
+        )
+    return image[None] if image.ndim == 3 else image
+
+
+def check_finite(batch: Tensor, counts: list[int]) -> None:
+    """Check that no pixel is NaN or infinite.
+
+    Args:
+        batch: (tiles, 3, h, w), the tiles of all images.
+        counts: how many tiles each image has.
+
+    Raises:
+        ValueError: some are; the message names the image.
+    """
+    if torch.isfinite(batch).all():
+        return
+    for index, image in enumerate(batch.split(counts)):
+        if wrong := int((~torch.isfinite(image)).sum()):
+            raise ValueError(
+                f"images[{index}] has {wrong} pixels that are NaN or infinite, of {image.numel()}: check how it was "
+                "decoded and normalised"
+            )
+
+
+def splice(
+    prompt: Tensor, visual: list[Tensor], embed: nn.Module, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings and labels of one prompt, with visual tokens in the place of the sentinels.
+
+    A text-only prompt's dummy image adds nothing but its (empty) slice, which ties the projector to the loss: under
+    ZeRO and DDP every rank must use every parameter.
+
+    Args:
+        prompt: (L,) token ids, without padding.
+        visual: visual tokens (n, D) for each sentinel, in order.
+        embed: the language model's embedding of token ids.
+        labels: (L,) or None.
+
+    Returns:
+        (L', D) and labels (L',), visual positions ignored.
+    """
+    is_image = prompt == IMAGE_TOKEN_INDEX
+    text = embed(prompt[~is_image])
+    positions = is_image.nonzero().flatten().tolist()
+    if not positions:
+        return torch.cat([text, *(tokens[:0].to(text) for tokens in visual)]), labels
+    lengths = [end - start - 1 for start, end in zip([-1, *positions], [*positions, len(prompt)], strict=True)]
+    pieces, label_pieces = [], []
+    label_texts = None if labels is None else labels[~is_image].split(lengths)
+    for number, piece in enumerate(text.split(lengths)):
+        pieces.append(piece)
+        if label_texts is not None:
+            label_pieces.append(label_texts[number])
+        if number < len(visual):
+            pieces.append(visual[number].to(text))
+            if label_texts is not None:
+                label_pieces.append(labels.new_full((len(visual[number]),), IGNORE_INDEX))
+    return torch.cat(pieces), None if labels is None else torch.cat(label_pieces)
+
+
+def pad_rows(
+    rows: list[Tensor], labels: list[Tensor] | None, side: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Stack prompts of different lengths.
+
+    Args:
+        rows: embeddings (L_i, D) of each prompt.
+        labels: (L_i,) of each, or None.
+        side: ``"left"`` or ``"right"``: where padding goes.
+
+    Returns:
+        embeddings (B, L, D), mask (B, L) bool, positions (B, L) and labels (B, L) or None.
+    """
+
+    def pad(tensors: list[Tensor], value: float) -> Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+    ranges = [torch.arange(len(row), device=row.device) for row in rows]
+    mask = pad([torch.ones_like(positions, dtype=torch.bool) for positions in ranges], False)
+    return pad(rows, 0.0), mask, pad(ranges, 0), None if labels is None else pad(labels, IGNORE_INDEX)
