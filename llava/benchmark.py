@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from visionzip import compress_tokens, unzip, visionzip
+from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
+from visionzip.attention import merge_keys, read_attention
 
 TOWERS = {
     "vit-l-14-336": {  # LLaVA-1.5's and LLaVA-NeXT's: openai/clip-vit-large-patch14-336
@@ -57,7 +58,7 @@ WAYS = {
     "vanilla": "LLaVA's tower: sdpa, all layers, all hidden states",
     "unzipped": "this tower without VisionZip: stops at layer -2",
     "zipped": "this tower with VisionZip",
-    "released": "VisionZip as released: eager, attention of all layers",
+    "released": "VisionZip the released way: eager, attention and hidden states of all layers, then the same merging",
 }
 
 
@@ -102,14 +103,10 @@ def forward_of(way: str, tower: CLIPVisionTower, dominant: int, contextual: int)
     eager.set_attn_implementation("eager")
 
     def released(images: Tensor) -> Tensor:
-        heads_first: list[Tensor] = []
-        layer = eager.encoder.layers[-2].self_attn.k_proj
-        handle = layer.register_forward_hook(lambda module, args, output: heads_first.append(output))
-        outputs = eager(images, output_hidden_states=True, output_attentions=True)
-        handle.remove()
-        keys = heads_first[0].unflatten(-1, (eager.config.num_attention_heads, -1)).mean(dim=2)
+        with read_attention(eager.encoder.layers[-2].self_attn, merge_keys) as reader:
+            outputs = eager(images, output_hidden_states=True, output_attentions=True)
         scores = outputs.attentions[-2][:, :, 0, 1:].sum(dim=1)
-        return compress_tokens(outputs.hidden_states[-2], scores, keys, dominant, contextual).tokens
+        return compress_tokens(outputs.hidden_states[-2], scores, reader.result(), dominant, contextual).tokens
 
     return released
 
@@ -182,7 +179,7 @@ def _synchronize(tensor: Tensor) -> None:
 
 def _peak_memory(args: argparse.Namespace, batch: int, way: str) -> float:
     """Peak memory in MiB of weights and one forward, in a process of its own."""
-    request = {key: value for key, value in vars(args).items() if isinstance(value, str | int)}
+    request = {key: getattr(args, key) for key in ("shape", "device", "dtype", "dominant", "contextual")}
     # Large blocks go back to the system when freed, so that the peak is the program's and not the allocator's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
@@ -201,21 +198,24 @@ def _peak_memory(args: argparse.Namespace, batch: int, way: str) -> float:
 def _measure_memory(request: dict[str, Any]) -> float:
     """Peak memory in MiB since the libraries were loaded; runs in the child process."""
     device, dtype = request["device"], getattr(torch, request["dtype"])
-    Path("/proc/self/clear_refs").write_text("5")  # sets Linux's high-water mark to what is in use now
-    before = _memory_status("VmHWM")
+    on_cuda = device.startswith("cuda")
+    before = 0.0 if on_cuda else _reset_memory_peak()
     tower = build_tower(request["shape"], device, dtype)
     forward = forward_of(request["way"], tower, request["dominant"], request["contextual"])
     edge = tower.config.image_size
     forward(torch.randn(request["batch"], 3, edge, edge, device=device, dtype=dtype))
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _memory_status("VmHWM") - before
+    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before
 
 
-def _memory_status(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+def _reset_memory_peak() -> float:
+    """Set Linux's high-water mark of this process to what is in use now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory_peak()
+
+
+def _memory_peak() -> float:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def _progress() -> Console:
@@ -236,7 +236,12 @@ def environment(device: str) -> dict[str, str]:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Measure what VisionZip costs in the vision tower: time and peak memory, as ratios of one interleaved run."""
+    """Measure what VisionZip costs in the vision tower: time and peak memory, as ratios of one interleaved run.
+
+    Raises:
+        ValueError: a count is below its limit, or CUDA is asked for and not there.
+    """
+    VisionZipConfig(args.dominant, args.contextual)
     if args.rounds < 1 or min(args.batch_sizes) < 1:
         raise ValueError(f"--rounds {args.rounds} and --batch-sizes {args.batch_sizes} must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
 from llava.serve.cli import add_chat_arguments, chat
 from visionzip import __version__
@@ -30,12 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     benchmark_parser.set_defaults(run=benchmark)
 
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"visionzip {args.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(f"visionzip {args.command}", args.run, args)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,6 @@ class Conversation:
         """An independent copy: templates are shared, conversations are not."""
         return dataclasses.replace(self, messages=copy.copy(self.messages))
 
-    @property
-    def stop(self) -> str | None:
-        """Text that ends an answer, if the template has one."""
-        return self.sep if self.sep_style in (SeparatorStyle.MPT, SeparatorStyle.CHATML) else self.sep2
-
     def get_prompt(self) -> str:
         """The prompt for the turns so far.
 

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -68,7 +69,15 @@ def select_best_resolution(original_size: Size, possible_resolutions: list[Size]
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
-    """Scale an image to fit into ``target_resolution`` (width, height) and centre it on black."""
+    """Scale an image to fit into a resolution and centre it on black.
+
+    Args:
+        image: RGB image of any size.
+        target_resolution: (width, height) in pixels.
+
+    Returns:
+        An RGB image of that size. Source: LLaVA-NeXT, with its rounding up.
+    """
     scale_width, scale_height = target_resolution[0] / image.width, target_resolution[1] / image.height
     if scale_width < scale_height:
         size = target_resolution[0], min(math.ceil(image.height * scale_width), target_resolution[1])
@@ -80,7 +89,12 @@ def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.I
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cut an image into square tiles of ``patch_size`` pixels, row by row."""
+    """Cut an image into square tiles, row by row.
+
+    Args:
+        image: of a size that ``patch_size`` divides, as :func:`resize_and_pad_image` makes it.
+        patch_size: edge of a tile in pixels.
+    """
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -89,13 +103,17 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 
 
 def _pinpoints(grid_pinpoints: str | list[Size]) -> list[Size]:
-    points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
-    if not points:
+    try:
+        points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+        sizes = [(int(width), int(height)) for width, height in points]
+    except (SyntaxError, TypeError, ValueError):
+        sizes = []
+    if not sizes:
         raise ValueError(
-            f"image_grid_pinpoints={grid_pinpoints!r} lists no resolution: anyres needs (width, height) pairs such as "
+            f"image_grid_pinpoints={grid_pinpoints!r} lists no resolutions: anyres needs (width, height) pairs such as "
             "[[336, 672], [672, 336], [672, 672]] in the model's config"
         )
-    return [tuple(point) for point in points]
+    return sizes
 
 
 def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Size], patch_size: int) -> Size:
@@ -105,6 +123,9 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
         image_size: (width, height) of the image, in pixels.
         grid_pinpoints: allowed resolutions (width, height), as a list or as its text.
         patch_size: edge of a tile in pixels.
+
+    Raises:
+        ValueError: ``grid_pinpoints`` lists no resolutions.
     """
     width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
@@ -126,6 +147,9 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
 
     Returns:
         (tiles, 3, h, w) float32.
+
+    Raises:
+        ValueError: ``grid_pinpoints`` lists no resolutions.
     """
     edge = processor_resolution(processor)
     resolution = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
@@ -134,7 +158,15 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
 
 
 def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
-    """Centre an image on a square of its longer side; a square image comes back as it is."""
+    """Centre an image on a square of its longer side.
+
+    Args:
+        pil_img: image of any size.
+        background_color: one value, 0 to 255, for each of its channels.
+
+    Returns:
+        The square image; a square one comes back as it is.
+    """
     if pil_img.width == pil_img.height:
         return pil_img
     edge = max(pil_img.size)
@@ -149,7 +181,8 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     Args:
         images: PIL images of any mode and size.
         image_processor: the vision tower's, third value of ``load_pretrained_model``.
-        model_cfg: the model's config; ``image_aspect_ratio`` is ``"pad"``, ``"anyres"`` or anything else.
+        model_cfg: the model's config. ``image_aspect_ratio`` is ``"pad"`` (to a square, with the mean colour),
+            ``"anyres"`` (``image_grid_pinpoints`` lists the resolutions) or anything else: as the processor has it.
 
     Returns:
         (N, 3, h, w), or (N, tiles, 3, h, w) for anyres; a list of such tensors if the images have different numbers of
@@ -157,7 +190,7 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
 
     Raises:
         TypeError: an element is not a PIL image.
-        ValueError: there are no images.
+        ValueError: there are no images, or ``image_aspect_ratio`` is a variant of anyres that is not supported.
     """
     if isinstance(images, Image.Image):
         images = [images]
@@ -172,7 +205,13 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     images = [image.convert("RGB") for image in images]
     if aspect_ratio == "anyres":
-        tensors = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+        pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+        tensors = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+    elif str(aspect_ratio).startswith("anyres"):
+        raise ValueError(
+            f"image_aspect_ratio={aspect_ratio!r} is not supported (it is LLaVA-OneVision's): supported are 'pad' and "
+            "'anyres'"
+        )
     else:
         if aspect_ratio == "pad":
             mean_color = tuple(int(channel * 255) for channel in image_processor.image_mean)
@@ -194,7 +233,10 @@ def tokenizer_image_token(
         prompt: text of the whole conversation, from a template's ``get_prompt``.
         tokenizer: returns ``input_ids`` for a text and has a ``bos_token_id``.
         image_token_index: the sentinel.
-        return_tensors: ``"pt"`` for a tensor of shape (L,), None for a list.
+        return_tensors: ``"pt"`` for a tensor, None for a list.
+
+    Returns:
+        L ids, or an int64 tensor of shape (L,).
 
     Raises:
         ValueError: another ``return_tensors``.
@@ -216,3 +258,24 @@ def get_model_name_from_path(model_path: str) -> str:
     """Name of a model from its path or hub name; a training checkpoint's includes the run's folder."""
     parts = model_path.strip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops when every answer of the batch has one of some keywords; LLaVA's, for scripts that use it.
+
+    (``generate(stop_strings=[…], tokenizer=tokenizer)`` does the same.)
+
+    Args:
+        keywords: texts to stop at.
+        tokenizer: decodes the answers.
+        input_ids: (B, L) prompts; not read, since ``generate`` of these models returns the answers only.
+    """
+
+    def __init__(self, keywords: list[str], tokenizer: Any, input_ids: Tensor) -> None:
+        self.keywords = keywords
+        self.tokenizer = tokenizer
+
+    def __call__(self, output_ids: Tensor, scores: Tensor, **kwargs: Any) -> bool:
+        """Whether all answers (B, new) have a keyword."""
+        answers = self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+        return all(any(keyword in answer for keyword in self.keywords) for answer in answers)

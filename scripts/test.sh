@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-use_environment dev,train,quant
+use_environment dev,quant
 cd "$ROOT"
 
 say "ruff check"

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -202,3 +204,9 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
     path = folder / "model.safetensors"
     weights = {key: value.clone() for key, value in load_file(path).items()}  # not views of the file
     save_file(change(weights), path, metadata={"format": "pt"})
+
+
+def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
+    """An image of noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise)

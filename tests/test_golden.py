@@ -221,8 +221,11 @@ def test_anyres_sizes():
         assert list(select_best_resolution(size, recorded["alt_pinpoints_wh"])) == row["alt_best_resolution"], size
         columns, rows = get_anyres_image_grid_shape(size, str(pinpoints), tile)
         assert [columns, rows] == row["grid_wh"]
-        grid = unpad_image(torch.zeros(1, rows * side, columns * side), size)
-        assert list(grid.shape[1:]) == row["unpadded_grid_hw"], size
+        assert columns * rows + 1 == row["tiles_including_base"]
+        height, width = unpad_image(torch.zeros(1, rows * side, columns * side), size).shape[1:]
+        assert [height, width] == row["unpadded_grid_hw"], size
+        assert height * width == row["unpad_tokens_without_newline"]
+        assert height * (width + 1) == row["unpad_tokens_with_newline"] == row["total_vanilla_tokens"] - side**2
 
 
 def formula_image(row: dict[str, Any]) -> Image.Image:

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from checkpoints import CLIP, NEXT, SIGLIP
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mm_utils import process_images
+from llava.mm_utils import get_anyres_image_grid_shape, process_images
 from llava.model.multimodal_projector.builder import build_vision_projector
 from visionzip import visionzip
 
@@ -205,6 +205,14 @@ def test_tiles_of_one_image_are_compressed_alone_and_ordered_across_the_grid(loa
     torch.testing.assert_close(sequence, torch.stack(expected))
 
 
+def test_anyres_and_plain_images_in_one_list(load):
+    _, model, _, _ = load(**NEXT)
+    images, sizes = [pixels(1)[0], pixels(3)], [(56, 56), (112, 56)]
+    assert [len(tokens) for tokens in model.visual_tokens(images, sizes)] == [16 + 1, 3 * 16 + 4]
+    visionzip(model, dominant=5, contextual=2)
+    assert [len(tokens) for tokens in model.visual_tokens(images, sizes)] == [7 + 1, 3 * 7]
+
+
 def test_one_tile_keeps_its_newline(load):
     _, model, _, _ = load(**NEXT)
     newline = model.get_model().image_newline
@@ -238,9 +246,9 @@ def test_unknown_projectors(kind: str, width: int):
 # What is refused
 
 
-def nan_pixels() -> torch.Tensor:
+def spoilt_pixels(value: float) -> torch.Tensor:
     images = pixels(2)
-    images[1, 0, 0, 0] = torch.nan
+    images[1, 0, 0, 0] = value
     return images
 
 
@@ -251,7 +259,9 @@ REFUSED = {
     "images but no <image>": ([1, 7], lambda: pixels(1), "0 <image>.*1 images"),
     "<image> but no images": (ONE, lambda: None, "1 <image> but no images"),
     "an empty list": (ONE, list, "1 <image> but no images"),
-    "no pixels": ([1, IMG, IMG], nan_pixels, r"images\[1\] has 1 pixels that are NaN"),
+    "NaN": ([1, IMG, IMG], lambda: spoilt_pixels(torch.nan), r"images\[1\] has 1 pixels that are NaN"),
+    "infinity in a list": ([1, IMG, IMG], lambda: list(spoilt_pixels(torch.inf)), r"images\[1\] has 1 pixels"),
+    "no batch axis": (ONE, lambda: pixels(1)[0], r"shape \(3, 56, 56\).*images\[None\]"),
     "another size": (ONE, lambda: pixels(1, edge=42), r"\(B, 3, 56, 56\).*42"),
     "not an image": (ONE, lambda: [torch.zeros(56, 56)], r"images\[0\] has shape \(56, 56\)"),
     "empty tiles": (ONE, lambda: [torch.zeros(0, 3, 56, 56)], r"images\[0\] has shape \(0,"),
@@ -272,10 +282,18 @@ def test_pil_images_are_refused(model):
 
 @pytest.mark.parametrize("prompts", [torch.empty(0, 3, dtype=torch.long), torch.empty(1, 0, dtype=torch.long), None])
 def test_empty_batches_are_refused(model, prompts: torch.Tensor | None):
-    with pytest.raises(ValueError, match="generate needs prompts"):
+    with pytest.raises(ValueError, match=r"prompts of shape \(B, L\) with B and L at least 1"):
         model.generate(prompts, images=pixels(1), **GREEDY)
+    for images in (None, pixels(1)):
+        with pytest.raises(ValueError, match=r"prompts of shape \(B, L\) with B and L at least 1"):
+            model(prompts, images=images)
+
+
+def test_no_images_are_refused(model):
     with pytest.raises(ValueError, match=r"B >= 1, got \(0, 3, 56, 56\)"):
         model.get_vision_tower()(pixels(0))
+    with pytest.raises(ValueError, match="images is empty"):
+        model.visual_tokens([])
 
 
 def test_tiles_are_checked_against_the_image_size(load):
@@ -296,3 +314,11 @@ def test_what_is_not_an_image_is_refused():
         process_images([Image.new("RGB", (8, 8)), "cat.png"], None, SimpleNamespace())
     with pytest.raises(ValueError, match="images is empty"):
         process_images([], None, SimpleNamespace())
+    with pytest.raises(ValueError, match="image_aspect_ratio='anyres_max_9' is not supported"):
+        process_images([Image.new("RGB", (8, 8))], None, SimpleNamespace(image_aspect_ratio="anyres_max_9"))
+
+
+@pytest.mark.parametrize("pinpoints", [None, [], "(1x1),...,(6x6)", [336]])
+def test_grids_need_resolutions(pinpoints: Any):
+    with pytest.raises(ValueError, match=r"image_grid_pinpoints=.* lists no resolutions"):
+        get_anyres_image_grid_shape((8, 8), pinpoints, 336)

@@ -1,7 +1,7 @@
 """VisionZip (CVPR 2025, arXiv 2412.04467): fewer visual tokens for vision-language models, without training."""
 
 from visionzip.apply import unzip, visionzip
-from visionzip.compress import CompressedTokens, compress_tokens, tile_order
+from visionzip.compress import CompressedTokens, compress_tokens
 from visionzip.config import VisionZipConfig
 
 __version__ = "0.1.0"
@@ -11,7 +11,6 @@ __all__ = [
     "VisionZipConfig",
     "__version__",
     "compress_tokens",
-    "tile_order",
     "unzip",
     "visionzip",
 ]

@@ -20,7 +20,7 @@ def visionzip(
     layer: int | None = None,
     merge: MergeRule | None = None,
 ) -> Model:
-    """Let a vision-language model see only K dominant and M contextual visual tokens per image (or tile).
+    """Let a model see only K dominant and M contextual visual tokens per image or tile (arXiv 2412.04467).
 
     Works in place on this one object: no class is modified and other models in the process are not affected. Calling it
     again re-configures. The setting is stored in ``model.config.visionzip``, so that ``save_pretrained`` and
@@ -40,7 +40,7 @@ def visionzip(
 
     Raises:
         TypeError: the model is of no supported family (the message lists them), or a count is not an integer.
-        ValueError: a count is below its limit, or the encoder has no such layer.
+        ValueError: a count is below its limit, the encoder has no such layer, or the model has no vision tower.
 
     Warns:
         UserWarning: dominant + contextual is the encoder's whole sequence or more, so nothing is compressed.
@@ -65,6 +65,7 @@ def unzip(model: Model) -> Model:
 
     Raises:
         TypeError: the model is of no supported family.
+        ValueError: the model has no vision tower.
     """
     target = _unwrap(model)
     find_integration(target).detach(target)

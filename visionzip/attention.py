@@ -116,7 +116,9 @@ def cls_attention(read: QueriesKeys) -> Tensor:
 
 
 def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
-    """Attention that each position receives, averaged over all queries, for encoders without a CLS token (SigLIP).
+    """Attention that each position receives, averaged over all queries.
+
+    For encoders without a CLS token (SigLIP), which the paper does not cover.
 
     Args:
         read: queries and keys (B, H, S, Dh).
@@ -131,7 +133,11 @@ def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
 
 
 def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
-    """Score of each patch (DESIGN, section 4): attention summed over heads.
+    """Score of each patch: attention summed over heads (paper, section 3.2).
+
+    Args:
+        read: queries and keys (B, H, S, Dh) of the scored layer.
+        cls_token: position 0 is a CLS token, whose attention is the score; else the attention received is.
 
     Returns:
         (B, N) in float32; N = S - 1 with a CLS token (its own score is left out), else S.
@@ -140,12 +146,19 @@ def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
 
 
 def merge_keys(read: QueriesKeys) -> Tensor:
-    """Keys averaged over heads, in float32, by which contextual tokens are matched: (B, S, Dh)."""
+    """Keys averaged over heads, by which contextual tokens are matched (paper, section 3.3).
+
+    Args:
+        read: queries and keys (B, H, S, Dh) of the scored layer.
+
+    Returns:
+        (B, S, Dh) in float32.
+    """
     return read.keys.float().mean(dim=1)
 
 
 def _attention(queries: Tensor, read: QueriesKeys) -> Tensor:
-    # float32 even for half-precision models: in bf16 a quarter of the 576 scores would tie (released.md, item 12).
+    # float32 even for half-precision models: of 576 scores in bf16, 423 were distinct in a recorded case.
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries.float() @ read.keys.float().transpose(2, 3)
         return (logits * read.scale).softmax(dim=-1)

@@ -49,7 +49,7 @@ class VisionZipConfig:
             raise ValueError(f"merge={self.merge!r} is unknown: use one of {', '.join(map(repr, get_args(MergeRule)))}")
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Visual tokens per image (LLaVA-NeXT: per tile) that reach the language model."""
         return self.dominant + self.contextual
 

@@ -6,13 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-import torch
-
+from llava.arguments import add_model_arguments, load_from_arguments, run_command, sampling
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conv_templates
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.serve.chat import with_image_tokens
-from llava.serve.cli import add_model_arguments, load_from_arguments, sampling
 
 
 def eval_model(args: Any) -> str:
@@ -63,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top_p", type=float, help="nucleus sampling")
     parser.add_argument("--num_beams", type=int, default=1, help="beams (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
-    torch.manual_seed(0)
-    eval_model(parser.parse_args(argv))
-    return 0
+    return run_command(parser.prog, eval_model, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokeniz
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
-from llava.model.loading import find_file, has_weights, load_weights, weight_files
+from llava.model.loading import find_file, has_weights, load_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
@@ -160,8 +160,6 @@ def _parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
             f"model_base={model_base!r} was given, but {model_path} is no LoRA adapter (adapter_config.json) and not "
             f"just a projector ({' or '.join(_PROJECTOR_FILES)}): leave model_base out for a full checkpoint"
         )
-    if Path(model_base or model_path).is_dir():
-        weight_files(model_base or model_path)
     return adapter, extra_file
 
 

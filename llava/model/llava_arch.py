@@ -24,12 +24,14 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompts import (
     as_tiles,
     check_finite,
+    check_images,
+    check_prompts,
     images_per_row,
     pad_rows,
     refuse_sentinels_without_images,
     splice,
 )
-from visionzip import tile_order
+from visionzip.tiles import tile_order
 
 logger = logging.get_logger(__name__)
 
@@ -223,9 +225,7 @@ class LlavaMetaForCausalLM:
         inputs = kwargs.pop("input_ids", inputs)
         if kwargs.get("inputs_embeds") is not None:
             return super().generate(**kwargs)
-        if inputs is None or inputs.ndim != 2 or inputs.numel() == 0:
-            shape = None if inputs is None else tuple(inputs.shape)
-            raise ValueError(f"generate needs prompts of shape (B, L) with B and L at least 1, got {shape}")
+        check_prompts(inputs)
         kwargs.pop("position_ids", None)  # follow from the mask
         mask = kwargs.pop("attention_mask", None)
         pad = self.generation_config.pad_token_id
@@ -275,6 +275,7 @@ class LlavaMetaForCausalLM:
             ValueError: the prompts and images do not fit together, or a pixel is not finite.
             TypeError: the images are not tensors.
         """
+        check_prompts(input_ids)
         decoding = past_key_values is not None and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
             if not decoding:
@@ -310,6 +311,7 @@ class LlavaMetaForCausalLM:
             visual: list[Tensor] = []
             takes = [0] * len(prompts)
         else:
+            check_images(images)
             takes = images_per_row(markers, len(images), training=labels is not None)
             visual = self.visual_tokens(images, image_sizes)
         embed = self.get_model().embed_tokens
@@ -338,6 +340,7 @@ class LlavaMetaForCausalLM:
             ValueError: a pixel is not finite, or the tiles do not fit the image's size.
             TypeError: the images are not tensors.
         """
+        check_images(images)
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
         tiles = [as_tiles(image, index) for index, image in enumerate(images)]

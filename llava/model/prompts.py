@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+def check_prompts(input_ids: Tensor | None) -> None:
+    """Check that there are prompts (B, L).
+
+    Raises:
+        ValueError: there are none, or they are empty.
+    """
+    if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"the model takes prompts of shape (B, L) with B and L at least 1, got {shape}")
 
 
 def refuse_sentinels_without_images(input_ids: Tensor | None) -> None:
@@ -45,6 +57,21 @@ def images_per_row(markers: list[int], images: int, training: bool) -> list[int]
         f"the prompts have {sum(markers)} <image> (by row: {markers}) but {images} images were given: give one image "
         "for each <image>, in order"
     )
+
+
+def check_images(images: Tensor | Sequence[Tensor]) -> None:
+    """Check that there are images, and that a tensor of them has a batch axis.
+
+    Raises:
+        ValueError: there are none, or the tensor is one image.
+    """
+    if len(images) == 0:
+        raise ValueError("images is empty: give at least one, or leave images out for text-only prompts")
+    if isinstance(images, Tensor) and images.ndim < 4:
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}: one image needs a batch axis too (images[None]), for "
+            "(N, 3, h, w) or (N, tiles, 3, h, w)"
+        )
 
 
 def as_tiles(image: Any, index: int) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
+from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 
 
@@ -32,8 +32,8 @@ class Turn:
         fed_tokens: tokens, visual ones included, that went through the language model before the first new one.
         cached_tokens: tokens before them, whose keys and values were kept from earlier turns.
         new_tokens: tokens of the answer, with the end token if there was one.
-        vision_seconds: encoding of this turn's images; 0 without any.
-        prefill_seconds: from then to the first new token.
+        vision_seconds: preparing and encoding this turn's images; 0 without any.
+        prefill_seconds: language model, from the prompt's embeddings to the first new token.
         decode_seconds: from the first new token to the last.
     """
 
@@ -88,7 +88,7 @@ class ChatSession:
         **generate_kwargs: for ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
 
     Raises:
-        ValueError: the template is unknown.
+        ValueError: the template is unknown, or has no turns; or beams are asked for.
     """
 
     def __init__(
@@ -96,6 +96,10 @@ class ChatSession:
     ) -> None:
         if conv_mode not in conv_templates:
             raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
+        if conv_templates[conv_mode].sep_style is SeparatorStyle.PLAIN:
+            raise ValueError(f"conv_mode={conv_mode!r} is for pretraining and has no turns: use 'vicuna_v1' or another")
+        if generate_kwargs.get("num_beams", 1) > 1:
+            raise ValueError(f"num_beams={generate_kwargs['num_beams']}: a conversation has one cache; use 1")
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -107,6 +111,9 @@ class ChatSession:
         """Forget everything said and seen."""
         self.conversation = conv_templates[self.conv_mode].copy()
         self._visual: list[Tensor] = []  # (n, D) of each image, in order
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
         self._cache = DynamicCache(config=self.model.config)
         self._cached: list[int] = []  # what each position of the cache holds; see _positions
 
@@ -119,9 +126,13 @@ class ChatSession:
             images: PIL images that are new in this turn.
             streamer: gets the new tokens as they come.
 
+        Returns:
+            The answer and what it cost. It ends at the model's context at the latest.
+
         Raises:
             TypeError: an image is not a PIL image.
-            ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context.
+            ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context. The
+                conversation is then as it was before.
         """
         question = with_image_tokens(text, len(images), self.model.config)
         start = time.perf_counter()
@@ -136,14 +147,19 @@ class ChatSession:
         known = self._reuse(positions)
 
         clock = _Clock(streamer)
-        new_ids = self.model.generate(
-            # What is cached is sliced away by generate, so its embeddings are never read.
-            inputs_embeds=torch.cat([embeds.new_zeros(known, embeds.shape[1]), embeds[known:]])[None],
-            attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=embeds.device),
-            past_key_values=self._cache,
-            streamer=clock,
-            **self.generate_kwargs,
-        )[0].tolist()
+        room = self.model.config.max_position_embeddings - len(positions)
+        try:
+            new_ids = self.model.generate(
+                # What is cached is sliced away by generate, so its embeddings are never read.
+                inputs_embeds=torch.cat([embeds.new_zeros(known, embeds.shape[1]), embeds[known:]])[None],
+                attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=embeds.device),
+                past_key_values=self._cache,
+                streamer=clock,
+                **self.generate_kwargs | {"max_new_tokens": min(self.generate_kwargs["max_new_tokens"], room)},
+            )[0].tolist()
+        except BaseException:  # stopped half-way, the cache holds what nobody knows: the next turn fills a new one
+            self._forget_cache()
+            raise
         self._cached = (positions + new_ids)[: self._cache.get_seq_length()]
         self._visual += visual
         answer = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()

@@ -33,8 +33,8 @@ class Integration:
 _LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach)
 
 REGISTRY: dict[str, Integration] = {
-    "LlavaMetaForCausalLM": _LLAVA,
-    "VisionTower": _LLAVA,
+    "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
+    "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
 }
 
 
@@ -45,8 +45,8 @@ def find_integration(model: nn.Module) -> Integration:
         TypeError: there is none; the message lists the supported classes.
     """
     for base in type(model).__mro__:
-        if base.__name__ in REGISTRY:
-            return REGISTRY[base.__name__]
+        if (name := f"{base.__module__}.{base.__qualname__}") in REGISTRY:
+            return REGISTRY[name]
     supported = "; ".join(f"{name}: {integration.family}" for name, integration in REGISTRY.items())
     raise TypeError(
         f"VisionZip does not support {type(model).__name__}. Supported are these classes and what derives from them: "

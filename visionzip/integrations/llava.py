@@ -16,13 +16,13 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
         ValueError: the model has no vision tower, or its encoder has no such layer.
     """
     tower = _tower(model)
-    if config.tokens >= tower.sequence_length:
+    if config.num_tokens >= tower.sequence_length:
         warnings.warn(
-            f"dominant={config.dominant} + contextual={config.contextual} is {config.tokens} tokens, but the vision "
-            f"tower has {tower.sequence_length}: nothing will be compressed. Use smaller budgets.",
+            f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
+            f"vision tower has {tower.sequence_length}: nothing will be compressed. Use smaller budgets.",
             stacklevel=3,
         )
-    if tower.layers_for(config) != tower.layers_of(tower.select_layer):
+    if tower.visionzip_layers(config) != tower.feature_layers(tower.select_layer):
         warnings.warn(
             f"VisionZip reads encoder layer {config.layer}, but this model was trained on the hidden states of layer "
             f"{tower.select_layer} (mm_vision_select_layer): expect poor answers unless the projector is tuned.",

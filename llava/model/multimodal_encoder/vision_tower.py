@@ -158,7 +158,7 @@ class VisionTower(nn.Module):
         edge = self.config.image_size
         return self.processor_class(size={"height": edge, "width": edge})
 
-    def layers_of(self, select_layer: int) -> int:
+    def feature_layers(self, select_layer: int) -> int:
         """How many encoder layers produce ``hidden_states[select_layer]``.
 
         Raises:
@@ -172,7 +172,7 @@ class VisionTower(nn.Module):
             )
         return select_layer % states
 
-    def layers_for(self, setting: VisionZipConfig) -> int:
+    def visionzip_layers(self, setting: VisionZipConfig) -> int:
         """How many encoder layers VisionZip needs: up to and including the scored one.
 
         Raises:
@@ -193,9 +193,9 @@ class VisionTower(nn.Module):
         if key.startswith(("post_layernorm.", "head.")):
             return False
         prefix, _, rest = key.partition("encoder.layers.")
-        layers = self.layers_of(self.select_layer)
+        layers = self.feature_layers(self.select_layer)
         if self.visionzip is not None:
-            layers = max(layers, self.layers_for(self.visionzip))
+            layers = max(layers, self.visionzip_layers(self.visionzip))
         return bool(prefix) or not rest or int(rest.split(".")[0]) < layers
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -214,7 +214,7 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        features = self._hidden_states(images, self.layers_of(self.select_layer))
+        features = self._hidden_states(images, self.feature_layers(self.select_layer))
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
@@ -232,7 +232,7 @@ class VisionTower(nn.Module):
         setting = self.visionzip
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
-        layers = self.layers_for(setting)
+        layers = self.visionzip_layers(setting)
 
         def summarize(read: QueriesKeys) -> tuple[Tensor, Tensor]:
             return patch_scores(read, self.cls_token), merge_keys(read)

@@ -1,0 +1,85 @@
+"""What the commands share: which model to load and how, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llava.conversation import conv_mode_for, conv_templates
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from visionzip import VisionZipConfig, unzip, visionzip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model to load and how, for :func:`load_from_arguments`."""
+    parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
+    parser.add_argument("--model-base", help="for a projector or LoRA checkpoint: the model it completes")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by model name)")
+    parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is any)")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
+    parser.add_argument("--dominant", type=int, help="VisionZip: tokens to keep per image or tile, CLS included")
+    parser.add_argument("--contextual", type=int, help="VisionZip: tokens to merge the rest into")
+
+
+def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, Any, Any, str]:
+    """Load the model that :func:`add_model_arguments` describes, zipped as it says.
+
+    Args:
+        args: the parsed flags, or any object with ``model_path``, ``model_base`` and ``conv_mode``; the rest may lack.
+        vanilla: without a budget in ``args``: None leaves the model as its checkpoint has it (LLaVA's commands), True
+            unzips it, False applies the checkpoint's own setting or the default one.
+
+    Returns:
+        tokenizer, model, image_processor, conv_mode.
+
+    Raises:
+        ValueError: the budget or the template is not valid; before anything is loaded. For the rest see
+            :func:`llava.model.builder.load_pretrained_model`.
+    """
+    name = get_model_name_from_path(args.model_path)
+    conv_mode = args.conv_mode or conv_mode_for(name)
+    if conv_mode not in conv_templates:
+        raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
+    budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
+    given = {key: value for key, value in budget.items() if value is not None}
+    VisionZipConfig(**given)
+    if vanilla and given:
+        raise ValueError(f"--vanilla keeps all visual tokens, but a budget was given too ({given}): choose one")
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        name,
+        load_8bit=getattr(args, "load_8bit", False),
+        load_4bit=getattr(args, "load_4bit", False),
+        device=getattr(args, "device", None),
+    )
+    if vanilla:
+        unzip(model)
+    elif given or vanilla is False:
+        visionzip(model, **given)
+    return tokenizer, model, image_processor, conv_mode
+
+
+def sampling(temperature: float, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of ``generate`` for a temperature (0 is greedy), and ``kwargs``.
+
+    Raises:
+        ValueError: the temperature is below 0.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is below 0: use 0 for greedy decoding")
+    return {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {}), **kwargs}
+
+
+def run_command(name: str, command: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
+    """Run a command; bad input becomes one line on standard error and exit status 2, as argparse has it."""
+    try:
+        command(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0

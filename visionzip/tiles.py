@@ -1,0 +1,55 @@
+"""LLaVA-NeXT: the order in which an image's compressed tiles are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tile_order(
+    dominant_indices: Tensor,
+    contextual: int,
+    grid: tuple[int, int],
+    patches: tuple[int, int],
+    *,
+    cls_token: bool = True,
+) -> Tensor:
+    """Order in which the compressed tiles of one LLaVA-NeXT image enter the language model.
+
+    First the whole-image tile as it is; then the dominant patches of all other tiles in raster order of the whole
+    image (so rows interleave tiles); then those tiles' CLS tokens; then their contextual tokens, tile by tile.
+    ``tokens.flatten(0, 1)[order]`` is the sequence. Source: the released code, without its fixed 24 x 24 grid.
+
+    Args:
+        dominant_indices: (T, K) of :class:`CompressedTokens`; tile 0 is the whole image, the others are row-major.
+        contextual: M, contextual tokens of each tile.
+        grid: (columns, rows) of tiles, whole image not counted: columns * rows = T - 1.
+        patches: (columns, rows) of patches in a tile.
+        cls_token: position 0 of each tile is a CLS token.
+
+    Returns:
+        (T * (K + M),) int64: a permutation of the flattened tokens.
+
+    Raises:
+        ValueError: the grid does not hold T - 1 tiles.
+    """
+    tiles, kept = dominant_indices.shape
+    grid_columns, grid_rows = grid
+    if grid_columns * grid_rows != tiles - 1:
+        raise ValueError(f"a grid of {grid_columns} x {grid_rows} does not hold {tiles - 1} tiles (whole image apart)")
+    columns, rows = patches
+    length, first_patch = kept + contextual, int(cls_token)
+    device = dominant_indices.device
+
+    tile = torch.arange(tiles - 1, device=device)[:, None]
+    start = (tile + 1) * length  # of each tile in the flattened tokens
+    patch = dominant_indices[1:, first_patch:] - first_patch
+    y = (tile // grid_columns) * rows + patch // columns
+    x = (tile % grid_columns) * columns + patch % columns
+    raster = (y * (grid_columns * columns) + x).flatten().argsort()
+    patch_positions = (start + torch.arange(first_patch, kept, device=device)).flatten()[raster]
+
+    whole_image = torch.arange(length, device=device)
+    cls_positions = (start + torch.arange(first_patch, device=device)).flatten()
+    contextual_positions = (start + torch.arange(kept, length, device=device)).flatten()
+    return torch.cat([whole_image, patch_positions, cls_positions, contextual_positions])
