@@ -630,8 +630,12 @@ BROKEN = {
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"llava has no config\.json: copy"),
     "no tokenizer": (
-        lambda folder: [path.unlink() for path in folder.glob("token*")],
-        r"cannot load a tokenizer from .*llava: it needs a tokenizer\.model",
+        lambda folder: (folder / "tokenizer.model").unlink(),
+        r"llava has no tokenizer: it needs tokenizer\.model or tokenizer\.json .*copy it there",
+    ),
+    "tokenizer from git-lfs": (
+        lambda folder: (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1"),
+        "cannot read the tokenizer in .*llava: .* download it again",
     ),
     "llava-hf": (
         lambda folder: edit_config(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from llava.model.loading import find_file
 
 _SPACE = "▁"  # SentencePiece's
+_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -22,12 +23,26 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     no ``tokenizer_config.json`` asks for it. Both are put back, for the old and the new (``legacy: false``) behaviour.
 
     Raises:
-        OSError: there is no tokenizer.
+        OSError: there is no tokenizer, or a damaged one.
     """
+    if not any(find_file(path, name) for name in _FILES):  # transformers would make an empty one
+        raise OSError(
+            f"{path} has no tokenizer: it needs {' or '.join(_FILES)}, as its language model has; copy it there"
+        )
+    try:
+        return _load(path)
+    except Exception as error:  # each format has its own
+        raise OSError(
+            f"cannot read the tokenizer in {path}: a file is damaged or was not fully downloaded; download it again. "
+            f"({error})"
+        ) from error
+
+
+def _load(path: str | Path) -> PreTrainedTokenizerBase:
     settings = _settings(path)
     is_llama = settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
     if not is_llama and ("tokenizer_class" in settings or find_file(path, "tokenizer.model") is None):
-        return _load_other(path)
+        return AutoTokenizer.from_pretrained(path)
     legacy = settings.get("legacy")
     legacy = True if legacy is None else legacy
     tokenizer = LlamaTokenizer.from_pretrained(
@@ -36,16 +51,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer.init_kwargs["legacy"] = legacy  # transformers would not save it
     _restore_prefix_space(tokenizer, legacy)
     return tokenizer
-
-
-def _load_other(path: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"cannot load a tokenizer from {path}: it needs a tokenizer.model or tokenizer.json, as its language model "
-            f"has them; copy them there. ({error})"
-        ) from error
 
 
 def _settings(path: str | Path) -> dict[str, Any]:
