@@ -25,6 +25,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contextual", type=int, help="VisionZip: tokens to merge the rest into")
 
 
+def positive(text: str) -> int:
+    """A flag's whole number of at least 1; argparse reports the error."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
 def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, Any, Any, str]:
     """Load the model that :func:`add_model_arguments` describes, zipped as it says.
 

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from llava.arguments import positive
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
@@ -242,8 +243,6 @@ def benchmark(args: argparse.Namespace) -> None:
         ValueError: a count is below its limit, or CUDA is asked for and not there.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    if args.rounds < 1 or min(args.batch_sizes) < 1:
-        raise ValueError(f"--rounds {args.rounds} and --batch-sizes {args.batch_sizes} must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this machine has no CUDA")
     results = benchmark_tower(args)
@@ -278,8 +277,10 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark``."""
     parser.add_argument("what", choices=["tower"], help="tower: the vision encoder with and without compression")
     parser.add_argument("--shape", choices=sorted(TOWERS), default="vit-l-14-336", help="size of the tower")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 5], help="images at a time (default: 1 5)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all ways (default: 5)")
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[1, 5], help="images at a time (default: 1 5)"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (default: 5)")
     parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (default: 54)")
     parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (default: 10)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")

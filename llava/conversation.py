@@ -25,7 +25,7 @@ class Conversation:
     Attributes:
         system: text before the first turn.
         roles: name of the user and of the assistant.
-        messages: (role, text) pairs; a text of None is the answer that the model is to write.
+        messages: [role, text] pairs; a text of None (or an empty one) is the answer that the model is to write.
         sep: separator; with ``sep2``, the one after the user's turns.
         sep2: separator after the assistant's turns, and the end of its answers.
     """
@@ -36,15 +36,15 @@ class Conversation:
     sep: str
     sep2: str | None = None
     version: str = ""
-    messages: list[tuple[str, str | None]] = field(default_factory=list)
+    messages: list[list[str | None]] = field(default_factory=list)
 
     def append_message(self, role: str, message: str | None) -> None:
         """Add a turn; None asks the model for it."""
-        self.messages.append((role, message))
+        self.messages.append([role, message])
 
     def copy(self) -> Conversation:
         """An independent copy: templates are shared, conversations are not."""
-        return dataclasses.replace(self, messages=copy.copy(self.messages))
+        return dataclasses.replace(self, messages=copy.deepcopy(self.messages))
 
     def get_prompt(self) -> str:
         """The prompt for the turns so far.
@@ -58,19 +58,19 @@ class Conversation:
 def _two(conv: Conversation) -> str:
     ends = (conv.sep, conv.sep2)
     turns = [
-        f"{role}:" if text is None else f"{role}: {text}{ends[index % 2]}"
+        f"{role}:" if not text else f"{role}: {text}{ends[index % 2]}"
         for index, (role, text) in enumerate(conv.messages)
     ]
     return conv.system + conv.sep + "".join(turns)
 
 
 def _mpt(conv: Conversation) -> str:
-    turns = [role if text is None else role + text + conv.sep for role, text in conv.messages]
+    turns = [role if not text else role + text + conv.sep for role, text in conv.messages]
     return conv.system + conv.sep + "".join(turns)
 
 
 def _chatml(conv: Conversation) -> str:
-    turns = [f"{role}\n" if text is None else f"{role}\n{text}{conv.sep}\n" for role, text in conv.messages]
+    turns = [f"{role}\n" if not text else f"{role}\n{text}{conv.sep}\n" for role, text in conv.messages]
     return (f"{conv.system}{conv.sep}\n" if conv.system else "") + "".join(turns)
 
 
@@ -78,7 +78,7 @@ def _llama_2(conv: Conversation) -> str:
     system = f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n" if conv.system else ""
     prompt = ""
     for index, (_, text) in enumerate(conv.messages):
-        if text is None:
+        if not text:
             continue
         if index % 2:
             prompt += f" {text} {conv.sep2}"
@@ -90,7 +90,7 @@ def _llama_2(conv: Conversation) -> str:
 def _plain(conv: Conversation) -> str:
     prompt = conv.system
     for index, (_, text) in enumerate(conv.messages):
-        if text is None:
+        if not text:
             continue
         if index % 2 and conv.sep2 is None:
             raise TypeError(

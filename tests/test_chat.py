@@ -94,6 +94,25 @@ def test_other_templates_equal_recomputing_everything(load, conv_mode: str):
         assert (turn.cached_tokens > 0) == (number > 0)
 
 
+def test_a_sliding_window(load):
+    """Mistral's: the cache is kept whole all the same, so that it can be cropped to what two turns share."""
+    tokenizer, model, processor, _ = load(model_type="llava_mistral", sliding_window=16)
+    visionzip(model, dominant=5, contextual=2)
+    session = ChatSession(model, tokenizer, processor, "mistral_instruct", **GENERATE)
+    for number, question in enumerate(QUESTIONS):
+        turn = session.ask(question, [picture(0)] if number == 0 else [])
+        assert turn.text == recompute(session, [picture(0)])
+    assert turn.cached_tokens > 16
+
+
+def test_an_answer_that_writes_about_an_image(session: ChatSession):
+    """The marker in the model's own words is not taken for a picture."""
+    session.ask(QUESTIONS[0], [picture(0)])
+    session.tokenizer.decode = lambda *_, **__: "The <image> is red."
+    assert session.ask(QUESTIONS[1]).text == "The <image> is red."
+    assert session.ask(QUESTIONS[2]).cached_tokens > 0
+
+
 def test_an_interrupted_answer_does_not_spoil_the_next(session: ChatSession):
     class Interrupt(BaseStreamer):
         tokens = 0
@@ -133,7 +152,7 @@ def test_reset_and_text_only(session: ChatSession):
     session.ask(QUESTIONS[0], [picture(0)])
     session.reset()
     assert session.ask("Hello").cached_tokens == 0
-    assert session.conversation.messages[0] == ("USER", "Hello")
+    assert session.conversation.messages[0] == ["USER", "Hello"]
 
 
 def test_what_goes_wrong_leaves_the_conversation_as_it_was(session: ChatSession):

@@ -35,6 +35,18 @@ def test_llama_2():
     assert rest == " [/INST] Yes? </s><s>[INST] Bye [/INST]"
 
 
+def test_a_turn_without_text_is_one_to_generate():
+    assert prompt("vicuna_v1", "Hi", "") == prompt("vicuna_v1", "Hi", None)
+
+
+def test_turns_can_be_filled_in():
+    """As LLaVA's own loop does it."""
+    conversation = conv_templates["vicuna_v1"].copy()
+    conversation.append_message("ASSISTANT", None)
+    conversation.messages[-1][-1] = "Yes?"
+    assert conversation.get_prompt().endswith("ASSISTANT: Yes? ")
+
+
 def test_copies_are_independent():
     default_conversation.copy().append_message("USER", "Hi")
     assert default_conversation.messages == []

@@ -73,27 +73,27 @@ class Case(SimpleNamespace):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """Folder in the original checkpoint format for a recorded model."""
+    """Folder in the original checkpoint format for a recorded model, with fields of its config replaced."""
     folders: dict[str, Path] = {}
 
-    def make(model: str) -> Path:
+    def make(model: str, overrides: dict[str, Any]) -> Path:
         if model not in folders:
             recorded = json.loads((ROOT / model).read_text())
-            folder = tmp_path_factory.mktemp(f"llava-{Path(model).stem}")
+            folder = folders[model] = tmp_path_factory.mktemp(f"llava-{Path(model).stem}")
             weights = load_file(ROOT / recorded["weights"])
             prefix = "model.vision_tower.vision_tower."
             tower = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
             write_tower(folder / "tower", recorded["vision_config"], tower)
-            config = {
-                **recorded["config"],
-                "model_type": "llava_llama",
-                "architectures": ["LlavaLlamaForCausalLM"],
-                "mm_vision_tower": str(folder / "tower"),
-            }
-            (folder / "config.json").write_text(json.dumps(config))
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
             write_tokenizer(folder, ROOT / "models" / "toy_tokenizer.model")
-            folders[model] = folder
+        config = {
+            **json.loads((ROOT / model).read_text())["config"],
+            **overrides,
+            "model_type": "llava_llama",
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "mm_vision_tower": str(folders[model] / "tower"),
+        }
+        (folders[model] / "config.json").write_text(json.dumps(config))
         return folders[model]
 
     return make
@@ -104,9 +104,8 @@ def load(checkpoint):
     """Model of a case, with the case's config and, if it has one, its VisionZip setting."""
 
     def make(case: Case) -> Any:
-        _, model, _, _ = load_pretrained_model(str(checkpoint(case.model)), device="cpu", torch_dtype=torch.float32)
-        for key, value in case.config_overrides.items():
-            setattr(model.config, key, value)
+        folder = checkpoint(case.model, case.config_overrides)
+        _, model, _, _ = load_pretrained_model(str(folder), device="cpu", torch_dtype=torch.float32)
         return zipped(model, case.visionzip) if case.visionzip else model
 
     return make

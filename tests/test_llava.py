@@ -63,6 +63,26 @@ def test_a_batch_answers_as_its_prompts_would_alone(model, side: str):
     assert torch.equal(model.generate(input_ids, images=with_dummy, **GREEDY), batch)
 
 
+def test_a_pad_id_inside_a_prompt_is_text(model):
+    prompts = [[1, IMG, 5, 6, 7], [1, IMG, 9, 0, 4, 8]]
+    alone = [model.generate(torch.tensor([prompt]), images=pixels(1), **GREEDY) for prompt in prompts]
+    input_ids, _ = ids(*prompts)
+    batch = model.generate(input_ids, images=pixels(1).expand(2, -1, -1, -1), **GREEDY)
+    assert torch.equal(batch, torch.cat(alone))
+
+
+def test_a_kept_cache_and_another_image(model):
+    """By hand: the mask covers the cache and the new prompt, as in transformers."""
+    first, second, images = torch.tensor([[1, IMG, 7]]), torch.tensor([[8, IMG, 9]]), pixels(2)
+    whole = model(torch.cat([first, second], dim=1), images=images).logits
+    cache = model(first, images=images[:1], use_cache=True).past_key_values
+    mask = torch.ones(1, cache.get_seq_length() + second.shape[1], dtype=torch.long)
+    rest = model(second, images=images[1:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, -rest.shape[1] :])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), but the cache has"):
+        model(second, images=images[1:], attention_mask=torch.ones(1, 3), past_key_values=cache)
+
+
 def test_images_as_tensor_list_or_tiles(model):
     input_ids, _ = ids([1, IMG, 7, IMG, 8])
     images = pixels(2)
@@ -154,6 +174,30 @@ def test_loss_ignores_visual_tokens_and_reaches_the_projector(model):
     text, _ = ids([1, 40, 41])
     model(text, labels=text, images=pixels(1)).loss.backward()
     assert model.get_model().mm_projector[0].weight.grad is not None  # all zeros, but there for DDP and ZeRO
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing(model, frozen: bool):
+    model.get_vision_tower().requires_grad_(not frozen)
+    prompt, weight = torch.tensor([[1, IMG, 7, 8]]), model.get_model().mm_projector[0].weight
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(prompt, labels=prompt.clamp(min=0), images=pixels(1), use_cache=False).loss.backward()
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_half_precision_beside_full(model):
+    """Pixels and projector may have other types than the model."""
+    prompt, images = torch.tensor([[1, IMG, 7]]), pixels(1).half()
+    expected = model(prompt, images=images.float()).logits
+    for container in (images, list(images)):
+        torch.testing.assert_close(model(prompt, images=container).logits, expected)
+    model.bfloat16().get_model().mm_projector.float()
+    assert model(prompt, images=images).logits.dtype == torch.bfloat16
 
 
 def test_long_prompts_are_cut(model):
@@ -258,6 +302,8 @@ REFUSED = {
     "too few images": ([1, IMG, IMG], lambda: pixels(1), "2 <image>.*1 images"),
     "images but no <image>": ([1, 7], lambda: pixels(1), "0 <image>.*1 images"),
     "<image> but no images": (ONE, lambda: None, "1 <image> but no images"),
+    "raw pixels": (ONE, lambda: torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "images are torch.uint8"),
+    "another size in a list": (ONE, lambda: [pixels(1, edge=42)], r"images\[0\] has shape \(1, 3, 42, 42\)"),
     "an empty list": (ONE, list, "1 <image> but no images"),
     "NaN": ([1, IMG, IMG], lambda: spoilt_pixels(torch.nan), r"images\[1\] has 1 pixels that are NaN"),
     "infinity in a list": ([1, IMG, IMG], lambda: list(spoilt_pixels(torch.inf)), r"images\[1\] has 1 pixels"),
@@ -278,6 +324,8 @@ def test_refused(model, case: str):
 def test_pil_images_are_refused(model):
     with pytest.raises(TypeError, match=r"images\[0\] is a Image, not a tensor.*process_images"):
         model.generate(torch.tensor([ONE]), images=[Image.new("RGB", (56, 56))], **GREEDY)
+    with pytest.raises(TypeError, match="images is a Image, not a tensor or a list"):
+        model.generate(torch.tensor([ONE]), images=Image.new("RGB", (56, 56)), **GREEDY)
 
 
 @pytest.mark.parametrize("prompts", [torch.empty(0, 3, dtype=torch.long), torch.empty(1, 0, dtype=torch.long), None])
@@ -304,6 +352,10 @@ def test_tiles_are_checked_against_the_image_size(load):
         model.visual_tokens([pixels(4)], [(112, 56)])
     with pytest.raises(ValueError, match="1 entries for 2 images"):
         model.visual_tokens([pixels(3), pixels(3)], [(112, 56)])
+    with pytest.raises(ValueError, match="mm_patch_merge_type='rows' is unknown"):
+        model.config.mm_patch_merge_type = "rows"
+        model.visual_tokens([pixels(3)], [(112, 56)])
+    model.config.mm_patch_merge_type = "spatial_unpad"
     model.config.image_grid_pinpoints = None
     with pytest.raises(ValueError, match="image_grid_pinpoints=None"):
         model.visual_tokens([pixels(3)], [(112, 56)])

@@ -197,6 +197,18 @@ def test_siglip_without_what_is_never_used(tmp_path: Path, log):
         load(folder)
 
 
+def test_newline_that_the_merge_type_does_not_use(copied, tmp_path: Path):
+    """LLaVA-NeXT's weights with a config that lays tiles out flat: kept, saved, and there when the type changes."""
+    folder = copied()
+    newline = {"model.image_newline": torch.randn(32)}
+    edit_weights(folder, lambda weights: weights | newline)
+    model = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(load_file(tmp_path / "saved" / "model.safetensors"), weights_of(folder))
+    model.config.mm_patch_merge_type = "spatial_unpad"
+    assert torch.equal(model.visual_tokens([torch.zeros(3, 56, 56)])[0][-1], newline["model.image_newline"])
+
+
 def test_obsolete_buffers(copied, make_checkpoint):
     folder = copied()
     buffers = {
@@ -409,13 +421,20 @@ def test_dtype(option: str, dtype: torch.dtype, make_checkpoint):
         assert {value.dtype for value in model.parameters()} == {dtype}
 
 
+def test_dtype_of_the_file(make_checkpoint):
+    model = LlavaLlamaForCausalLM.from_pretrained(make_checkpoint(), dtype="auto")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention(attention: str, make_checkpoint):
     model = load(make_checkpoint(), attn_implementation=attention)
     assert model.config._attn_implementation == model.get_vision_tower().config._attn_implementation == attention
 
 
-@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device": "cpu"}, {"device_map": {"": "cpu"}}])
+@pytest.mark.parametrize(
+    "options", [{"device_map": "auto"}, {"device": torch.device("cpu")}, {"device_map": {"": "cpu"}}]
+)
 def test_devices(options: dict[str, Any], make_checkpoint):
     model = load_pretrained_model(str(make_checkpoint()), **options)[1]
     automatic = torch.cuda.is_available() and options == {"device_map": "auto"}
@@ -595,7 +614,7 @@ BROKEN = {
         rf"llava do not fit LlavaLlamaForCausalLM: 1 missing from the checkpoint, such as {LAYER}\..*incomplete",
     ),
     "weight unexpected": (
-        lambda folder: edit_weights(folder, lambda weights: weights | {"model.image_newline": torch.ones(32)}),
+        lambda folder: edit_weights(folder, lambda weights: weights | {"model.resampler": torch.ones(32)}),
         r"1 not part of the model, such as model\.image_newline",
     ),
     "weight of another shape": (

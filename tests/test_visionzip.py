@@ -328,3 +328,17 @@ def test_a_model_without_vision_tower(function: Any):
 def test_an_unzipped_tower_has_nothing_to_compress(model: LlavaLlamaForCausalLM):
     with pytest.raises(RuntimeError, match="not zipped"):
         model.get_vision_tower().compress(pixels())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_model_can_be_zipped(model: LlavaLlamaForCausalLM):
+    """Before or after compiling; aot_eager traces as inductor does, without its compiler."""
+    prompt = torch.tensor([[1, IMAGE_TOKEN_INDEX, 7]])
+    compiled = torch.compile(model, backend="aot_eager")
+    tower = torch.compile(model.get_vision_tower(), backend="aot_eager")
+    for change in (lambda: visionzip(model, 5, 3), lambda: visionzip(model, 6, 2), lambda: unzip(model)):
+        change()
+        with torch.no_grad():
+            expected = model(prompt, images=pixels()[:1]).logits
+            torch.testing.assert_close(compiled(prompt, images=pixels()[:1]).logits, expected)
+            torch.testing.assert_close(tower(pixels()), model.get_vision_tower()(pixels()))

@@ -39,7 +39,9 @@ class AttentionReader(Generic[T]):
 
     def record(self, name: str, output: Tensor) -> None:
         """Take one projection's output (B, S, H * Dh); with the second one the result is computed."""
-        self._captured[name] = output
+        # Scores and keys only choose tokens: no gradient flows through them, and with gradient checkpointing there must
+        # be nothing here for it to save.
+        self._captured[name] = output.detach()
         if len(self._captured) == len(_PROJECTIONS):
             heads = self._attention.num_heads
             split = [self._captured.pop(name).unflatten(-1, (heads, -1)).transpose(1, 2) for name in _PROJECTIONS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 MergeRule = Literal["released", "average"]
@@ -36,8 +37,9 @@ class VisionZipConfig:
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual", "layer"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
+            object.__setattr__(self, name, int(value))  # numpy's integers do not go into JSON
         if self.dominant < 1:
             raise ValueError(
                 f"dominant={self.dominant} is below 1: keep at least one token (it counts the CLS token; "

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from llava.arguments import add_model_arguments, load_from_arguments, run_command, sampling
+from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import conv_templates
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sep", default=",", help="separates image files (default: a comma)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
     parser.add_argument("--top_p", type=float, help="nucleus sampling")
-    parser.add_argument("--num_beams", type=int, default=1, help="beams (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--num_beams", type=positive, default=1, help="beams (default: 1)")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
     return run_command(parser.prog, eval_model, parser.parse_args(argv))
 
 

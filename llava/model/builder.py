@@ -75,7 +75,7 @@ def load_pretrained_model(
     """
     model_path = _existing(model_path)
     model_base = model_base and _existing(model_base)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for but this machine has no CUDA: use device='cpu'")
     options = {

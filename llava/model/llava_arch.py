@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.loading import check_weights, no_load_report, settle_weights
+from llava.model.loading import NEWLINE, check_weights, no_load_report, settle_weights, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -28,6 +28,7 @@ from llava.model.prompts import (
     check_prompts,
     images_per_row,
     pad_rows,
+    padding_mask,
     refuse_sentinels_without_images,
     splice,
 )
@@ -71,7 +72,8 @@ class LlavaMetaModel:
             return
         self.vision_tower = build_vision_tower(config, delay_load=True)
         self.mm_projector = build_vision_projector(config)
-        if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+        # Also where a checkpoint has one that its merge type does not use: what was loaded is saved again.
+        if "unpad" in getattr(config, "mm_patch_merge_type", "flat") or getattr(config, "mm_image_newline", False):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
         # device_map="auto" goes by this order, and offloads what does not fit: the end of the language model, not the
         # tower, which it keeps in one piece.
@@ -126,13 +128,18 @@ class LlavaMetaForCausalLM:
         if path is not None and Path(path).is_dir() and not kwargs.keys() & _OTHER_SOURCES:
             config = copy.deepcopy(kwargs.pop("config", None))
             if not isinstance(config, PretrainedConfig):
+                own = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}  # "auto" is no type
                 config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+                kwargs |= own
             config.name_or_path = str(path)
             kwargs["config"] = config
             if getattr(config, "quantization_config", None) is None:
+                found = weight_shapes(path)
+                if NEWLINE in found or NEWLINE in weights:
+                    config.mm_image_newline = True
                 with torch.device("meta"):
                     model = cls(copy.deepcopy(config))
-                weights = check_weights(model, path, weights)
+                weights = check_weights(model, found, weights)
         kwargs["ignore_mismatched_sizes"] = True  # settle_weights names them, and an extra weight may replace them
         with no_load_report():
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
@@ -230,7 +237,7 @@ class LlavaMetaForCausalLM:
         mask = kwargs.pop("attention_mask", None)
         pad = self.generation_config.pad_token_id
         if mask is None and len(inputs) > 1 and pad is not None and pad != self.generation_config.eos_token_id:
-            mask = inputs != pad
+            mask = padding_mask(inputs, pad)
         rows, _ = self._embed_prompts(inputs, mask, None, images, image_sizes)
         embeds, mask, _, _ = pad_rows(rows, None, side="left")
         return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
@@ -242,7 +249,8 @@ class LlavaMetaForCausalLM:
             ValueError: a pixel is not finite, or the images' size is not the encoder's.
         """
         check_finite(images, [1] * len(images))
-        return self._project(self.get_vision_tower()(images))
+        tower = self.get_vision_tower()
+        return self._project(tower(images.to(tower.dtype)))
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -259,7 +267,7 @@ class LlavaMetaForCausalLM:
         Args:
             input_ids: (B, L) prompts.
             position_ids: (B, L) or None.
-            attention_mask: (B, L), 0 or False for padding, or None.
+            attention_mask: (B, L), 0 or False for padding, or None; with a cache (B, past + L).
             past_key_values: passed through.
             labels: (B, L) or None.
             images: as in :meth:`generate`. With labels, a batch of text only may carry dummy images too (training).
@@ -281,13 +289,22 @@ class LlavaMetaForCausalLM:
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_mask = None
+        if attention_mask is not None:
+            if attention_mask.shape[1] != past + input_ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but the cache has {past} positions and "
+                    f"the prompts {tuple(input_ids.shape)}: it must cover both"
+                )
+            past_mask, attention_mask = attention_mask[:, :past], attention_mask[:, past:]
         rows, row_labels = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
         side = getattr(self.config, "tokenizer_padding_side", "right")
         embeds, mask, positions, new_labels = pad_rows(rows, row_labels, side)
         return (
             None,
             None if position_ids is None else positions,
-            None if attention_mask is None else mask.to(attention_mask.dtype),
+            None if past_mask is None else torch.cat([past_mask, mask.to(past_mask)], dim=1),
             past_key_values,
             embeds,
             new_labels,
@@ -306,7 +323,8 @@ class LlavaMetaForCausalLM:
         prompts = [row[mask] for row, mask in zip(input_ids, keep, strict=True)]
         row_labels = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
         markers = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
-        if images is None or len(images) == 0 or self.get_vision_tower() is None:
+        none = images is None or (isinstance(images, Tensor | Sequence) and len(images) == 0)
+        if none or self.get_vision_tower() is None:
             refuse_sentinels_without_images(input_ids)
             visual: list[Tensor] = []
             takes = [0] * len(prompts)
@@ -343,11 +361,13 @@ class LlavaMetaForCausalLM:
         check_images(images)
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
-        tiles = [as_tiles(image, index) for index, image in enumerate(images)]
-        counts = [len(image) for image in tiles]
         tower = self.get_vision_tower()
+        tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
+        counts = [len(image) for image in tiles]
+        grids = self._grids(counts, image_sizes)
         batch = torch.cat([image.to(tower.device) for image in tiles])
         check_finite(batch, counts)
+        batch = batch.to(tower.dtype)  # the tower returns the type that it is given
         if tower.visionzip is None:
             tokens = self._project(tower(batch))
             kept: Sequence[Tensor | None] = [None] * len(tiles)
@@ -355,18 +375,18 @@ class LlavaMetaForCausalLM:
             compressed = tower.compress(batch)
             tokens = self._project(compressed.tokens)
             kept = compressed.dominant_indices.split(counts)
-        if image_sizes is not None and len(image_sizes) != len(tiles):
-            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(tiles)} images: give one for each")
         return [
-            self._merge_tiles(image, indices, None if image_sizes is None else image_sizes[index], index)
-            for index, (image, indices) in enumerate(zip(tokens.split(counts), kept, strict=True))
+            self._merge_tiles(image, indices, grid)
+            for image, indices, grid in zip(tokens.split(counts), kept, grids, strict=True)
         ]
 
     def _project(self, tokens: Tensor) -> Tensor:
-        return self.get_model().mm_projector(tokens.to(self.dtype))
+        projector = self.get_model().mm_projector
+        dtype = next((parameter.dtype for parameter in projector.parameters()), self.dtype)
+        return projector(tokens.to(dtype))
 
     def _merge_tiles(
-        self, tokens: Tensor, dominant_indices: Tensor | None, size: tuple[int, int] | None, index: int
+        self, tokens: Tensor, dominant_indices: Tensor | None, grid: tuple[tuple[int, int], tuple[int, int]] | None
     ) -> Tensor:
         """One image's sequence (n, D) from its tiles (T, N, D), by ``config.mm_patch_merge_type``."""
         merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
@@ -374,10 +394,12 @@ class LlavaMetaForCausalLM:
             return tokens.flatten(0, 1)
         if merge_type not in ("spatial", "spatial_unpad"):
             raise ValueError(f"mm_patch_merge_type={merge_type!r} is unknown: use 'flat', 'spatial' or 'spatial_unpad'")
-        newline = self.get_model().image_newline if merge_type == "spatial_unpad" else None
+        newline = getattr(self.get_model(), "image_newline", None) if merge_type == "spatial_unpad" else None
+        if merge_type == "spatial_unpad" and newline is None:
+            raise ValueError("mm_patch_merge_type='spatial_unpad' needs model.image_newline, which this model lacks")
         if len(tokens) == 1:
             return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
-        columns, rows = self._grid(size, len(tokens) - 1, index)
+        size, (columns, rows) = grid
         side = self.get_vision_tower().num_patches_per_side
         if dominant_indices is not None:
             contextual = tokens.shape[1] - dominant_indices.shape[1]
@@ -394,23 +416,38 @@ class LlavaMetaForCausalLM:
                 f"{merge_type} lays out {side} x {side} patches per tile but the vision tower returned "
                 f"{tokens.shape[1]} tokens: use mm_vision_select_feature='patch'"
             )
-        grid = tokens[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).transpose(1, 2)
-        grid = grid.flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
+        field = tokens[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).transpose(1, 2)
+        field = field.flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
         if newline is not None:
-            grid = unpad_image(grid.permute(2, 0, 1), size).permute(1, 2, 0)
-            grid = torch.cat([grid, newline.to(grid).expand(len(grid), 1, -1)], dim=1)
-        return torch.cat([tokens[0], grid.flatten(0, 1)])
+            field = unpad_image(field.permute(2, 0, 1), size).permute(1, 2, 0)
+            field = torch.cat([field, newline.to(field).expand(len(field), 1, -1)], dim=1)
+        return torch.cat([tokens[0], field.flatten(0, 1)])
 
-    def _grid(self, size: tuple[int, int] | None, tiles: int, index: int) -> tuple[int, int]:
-        """(columns, rows) of an image's tiles, checked against their number."""
-        if size is None:
-            raise ValueError(f"image {index} comes as {tiles + 1} tiles: give image_sizes, the (width, height) of each")
-        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
-        columns, rows = get_anyres_image_grid_shape(size, pinpoints, self.get_vision_tower().config.image_size)
-        if columns * rows != tiles:
-            raise ValueError(
-                f"image {index} of size {tuple(size)} makes a grid of {columns} x {rows} tiles and the whole image, "
-                f"{columns * rows + 1} in all, but comes as {tiles + 1}: prepare it with process_images and give "
-                "(width, height) of the original image"
-            )
-        return columns, rows
+    def _grids(
+        self, counts: list[int], image_sizes: Sizes | None
+    ) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
+        """Size (width, height) and grid (columns, rows) of each image that has several tiles to lay out, else None.
+
+        Checked here, against the number of tiles, before the tower runs.
+        """
+        if image_sizes is not None and len(image_sizes) != len(counts):
+            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(counts)} images: give one for each")
+        grids: list[tuple[tuple[int, int], tuple[int, int]] | None] = []
+        for index, count in enumerate(counts):
+            if count == 1 or getattr(self.config, "mm_patch_merge_type", "flat") == "flat":
+                grids.append(None)
+                continue
+            if image_sizes is None:
+                raise ValueError(f"image {index} comes as {count} tiles: give image_sizes, the (width, height) of each")
+            width, height = (int(edge) for edge in image_sizes[index])
+            pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+            edge = self.get_vision_tower().config.image_size
+            columns, rows = get_anyres_image_grid_shape((width, height), pinpoints, edge)
+            if columns * rows + 1 != count:
+                raise ValueError(
+                    f"image {index} of size {(width, height)} makes a grid of {columns} x {rows} tiles and the whole "
+                    f"image, {columns * rows + 1} in all, but comes as {count}: prepare it with process_images and "
+                    "give (width, height) of the original image"
+                )
+            grids.append(((width, height), (columns, rows)))
+        return grids

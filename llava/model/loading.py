@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 _TOWER = "model.vision_tower."
 _ENCODER = _TOWER + "vision_tower.vision_model."
 # Buffers that older transformers saved with the weights; they are computed now.
+NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type is flat
 _OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = (
@@ -90,12 +91,24 @@ def load_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
         ) from error
 
 
-def check_weights(model: Any, folder: str | Path, extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in a local checkpoint, read from the files' headers.
+
+    Raises:
+        FileNotFoundError: shards are missing.
+        OSError: a file is damaged.
+    """
+    return {
+        key: tuple(value.shape) for file in weight_files(folder) for key, value in load_weights(file, "meta").items()
+    }
+
+
+def check_weights(model: Any, found: dict[str, tuple[int, ...]], extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Compare a checkpoint with the model by names and shapes, before anything large is read.
 
     Args:
         model: a LLaVA model; it may be on the meta device.
-        folder: the checkpoint.
+        found: names and shapes of the checkpoint's weights.
         extra_weights: weights by name that replace or complete the checkpoint's.
 
     Returns:
@@ -105,9 +118,6 @@ def check_weights(model: Any, folder: str | Path, extra_weights: dict[str, Tenso
         OSError: a file is missing or damaged.
         ValueError: weights are missing, unexpected, or of another shape; the message names them.
     """
-    found = {
-        key: tuple(value.shape) for file in weight_files(folder) for key, value in load_weights(file, "meta").items()
-    }
     shapes = _shapes(model)
     tied = {key for pair in model.all_tied_weights_keys.items() if found.keys() & set(pair) for key in pair}
     info = {
@@ -153,7 +163,7 @@ def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]
     """``extra_weights`` and what else the model needs; ValueError if that does not fit."""
     shapes = _shapes(model)
     missing = set(info["missing_keys"]) - extra_weights.keys()
-    unexpected = {key for key in info["unexpected_keys"] if not _OBSOLETE.search(key)}
+    unexpected = {key for key in info["unexpected_keys"] if key != NEWLINE and not _OBSOLETE.search(key)}
     unexpected |= extra_weights.keys() - shapes.keys()
     found = {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
     found |= {key: tuple(value.shape) for key, value in extra_weights.items() if key in shapes}

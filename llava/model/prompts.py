@@ -18,9 +18,15 @@ def check_prompts(input_ids: Tensor | None) -> None:
     Raises:
         ValueError: there are none, or they are empty.
     """
-    if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
-        shape = None if input_ids is None else tuple(input_ids.shape)
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"the model takes prompts of shape (B, L) with B and L at least 1, got {shape}")
+
+
+def padding_mask(input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """Mask (B, L), False where a prompt begins or ends with padding; the same id inside a prompt is text."""
+    text = input_ids != pad_token_id
+    return (text.cumsum(1) > 0) & (text.flip(1).cumsum(1).flip(1) > 0)
 
 
 def refuse_sentinels_without_images(input_ids: Tensor | None) -> None:
@@ -63,8 +69,14 @@ def check_images(images: Tensor | Sequence[Tensor]) -> None:
     """Check that there are images, and that a tensor of them has a batch axis.
 
     Raises:
+        TypeError: it is neither a tensor nor a list of tensors.
         ValueError: there are none, or the tensor is one image.
     """
+    if not isinstance(images, Tensor | Sequence):
+        raise TypeError(
+            f"images is a {type(images).__name__}, not a tensor or a list of tensors: prepare images with "
+            "llava.mm_utils.process_images"
+        )
     if len(images) == 0:
         raise ValueError("images is empty: give at least one, or leave images out for text-only prompts")
     if isinstance(images, Tensor) and images.ndim < 4:
@@ -74,39 +86,45 @@ def check_images(images: Tensor | Sequence[Tensor]) -> None:
         )
 
 
-def as_tiles(image: Any, index: int) -> Tensor:
+def as_tiles(image: Any, index: int, edge: int) -> Tensor:
     """One image, (3, h, w) or (tiles, 3, h, w), as (tiles, 3, h, w).
 
     Args:
         image: the tensor.
         index: its place among the images, for messages.
+        edge: the vision tower's resolution in pixels.
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: it has other dimensions, or no tiles.
+        ValueError: it has other dimensions or another resolution, or no tiles.
     """
     if not isinstance(image, Tensor):
         raise TypeError(
             f"images[{index}] is a {type(image).__name__}, not a tensor: prepare images with "
             "llava.mm_utils.process_images"
         )
-    if image.ndim not in (3, 4) or len(image) == 0:
+    if image.ndim not in (3, 4) or len(image) == 0 or tuple(image.shape[-3:]) != (3, edge, edge):
         raise ValueError(
-            f"images[{index}] has shape {tuple(image.shape)}: an image is (3, h, w), or (tiles, 3, h, w) for anyres"
+            f"images[{index}] has shape {tuple(image.shape)}: for this vision tower an image is (3, {edge}, {edge}) "
+            f"or (tiles, 3, {edge}, {edge}) for anyres, as llava.mm_utils.process_images makes it"
         )
     return image[None] if image.ndim == 3 else image
 
 
 def check_finite(batch: Tensor, counts: list[int]) -> None:
-    """Check that no pixel is NaN or infinite.
+    """Check that pixels are normalised numbers: of a floating type, none NaN or infinite.
 
     Args:
         batch: (tiles, 3, h, w), the tiles of all images.
         counts: how many tiles each image has.
 
     Raises:
-        ValueError: some are; the message names the image.
+        ValueError: they are not; the message names the image.
     """
+    if not batch.is_floating_point():
+        raise ValueError(
+            f"images are {batch.dtype}: raw pixels are not normalised, prepare them with llava.mm_utils.process_images"
+        )
     if torch.isfinite(batch).all():
         return
     for index, image in enumerate(batch.split(counts)):

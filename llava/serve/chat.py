@@ -114,7 +114,8 @@ class ChatSession:
         self._forget_cache()
 
     def _forget_cache(self) -> None:
-        self._cache = DynamicCache(config=self.model.config)
+        # Without the model's config, which would give sliding windows a cache that cannot be cropped.
+        self._cache = DynamicCache()
         self._cached: list[int] = []  # what each position of the cache holds; see _positions
 
     @torch.no_grad()
@@ -163,7 +164,8 @@ class ChatSession:
         self._cached = (positions + new_ids)[: self._cache.get_seq_length()]
         self._visual += visual
         answer = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
-        conversation.messages[-1] = (assistant, answer)
+        # An image that the model only writes about is none.
+        conversation.messages[-1][1] = answer.replace(DEFAULT_IMAGE_TOKEN, "")
         self.conversation = conversation
         return Turn(
             text=answer,

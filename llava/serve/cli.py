@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TextStreamer
 
-from llava.arguments import add_model_arguments, load_from_arguments, run_command, sampling
+from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
 from llava.mm_utils import load_image
 from llava.serve.chat import ChatSession
 
@@ -70,10 +70,15 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """LLaVA's flags of its terminal chat, and VisionZip's two."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--image-file", "--image", nargs="+", metavar="IMAGE", help="images that the first question is about"
+        "--image-file",
+        "--image",
+        nargs="+",
+        action="extend",
+        metavar="IMAGE",
+        help="images that the first question is about",
     )
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="longest answer (default: 512)")
     parser.add_argument("--debug", action="store_true", help="print the whole prompt after each turn")
 
 

@@ -219,6 +219,7 @@ class VisionTower(nn.Module):
             features = features[:, 1:]
         return features.to(images.dtype)
 
+    @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
     def compress(self, images: Tensor) -> CompressedTokens:
         """Visual tokens of a zipped tower, with what was kept and merged.
 
