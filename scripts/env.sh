@@ -1,6 +1,5 @@
-# The Python environment that everything here works in.
+# Sourced by the other scripts: the Python environment that they work in.
 #
-#   bash scripts/env.sh [EXTRAS]   makes it
 #   source scripts/env.sh       sets ROOT, the repository's root
 #   use_environment EXTRAS      installs this repository, editable, with the extras (comma separated, may be empty) and
 #                               the versions of constraints.txt; sets PYTHON, the interpreter to run things with
@@ -59,8 +58,3 @@ use_environment() {
     [[ -e "$stamp" ]] || echo "$checksum" >"$stamp"
     echo "extras=$extras" >>"$stamp"
 }
-
-if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
-    set -euo pipefail
-    use_environment "${1:-}"
-fi

@@ -79,7 +79,7 @@ def test_a_kept_cache_and_another_image(model):
     mask = torch.ones(1, cache.get_seq_length() + second.shape[1], dtype=torch.long)
     rest = model(second, images=images[1:], attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(rest, whole[:, -rest.shape[1] :])
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), but the cache has"):
+    with pytest.raises(ValueError, match=r"shape \(1, 0\), but they have \(1, 3\).*with a cache"):
         model(second, images=images[1:], attention_mask=torch.ones(1, 3), past_key_values=cache)
 
 
@@ -147,6 +147,7 @@ def test_backbones_and_towers(load, model_type: str, vision: dict[str, Any]):
     def prefill_length() -> int:
         return model(prompt, images=images).logits.shape[1]
 
+    assert model.get_vision_tower().num_patches == 16
     assert prefill_length() == 16 + 2
     visionzip(model, dominant=5, contextual=2)
     assert prefill_length() == 7 + 2
@@ -335,6 +336,14 @@ def test_empty_batches_are_refused(model, prompts: torch.Tensor | None):
     for images in (None, pixels(1)):
         with pytest.raises(ValueError, match=r"prompts of shape \(B, L\) with B and L at least 1"):
             model(prompts, images=images)
+
+
+def test_masks_are_checked(model):
+    prompts = torch.tensor([ONE, ONE])
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), but they have \(2, 3\)"):
+        model.generate(prompts, images=pixels(2), attention_mask=torch.ones(2, 2))
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        model(prompts, images=pixels(2), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
 
 
 def test_no_images_are_refused(model):

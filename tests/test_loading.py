@@ -615,7 +615,7 @@ BROKEN = {
     ),
     "weight unexpected": (
         lambda folder: edit_weights(folder, lambda weights: weights | {"model.resampler": torch.ones(32)}),
-        r"1 not part of the model, such as model\.image_newline",
+        r"1 not part of the model, such as model\.resampler",
     ),
     "weight of another shape": (
         lambda folder: edit_weights(folder, reshaped(LAYER)),

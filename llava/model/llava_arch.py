@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.loading import NEWLINE, check_weights, no_load_report, settle_weights, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -25,6 +24,7 @@ from llava.model.prompts import (
     as_tiles,
     check_finite,
     check_images,
+    check_mask,
     check_prompts,
     images_per_row,
     pad_rows,
@@ -32,7 +32,10 @@ from llava.model.prompts import (
     refuse_sentinels_without_images,
     splice,
 )
+from llava.model.tiles import Layout, lay_out_tiles, tile_layouts, unpad_image
 from visionzip.tiles import tile_order
+
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 logger = logging.get_logger(__name__)
 
@@ -42,25 +45,6 @@ _OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "v
 Images = Tensor | Sequence[Tensor]
 Sizes = Sequence[tuple[int, int]]
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
-
-
-def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
-    """Cut away what padding an image to a grid has added.
-
-    Args:
-        tensor: (C, H, W) features of the padded image.
-        original_size: (width, height) of the image.
-
-    Returns:
-        (C, H', W'), a view. Source: LLaVA-NeXT, with its rounding down.
-    """
-    width, height = original_size
-    grid_height, grid_width = tensor.shape[1:]
-    if width / height > grid_width / grid_height:
-        border = (grid_height - int(height * (grid_width / width))) // 2
-        return tensor[:, border : grid_height - border]
-    border = (grid_width - int(width * (grid_height / height))) // 2
-    return tensor[:, :, border : grid_width - border]
 
 
 class LlavaMetaModel:
@@ -284,19 +268,14 @@ class LlavaMetaForCausalLM:
             TypeError: the images are not tensors.
         """
         check_prompts(input_ids)
-        decoding = past_key_values is not None and input_ids.shape[1] == 1
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        decoding = past > 0 and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         past_mask = None
         if attention_mask is not None:
-            if attention_mask.shape[1] != past + input_ids.shape[1]:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, but the cache has {past} positions and "
-                    f"the prompts {tuple(input_ids.shape)}: it must cover both"
-                )
             past_mask, attention_mask = attention_mask[:, :past], attention_mask[:, past:]
         rows, row_labels = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
         side = getattr(self.config, "tokenizer_padding_side", "right")
@@ -320,6 +299,7 @@ class LlavaMetaForCausalLM:
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Embeddings (L', D) and labels (L',) of each prompt, padding removed, visual tokens in place."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        check_mask(input_ids, keep)
         prompts = [row[mask] for row, mask in zip(input_ids, keep, strict=True)]
         row_labels = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
         markers = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
@@ -364,7 +344,7 @@ class LlavaMetaForCausalLM:
         tower = self.get_vision_tower()
         tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
         counts = [len(image) for image in tiles]
-        grids = self._grids(counts, image_sizes)
+        layouts = self._layouts(counts, image_sizes)
         batch = torch.cat([image.to(tower.device) for image in tiles])
         check_finite(batch, counts)
         batch = batch.to(tower.dtype)  # the tower returns the type that it is given
@@ -376,78 +356,41 @@ class LlavaMetaForCausalLM:
             tokens = self._project(compressed.tokens)
             kept = compressed.dominant_indices.split(counts)
         return [
-            self._merge_tiles(image, indices, grid)
-            for image, indices, grid in zip(tokens.split(counts), kept, grids, strict=True)
+            self._merge_tiles(image, indices, layout)
+            for image, indices, layout in zip(tokens.split(counts), kept, layouts, strict=True)
         ]
+
+    def _layouts(self, counts: list[int], image_sizes: Sizes | None) -> list[Layout | None]:
+        """How each image's tiles are laid out; checked before the tower runs."""
+        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge_type not in ("flat", "spatial", "spatial_unpad"):
+            raise ValueError(f"mm_patch_merge_type={merge_type!r} is unknown: use 'flat', 'spatial' or 'spatial_unpad'")
+        if image_sizes is not None and len(image_sizes) != len(counts):
+            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(counts)} images: give one for each")
+        if merge_type == "flat":
+            return [None] * len(counts)
+        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+        return tile_layouts(counts, image_sizes, pinpoints, self.get_vision_tower().config.image_size)
 
     def _project(self, tokens: Tensor) -> Tensor:
         projector = self.get_model().mm_projector
         dtype = next((parameter.dtype for parameter in projector.parameters()), self.dtype)
         return projector(tokens.to(dtype))
 
-    def _merge_tiles(
-        self, tokens: Tensor, dominant_indices: Tensor | None, grid: tuple[tuple[int, int], tuple[int, int]] | None
-    ) -> Tensor:
+    def _merge_tiles(self, tokens: Tensor, dominant_indices: Tensor | None, layout: Layout | None) -> Tensor:
         """One image's sequence (n, D) from its tiles (T, N, D), by ``config.mm_patch_merge_type``."""
         merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge_type == "flat":
             return tokens.flatten(0, 1)
-        if merge_type not in ("spatial", "spatial_unpad"):
-            raise ValueError(f"mm_patch_merge_type={merge_type!r} is unknown: use 'flat', 'spatial' or 'spatial_unpad'")
         newline = getattr(self.get_model(), "image_newline", None) if merge_type == "spatial_unpad" else None
         if merge_type == "spatial_unpad" and newline is None:
             raise ValueError("mm_patch_merge_type='spatial_unpad' needs model.image_newline, which this model lacks")
-        if len(tokens) == 1:
+        if layout is None:
             return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
-        size, (columns, rows) = grid
-        side = self.get_vision_tower().num_patches_per_side
-        if dominant_indices is not None:
-            contextual = tokens.shape[1] - dominant_indices.shape[1]
-            order = tile_order(
-                dominant_indices,
-                contextual,
-                (columns, rows),
-                (side, side),
-                cls_token=self.get_vision_tower().cls_token,
-            )
-            return tokens.flatten(0, 1)[order.to(tokens.device)]
-        if tokens.shape[1] != side * side:
-            raise ValueError(
-                f"{merge_type} lays out {side} x {side} patches per tile but the vision tower returned "
-                f"{tokens.shape[1]} tokens: use mm_vision_select_feature='patch'"
-            )
-        field = tokens[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns)).transpose(1, 2)
-        field = field.flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
-        if newline is not None:
-            field = unpad_image(field.permute(2, 0, 1), size).permute(1, 2, 0)
-            field = torch.cat([field, newline.to(field).expand(len(field), 1, -1)], dim=1)
-        return torch.cat([tokens[0], field.flatten(0, 1)])
-
-    def _grids(
-        self, counts: list[int], image_sizes: Sizes | None
-    ) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
-        """Size (width, height) and grid (columns, rows) of each image that has several tiles to lay out, else None.
-
-        Checked here, against the number of tiles, before the tower runs.
-        """
-        if image_sizes is not None and len(image_sizes) != len(counts):
-            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(counts)} images: give one for each")
-        grids: list[tuple[tuple[int, int], tuple[int, int]] | None] = []
-        for index, count in enumerate(counts):
-            if count == 1 or getattr(self.config, "mm_patch_merge_type", "flat") == "flat":
-                grids.append(None)
-                continue
-            if image_sizes is None:
-                raise ValueError(f"image {index} comes as {count} tiles: give image_sizes, the (width, height) of each")
-            width, height = (int(edge) for edge in image_sizes[index])
-            pinpoints = getattr(self.config, "image_grid_pinpoints", None)
-            edge = self.get_vision_tower().config.image_size
-            columns, rows = get_anyres_image_grid_shape((width, height), pinpoints, edge)
-            if columns * rows + 1 != count:
-                raise ValueError(
-                    f"image {index} of size {(width, height)} makes a grid of {columns} x {rows} tiles and the whole "
-                    f"image, {columns * rows + 1} in all, but comes as {count}: prepare it with process_images and "
-                    "give (width, height) of the original image"
-                )
-            grids.append(((width, height), (columns, rows)))
-        return grids
+        tower = self.get_vision_tower()
+        side = tower.num_patches_per_side
+        if dominant_indices is None:
+            return lay_out_tiles(tokens, layout, side, newline)
+        contextual = tokens.shape[1] - dominant_indices.shape[1]
+        order = tile_order(dominant_indices, contextual, layout.grid, (side, side), cls_token=tower.cls_token)
+        return tokens.flatten(0, 1)[order.to(tokens.device)]

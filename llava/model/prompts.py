@@ -23,6 +23,22 @@ def check_prompts(input_ids: Tensor | None) -> None:
         raise ValueError(f"the model takes prompts of shape (B, L) with B and L at least 1, got {shape}")
 
 
+def check_mask(input_ids: Tensor, mask: Tensor) -> None:
+    """Check that a mask (B, L) fits the prompts (B, L) and leaves something of each.
+
+    Raises:
+        ValueError: its shape is another, or a row is all padding.
+    """
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"the attention_mask of these prompts has shape {tuple(mask.shape)}, but they have "
+            f"{tuple(input_ids.shape)}: it must be the same, or with a cache cover the cache's positions too"
+        )
+    if not mask.any(dim=1).all():
+        row = int((~mask.any(dim=1)).nonzero()[0])
+        raise ValueError(f"prompt {row} has no tokens: its attention_mask is 0 everywhere; leave it out")
+
+
 def padding_mask(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """Mask (B, L), False where a prompt begins or ends with padding; the same id inside a prompt is text."""
     text = input_ids != pad_token_id

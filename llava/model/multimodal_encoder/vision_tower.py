@@ -268,11 +268,6 @@ class VisionTower(nn.Module):
         return self.encoder.embeddings(images)
 
     @property
-    def dummy_feature(self) -> Tensor:
-        """(1, hidden_size) of zeros."""
-        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
-
-    @property
     def dtype(self) -> torch.dtype:
         """Type of the encoder's weights."""
         return self.encoder.dtype
