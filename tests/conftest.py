@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from transformers import PreTrainedModel
 
-from checkpoints import write_checkpoint
+from checkpoints import edit_config, write_checkpoint
 from llava.model.builder import load_pretrained_model
+from llava.model.llava_arch import LlavaMetaForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +38,42 @@ def load(make_checkpoint):
         return load_pretrained_model(str(make_checkpoint(**overrides)), device="cpu")
 
     return make
+
+
+@pytest.fixture
+def copied(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint for this test alone, which may change it and the folder ``tower`` beside it."""
+
+    def make(**options: Any) -> Path:
+        source = make_checkpoint(**options)
+        folder = shutil.copytree(source, tmp_path / "llava")
+        shutil.copytree(source.with_name(source.name + "-tower"), tmp_path / "tower")
+        edit_config(folder, mm_vision_tower=str(tmp_path / "tower"))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Any:
+    """What users would read, from transformers too."""
+    transformers.logging.enable_propagation()
+    yield caplog
+    transformers.logging.disable_propagation()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a LLaVA's weights are read: what can be known before has to be said before."""
+    read = PreTrainedModel._load_pretrained_model
+
+    def guarded(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        assert not isinstance(model, LlavaMetaForCausalLM), "too late: the weights are being read"
+        return read(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(guarded))

@@ -1,4 +1,4 @@
-"""Every layout that LLaVA checkpoints come in, on tiny ones, and what is said when one is not right."""
+"""Every layout that LLaVA checkpoints come in, on tiny ones (for faulty ones see test_loading_errors.py)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate import infer_auto_device_map
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from checkpoints import (
     CLIP,
@@ -31,62 +30,20 @@ from checkpoints import (
     write_qwen_tokenizer,
     write_tokenizer,
 )
+from layouts import FILE, LAYOUTS, assert_same, load, save_safetensors, weights_of, without, write_lora, write_part
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import no_load_report
 from visionzip import VisionZipConfig, unzip, visionzip
 
-Weights = dict[str, Tensor]
-FILE = "model.safetensors"
 ENCODER = TOWER_PREFIX + "vision_model."
 PROMPT = torch.tensor([[1, 5, 6, -200, 7, 8]])
-
-
-def load(folder: Path, base: Path | None = None, **options: Any) -> Any:
-    return load_pretrained_model(str(folder), base and str(base), device="cpu", **options)[1]
-
-
-def weights_of(folder: Path) -> Weights:
-    return load_file(folder / FILE)
-
-
-def assert_same(actual: Weights, expected: Weights) -> None:
-    assert actual.keys() == expected.keys()
-    assert not [key for key, value in expected.items() if not torch.equal(actual[key], value)]
 
 
 def generate(model: Any) -> Tensor:
     edge = model.get_vision_tower().config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     return model.generate(PROMPT, images=pixels.to(model.dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-
-
-@pytest.fixture
-def copied(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint for this test alone, which may change it and the folder ``tower`` beside it."""
-
-    def make(**options: Any) -> Path:
-        source = make_checkpoint(**options)
-        folder = shutil.copytree(source, tmp_path / "llava")
-        shutil.copytree(source.with_name(source.name + "-tower"), tmp_path / "tower")
-        edit_config(folder, mm_vision_tower=str(tmp_path / "tower"))
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Any:
-    """What users would read, from transformers too."""
-    transformers.logging.enable_propagation()
-    yield caplog
-    transformers.logging.disable_propagation()
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -105,51 +62,7 @@ def publish(tmp_path: Path, offline, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return make
 
 
-@pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where a LLaVA's weights are read: what can be known before has to be said before."""
-    read = PreTrainedModel._load_pretrained_model
-
-    def guarded(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        assert not isinstance(model, LlavaMetaForCausalLM), "too late: the weights are being read"
-        return read(model, *args, **kwargs)
-
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(guarded))
-
-
 # Full checkpoints
-
-
-def save_safetensors(weights: Weights, path: Path) -> None:
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def to_shards(folder: Path, stem: str, suffix: str, save: Callable[[Weights, Path], None]) -> None:
-    weights = weights_of(folder)
-    (folder / FILE).unlink()
-    weight_map = {key: f"{stem}-0000{1 + number % 2}-of-00002{suffix}" for number, key in enumerate(weights)}
-    for name in set(weight_map.values()):
-        save({key: value for key, value in weights.items() if weight_map[key] == name}, folder / name)
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def to_bin(folder: Path) -> None:
-    torch.save(weights_of(folder), folder / "pytorch_model.bin")
-    (folder / FILE).unlink()
-
-
-def as_git_does(folder: Path) -> None:
-    """Both formats are listed, as all small files are there, but only the safetensors were fetched."""
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "absent.bin"}}))
-
-
-LAYOUTS = {
-    "file": lambda folder: None,
-    "shards": lambda folder: to_shards(folder, "model", ".safetensors", save_safetensors),
-    "bin": to_bin,
-    "bin_shards": lambda folder: to_shards(folder, "pytorch_model", ".bin", torch.save),
-    "unused_index": as_git_does,
-}
 
 
 @pytest.mark.parametrize("tower_inside", [True, False])
@@ -345,15 +258,6 @@ def language_model(make_checkpoint, tmp_path: Path) -> Path:
     return folder
 
 
-def write_part(source: Path, folder: Path) -> Weights:
-    """A folder with a checkpoint's config; returns weights of another projector."""
-    folder.mkdir()
-    shutil.copy(source / "config.json", folder)
-    generator = torch.Generator().manual_seed(1)
-    projector = {key: value for key, value in weights_of(source).items() if key.startswith("model.mm_projector.")}
-    return {key: torch.randn(value.shape, generator=generator) for key, value in projector.items()}
-
-
 @pytest.mark.parametrize("base", ["language_model", "llava"])
 @pytest.mark.parametrize(("suffix", "prefix"), [(".bin", "model."), (".bin", ""), (".safetensors", "model.")])
 def test_projector(base: str, suffix: str, prefix: str, make_checkpoint, language_model, tmp_path: Path):
@@ -373,24 +277,6 @@ def test_projectors_tower_is_relative_to_its_own_folder(make_checkpoint, languag
     edit_config(tmp_path / "projector", mm_vision_tower="encoder")
     model = load(tmp_path / "projector", language_model)
     assert_same(model.state_dict(), weights_of(make_checkpoint()) | projector)
-
-
-def write_lora(source: Path, folder: Path, suffix: str = ".bin") -> Weights:
-    """An adapter as LLaVA's training writes it; returns all weights of the model with it merged by hand."""
-    beside = {**write_part(source, folder), "lm_head.weight": torch.randn(480, 32)}
-    torch.save({f"base_model.model.{key}": value for key, value in beside.items()}, folder / "non_lora_trainables.bin")
-    parts = ["self_attn.q_proj", "mlp.up_proj"]
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
-    settings["target_modules"] = [part.split(".")[1] for part in parts]  # of the vision tower too, by name
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    merged, adapter = weights_of(source) | beside, {}
-    for name in (f"model.layers.{layer}.{part}" for layer in range(2) for part in parts):
-        weight = merged[f"{name}.weight"]
-        down, up = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
-        adapter |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
-        merged[f"{name}.weight"] = weight + 8 / 4 * up @ down
-    (torch.save if suffix == ".bin" else save_safetensors)(adapter, folder / f"adapter_model{suffix}")
-    return merged
 
 
 @pytest.mark.parametrize(("base", "suffix"), [("language_model", ".bin"), ("llava", ".safetensors")])
@@ -580,203 +466,3 @@ def test_marker_tokens(config: dict[str, Any], vocabulary: int, added: list[str]
     expected = weights_of(folder)
     assert torch.equal(embeddings[0][:vocabulary], expected["model.embed_tokens.weight"])
     assert torch.equal(embeddings[1][:vocabulary], expected["lm_head.weight"])
-
-
-# What is wrong, said before anything large is read
-
-
-def without(*keys: str) -> Callable[[Weights], Weights]:
-    return lambda weights: {key: value for key, value in weights.items() if key not in keys}
-
-
-def reshaped(key: str) -> Callable[[Weights], Weights]:
-    return lambda weights: weights | {key: weights[key][:-1].clone()}
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def remove_a_shard(folder: Path) -> None:
-    LAYOUTS["bin_shards"](folder)
-    (folder / "pytorch_model-00002-of-00002.bin").unlink()
-
-
-def tower(folder: Path) -> Path:
-    return folder.parent / "tower"
-
-
-LAYER = "model.layers.1.mlp.up_proj.weight"
-EMBEDDING = "embeddings.position_embedding.weight"
-BROKEN = {
-    "weight missing": (
-        lambda folder: edit_weights(folder, without(LAYER)),
-        rf"llava do not fit LlavaLlamaForCausalLM: 1 missing from the checkpoint, such as {LAYER}\..*incomplete",
-    ),
-    "weight unexpected": (
-        lambda folder: edit_weights(folder, lambda weights: weights | {"model.resampler": torch.ones(32)}),
-        r"1 not part of the model, such as model\.resampler",
-    ),
-    "weight of another shape": (
-        lambda folder: edit_weights(folder, reshaped(LAYER)),
-        rf"1 of another shape than the model's, such as {LAYER} \(model \(64, 32\), checkpoint \(63, 32\)\)",
-    ),
-    "weight of the tower missing": (
-        lambda folder: edit_weights(folder, without(ENCODER + EMBEDDING)),
-        rf"1 missing from the checkpoint, such as {ENCODER}{EMBEDDING}",
-    ),
-    "config of another model": (
-        lambda folder: edit_config(folder, num_hidden_layers=3, intermediate_size=32),
-        r"9 missing .*model\.layers\.2.*6 of another shape",
-    ),
-    "shard missing": (
-        remove_a_shard,
-        r"incomplete: 1 of 2 shards named in pytorch_model\.bin\.index\.json .*\(pytorch_model-00002-of-00002\.bin\)",
-    ),
-    "no weights": (lambda folder: (folder / FILE).unlink(), r"llava has no weights: expected model\.safetensors"),
-    "cut short": (lambda folder: cut(folder / FILE), r"model\.safetensors \(\d+ bytes\): .* download it again"),
-    "index cut short": (
-        lambda folder: [LAYOUTS["shards"](folder), cut(folder / "model.safetensors.index.json")],
-        r"cannot read .*model\.safetensors\.index\.json: .* download it again",
-    ),
-    "config cut short": (
-        lambda folder: cut(folder / "config.json"),
-        "cannot read the config of .*llava: it is damaged.*not a valid JSON file",
-    ),
-    "git-lfs": (
-        lambda folder: (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1"),
-        r"model\.safetensors \(42 bytes\): .*git-lfs",
-    ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"llava has no config\.json: copy"),
-    "no tokenizer": (
-        lambda folder: (folder / "tokenizer.model").unlink(),
-        r"llava has no tokenizer: it needs tokenizer\.model or tokenizer\.json .*copy it there",
-    ),
-    "tokenizer from git-lfs": (
-        lambda folder: (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1"),
-        "cannot read the tokenizer in .*llava: .* download it again",
-    ),
-    "llava-hf": (
-        lambda folder: edit_config(
-            folder, "mm_vision_tower", model_type="llava", architectures=["LlavaForConditionalGeneration"]
-        ),
-        "not an original LLaVA checkpoint .*'LlavaForConditionalGeneration'.* such as liuhaotian/llava-v1.5-7b",
-    ),
-    "plain Llama": (
-        lambda folder: edit_config(folder, "mm_vision_tower", model_type="llama", architectures=["LlamaForCausalLM"]),
-        "not an original LLaVA checkpoint .*'LlamaForCausalLM'.* such as liuhaotian/llava-v1.5-7b",
-    ),
-    "MPT": (
-        lambda folder: edit_config(folder, model_type="llava_mpt", architectures=["LlavaMptForCausalLM"]),
-        "'LlavaMptForCausalLM'.*supported are LlavaLlamaForCausalLM",
-    ),
-    "projector type": (
-        lambda folder: edit_config(folder, mm_projector_type="resampler"),
-        "mm_projector_type='resampler' is unknown: use",
-    ),
-    "select layer": (
-        lambda folder: edit_config(folder, mm_vision_select_layer=-9),
-        r"mm_vision_select_layer=-9 is outside the vision tower's 5 hidden states",
-    ),
-    "tower missing": (
-        lambda folder: shutil.rmtree(tower(folder)),
-        r"mm_vision_tower='.*tower'.* set mm_vision_tower in the checkpoint's config\.json",
-    ),
-    "tower unreachable": (
-        lambda folder: edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336"),
-        "mm_vision_tower='openai/clip-vit-large-patch14-336'.* Download it and set mm_vision_tower",
-    ),
-    "tower of another type": (
-        lambda folder: edit_config(tower(folder), model_type="dinov2"),
-        r"tower' is of type 'dinov2': supported are \['clip', 'siglip'\]",
-    ),
-    "image processor unreachable": (
-        lambda folder: edit_config(folder, mm_vision_tower="openai/clip", mm_vision_config=CLIP),
-        r"no image processor: .*'openai/clip' has a preprocessor_config\.json.* Copy",
-    ),
-}
-BROKEN_TOWER = {  # of a checkpoint that does not have the tower's weights
-    "no weights": (lambda folder: (tower(folder) / FILE).unlink(), "tower has no weights: expected"),
-    "weight missing": (
-        lambda folder: edit_weights(tower(folder), without("vision_model." + EMBEDDING)),
-        rf"tower' lacks 1 weights.* such as {EMBEDDING}: .*set mm_vision_tower",
-    ),
-    "weight of another shape": (
-        lambda folder: edit_weights(tower(folder), reshaped("vision_model." + EMBEDDING)),
-        rf"tower' lacks 1 weights, or has them in another shape, such as {EMBEDDING}",
-    ),
-    "cut short": (lambda folder: cut(tower(folder) / FILE), r"tower/model\.safetensors .*: download it again"),
-}
-
-
-@pytest.mark.parametrize(
-    ("tower_inside", "damage", "message"),
-    [
-        pytest.param(inside, *case, id=f"{kind}-{name}")
-        for kind, inside, cases in (("checkpoint", True, BROKEN), ("tower", False, BROKEN_TOWER))
-        for name, case in cases.items()
-    ],
-)
-def test_broken(tower_inside: bool, damage: Callable[[Path], None], message: str, copied, unread, offline):
-    folder = copied(tower_inside=tower_inside)
-    damage(folder)
-    with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
-        load(folder)
-
-
-def test_parts_without_a_base(copied, tmp_path: Path, unread):
-    source = copied()
-    torch.save(write_part(source, tmp_path / "projector"), tmp_path / "projector" / "mm_projector.bin")
-    write_lora(source, tmp_path / "lora")
-    with pytest.raises(ValueError, match="projector holds a projector only: give its language model as model_base"):
-        load(tmp_path / "projector")
-    with pytest.raises(ValueError, match="lora holds a LoRA adapter: give the model it was trained on as model_base"):
-        load(tmp_path / "lora")
-    shutil.copy(tmp_path / "projector" / "mm_projector.bin", source)  # as liuhaotian/llava-v1.5-7b has it
-    with pytest.raises(ValueError, match="leave model_base out for a full checkpoint"):
-        load(source, source)
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
-        load(tmp_path / "lora", tmp_path / "absent")
-
-
-def test_parts_of_another_model(make_checkpoint, tmp_path: Path, unread):
-    small, large = make_checkpoint(), make_checkpoint(hidden_size=64)
-    torch.save(write_part(small, tmp_path / "projector"), tmp_path / "projector" / "mm_projector.bin")
-    write_lora(small, tmp_path / "lora")
-    for part in ("projector", "lora"):
-        with pytest.raises(ValueError, match=r"of another shape.* \(model \(32,\), checkpoint \(64,\)\)"):
-            load(tmp_path / part, large)
-    edit_config(tmp_path / "lora", num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"adapter in .*lora does not fit .* 4 weights .*layers\.1"):
-        load(tmp_path / "lora", small)
-    (tmp_path / "lora" / "adapter_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lora has an adapter_config.json but no adapter_model"):
-        load(tmp_path / "lora", small)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
-def test_no_cuda(make_checkpoint, unread):
-    with pytest.raises(ValueError, match="device='cuda' was asked for but this machine has no CUDA: use device='cpu'"):
-        load_pretrained_model(str(make_checkpoint()), device="cuda")
-
-
-def test_options_that_exclude_each_other(make_checkpoint, unread):
-    with pytest.raises(ValueError, match="load_8bit and load_4bit exclude each other: choose one"):
-        load(make_checkpoint(), load_8bit=True, load_4bit=True)
-
-
-@pytest.mark.skipif(transformers.utils.is_flash_attn_2_available(), reason="about machines without flash-attn")
-def test_flash_attention_is_not_installed(make_checkpoint, unread):
-    with pytest.raises(ImportError, match="FlashAttention2"):
-        load(make_checkpoint(), use_flash_attn=True)
-
-
-@pytest.mark.parametrize("path", ["/absent/llava", "./absent", "~/absent/llava", "a/b/c"])
-def test_no_such_folder(path: str):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*owner/name"):
-        load_pretrained_model(path, device="cpu")
-
-
-def test_no_such_model_on_the_hub(offline):
-    with pytest.raises(OSError, match=r"cannot read the config of nobody/nothing: .* Check the name"):
-        load_pretrained_model("nobody/nothing", device="cpu")

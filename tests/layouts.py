@@ -1,0 +1,95 @@
+"""The layouts in which LLaVA's weights are stored: turns a tiny checkpoint into each of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava.model.builder import load_pretrained_model
+
+Weights = dict[str, Tensor]
+FILE = "model.safetensors"
+
+
+def load(folder: Path, base: Path | None = None, **options: Any) -> Any:
+    return load_pretrained_model(str(folder), base and str(base), device="cpu", **options)[1]
+
+
+def weights_of(folder: Path) -> Weights:
+    return load_file(folder / FILE)
+
+
+def assert_same(actual: Weights, expected: Weights) -> None:
+    assert actual.keys() == expected.keys()
+    assert not [key for key, value in expected.items() if not torch.equal(actual[key], value)]
+
+
+def save_safetensors(weights: Weights, path: Path) -> None:
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def to_shards(folder: Path, stem: str, suffix: str, save: Callable[[Weights, Path], None]) -> None:
+    weights = weights_of(folder)
+    (folder / FILE).unlink()
+    weight_map = {key: f"{stem}-0000{1 + number % 2}-of-00002{suffix}" for number, key in enumerate(weights)}
+    for name in set(weight_map.values()):
+        save({key: value for key, value in weights.items() if weight_map[key] == name}, folder / name)
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def to_bin(folder: Path) -> None:
+    torch.save(weights_of(folder), folder / "pytorch_model.bin")
+    (folder / FILE).unlink()
+
+
+def as_git_does(folder: Path) -> None:
+    """Both formats are listed, as all small files are there, but only the safetensors were fetched."""
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "absent.bin"}}))
+
+
+LAYOUTS = {
+    "file": lambda folder: None,
+    "shards": lambda folder: to_shards(folder, "model", ".safetensors", save_safetensors),
+    "bin": to_bin,
+    "bin_shards": lambda folder: to_shards(folder, "pytorch_model", ".bin", torch.save),
+    "unused_index": as_git_does,
+}
+
+
+def write_part(source: Path, folder: Path) -> Weights:
+    """A folder with a checkpoint's config; returns weights of another projector."""
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    generator = torch.Generator().manual_seed(1)
+    projector = {key: value for key, value in weights_of(source).items() if key.startswith("model.mm_projector.")}
+    return {key: torch.randn(value.shape, generator=generator) for key, value in projector.items()}
+
+
+def write_lora(source: Path, folder: Path, suffix: str = ".bin") -> Weights:
+    """An adapter as LLaVA's training writes it; returns all weights of the model with it merged by hand."""
+    beside = {**write_part(source, folder), "lm_head.weight": torch.randn(480, 32)}
+    torch.save({f"base_model.model.{key}": value for key, value in beside.items()}, folder / "non_lora_trainables.bin")
+    parts = ["self_attn.q_proj", "mlp.up_proj"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    settings["target_modules"] = [part.split(".")[1] for part in parts]  # of the vision tower too, by name
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    merged, adapter = weights_of(source) | beside, {}
+    for name in (f"model.layers.{layer}.{part}" for layer in range(2) for part in parts):
+        weight = merged[f"{name}.weight"]
+        down, up = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+        adapter |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        merged[f"{name}.weight"] = weight + 8 / 4 * up @ down
+    (torch.save if suffix == ".bin" else save_safetensors)(adapter, folder / f"adapter_model{suffix}")
+    return merged
+
+
+def without(*keys: str) -> Callable[[Weights], Weights]:
+    """For edit_weights: takes these away."""
+    return lambda weights: {key: value for key, value in weights.items() if key not in keys}
