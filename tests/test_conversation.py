@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from checkpoints import picture
 from llava.conversation import conv_mode_for, conv_templates, default_conversation
-from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path
+from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, load_image_from_base64
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -71,6 +74,12 @@ def test_the_template_of_a_checkpoint(path: str, mode: str):
 def test_model_names():
     assert get_model_name_from_path("/models/llava-v1.5-7b/") == "llava-v1.5-7b"
     assert get_model_name_from_path("runs/llava-lora/checkpoint-100") == "llava-lora_checkpoint-100"
+
+
+def test_an_image_as_text():
+    data = BytesIO()
+    picture(0).save(data, format="PNG")
+    assert load_image_from_base64(base64.b64encode(data.getvalue()).decode()).tobytes() == picture(0).tobytes()
 
 
 def test_stopping_at_keywords():
