@@ -120,7 +120,7 @@ def cls_attention(read: QueriesKeys) -> Tensor:
 def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
     """Attention that each position receives, averaged over all queries.
 
-    For encoders without a CLS token (SigLIP), which the paper does not cover.
+    For encoders without a CLS token, such as SigLIP (the paper's Algorithm 3).
 
     Args:
         read: queries and keys (B, H, S, Dh).
@@ -135,7 +135,7 @@ def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
 
 
 def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
-    """Score of each patch: attention summed over heads (paper, section 3.2).
+    """Score of each patch: attention summed over heads (the paper's Algorithm 1; 3 without CLS).
 
     Args:
         read: queries and keys (B, H, S, Dh) of the scored layer.
@@ -148,7 +148,7 @@ def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
 
 
 def merge_keys(read: QueriesKeys) -> Tensor:
-    """Keys averaged over heads, by which contextual tokens are matched (paper, section 3.3).
+    """Keys averaged over heads, by which contextual tokens are matched (released code).
 
     Args:
         read: queries and keys (B, H, S, Dh) of the scored layer.

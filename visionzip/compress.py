@@ -43,12 +43,13 @@ def compress_tokens(
     cls_token: bool = True,
     merge: MergeRule = "released",
 ) -> CompressedTokens:
-    """Keep the tokens that attention concentrates on and merge the rest (VisionZip, sections 3.2 and 3.3).
+    """Keep the tokens that attention concentrates on and merge the rest (VisionZip, arXiv 2412.04467).
 
     The dominant tokens are the CLS token and the ``dominant - 1`` patches of highest score; equal scores resolve to the
     lower index. Of the R tokens that remain, in order, every ``max(1, R // contextual)``-th is a target, the first
     ``contextual`` of them; each other one joins the target whose key is most similar (cosine; a key of norm zero is
-    equally similar to all and joins the first). Scores and similarities are compared in float32 or better (in TF32
+    equally similar to all and joins the first). Source: the paper's Algorithm 1 (3 without a CLS token) for the dominant
+    tokens, the released code for the contextual ones. Scores and similarities are compared in float32 or better (in TF32
     where you have allowed that for matrix products), whatever the input's type and whether autocast is on; the result
     is differentiable with respect to ``hidden_states``.
 

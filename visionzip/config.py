@@ -18,9 +18,9 @@ class VisionZipConfig:
         dominant: tokens to keep by attention, at least 1. Counts the CLS token where the encoder has one, as in the
             released package: 54 is CLS + 53 patches. LLaVA-NeXT: per tile.
         contextual: tokens to merge the rest into, at least 0 (0 drops the rest). LLaVA-NeXT: per tile.
-        layer: encoder layer that is scored, and whose output is kept. -2 is the penultimate one (paper, section 3.2).
+        layer: encoder layer that is scored, and whose output is kept. -2 is the penultimate one, as in the paper.
         merge: ``"released"``: target + mean of the tokens assigned to it, as the published code does;
-            ``"average"``: mean over the target and its assigned tokens, as the paper's text says (section 3.3).
+            ``"average"``: mean over the target and its assigned tokens, as the paper's text says.
 
     Raises:
         TypeError: a count or the layer is not an integer.
