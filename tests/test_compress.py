@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn, scores: tuple[str, ...] = ("distinct", "quantised"
 
 
 def reference(hidden_states: Tensor, scores: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> CompressedTokens:
-    """DESIGN, section 4, one image after the other and one token after the other."""
+    """The method as documented, one image after the other and one token after the other."""
     images = [
         reference_image(*image, *args, **kwargs)
         for image in zip(hidden_states, scores.tolist(), keys.tolist(), strict=True)

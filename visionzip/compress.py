@@ -48,10 +48,11 @@ def compress_tokens(
     The dominant tokens are the CLS token and the ``dominant - 1`` patches of highest score; equal scores resolve to the
     lower index. Of the R tokens that remain, in order, every ``max(1, R // contextual)``-th is a target, the first
     ``contextual`` of them; each other one joins the target whose key is most similar (cosine; a key of norm zero is
-    equally similar to all and joins the first). Source: the paper's Algorithm 1 (3 without a CLS token) for the dominant
-    tokens, the released code for the contextual ones. Scores and similarities are compared in float32 or better (in TF32
+    equally similar to all and joins the first). Scores and similarities are compared in float32 or better (in TF32
     where you have allowed that for matrix products), whatever the input's type and whether autocast is on; the result
     is differentiable with respect to ``hidden_states``.
+
+    Source: the paper's Algorithm 1 (3 without a CLS token) for the dominant tokens, the released code for the others.
 
     Args:
         hidden_states: (B, S, D) output of the scored encoder layer.
