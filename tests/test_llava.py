@@ -96,6 +96,13 @@ def test_a_list_straight_to_the_tower(model):
     torch.testing.assert_close(torch.cat(tower(list(images))), tower(images))
 
 
+def test_forward_takes_llavas_order(model):
+    prompt, images = torch.tensor([[1, IMG, 7]]), pixels(1)
+    out = model(prompt, None, None, None, None, prompt.clamp(min=0), False, False, True, images, None)
+    assert len(out.hidden_states) == 3 and out.past_key_values is None
+    torch.testing.assert_close(out.logits, model(prompt, images=images).logits)
+
+
 def test_text_only_equals_the_plain_language_model(load, make_checkpoint):
     _, model, _, _ = load()
     visionzip(model, dominant=5, contextual=2)

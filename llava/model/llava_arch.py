@@ -166,11 +166,24 @@ class LlavaMetaForCausalLM:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         images: Images | None = None,
         image_sizes: Sizes | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The backbone's forward; ``images`` and ``image_sizes`` as in :meth:`generate`."""
+        """The backbone's forward, with its arguments in LLaVA's order.
+
+        ``images`` and ``image_sizes`` are as in :meth:`generate`, and so is what is raised; the others as in
+        transformers.
+        """
+        flags = {
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        kwargs |= {name: value for name, value in flags.items() if value is not None}
         if inputs_embeds is None and (images is not None or past_key_values is None):
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
