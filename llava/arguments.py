@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from llava.conversation import conv_mode_for, conv_templates
+from llava.conversation import conv_mode_for, conv_templates, new_conversation
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from visionzip import VisionZipConfig, unzip, visionzip
@@ -50,8 +50,7 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     """
     name = get_model_name_from_path(args.model_path)
     conv_mode = args.conv_mode or conv_mode_for(name)
-    if conv_mode not in conv_templates:
-        raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
+    new_conversation(conv_mode)  # checks it
     budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
     given = {key: value for key, value in budget.items() if value is not None}
     VisionZipConfig(**given)

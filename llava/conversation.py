@@ -170,6 +170,17 @@ conv_templates: dict[str, Conversation] = {
 default_conversation = conv_templates["vicuna_v1"]
 
 
+def new_conversation(conv_mode: str) -> Conversation:
+    """An empty conversation in a template.
+
+    Raises:
+        ValueError: ``conv_mode`` is not a key of :data:`conv_templates`.
+    """
+    if conv_mode not in conv_templates:
+        raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
+    return conv_templates[conv_mode].copy()
+
+
 def conv_mode_for(model_name: str) -> str:
     """The template that LLaVA's own commands use for a checkpoint of this name.
 

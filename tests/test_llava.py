@@ -377,6 +377,12 @@ def test_tiles_are_checked_against_the_image_size(load):
         model.visual_tokens([pixels(3)], [(112, 56)])
 
 
+def test_unpadding_needs_a_newline(model):
+    model.config.mm_patch_merge_type = "spatial_unpad"
+    with pytest.raises(ValueError, match=r"needs model\.image_newline"):
+        model.visual_tokens([pixels(1)])
+
+
 def test_what_is_not_an_image_is_refused():
     with pytest.raises(TypeError, match=r"images\[1\] is a str"):
         process_images([Image.new("RGB", (8, 8)), "cat.png"], None, SimpleNamespace())

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import conv_templates
+from llava.conversation import new_conversation
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.serve.chat import with_image_tokens
 
@@ -35,7 +35,7 @@ def eval_model(args: Any) -> str:
     images = [load_image(file) for file in args.image_file.split(args.sep)]
     tokenizer, model, image_processor, conv_mode = load_from_arguments(args)
     query = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    conversation = conv_templates[conv_mode].copy()
+    conversation = new_conversation(conv_mode)
     conversation.append_message(conversation.roles[0], with_image_tokens(query, len(images), model.config))
     conversation.append_message(conversation.roles[1], None)
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")

@@ -382,6 +382,8 @@ class LlavaMetaForCausalLM:
             raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(counts)} images: give one for each")
         if merge_type == "flat":
             return [None] * len(counts)
+        if merge_type == "spatial_unpad" and not hasattr(self.get_model(), "image_newline"):
+            raise ValueError("mm_patch_merge_type='spatial_unpad' needs model.image_newline, which this model lacks")
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
         return tile_layouts(counts, image_sizes, pinpoints, self.get_vision_tower().config.image_size)
 
@@ -395,9 +397,7 @@ class LlavaMetaForCausalLM:
         merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge_type == "flat":
             return tokens.flatten(0, 1)
-        newline = getattr(self.get_model(), "image_newline", None) if merge_type == "spatial_unpad" else None
-        if merge_type == "spatial_unpad" and newline is None:
-            raise ValueError("mm_patch_merge_type='spatial_unpad' needs model.image_newline, which this model lacks")
+        newline = self.get_model().image_newline if merge_type == "spatial_unpad" else None
         if layout is None:
             return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
         tower = self.get_vision_tower()

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, conv_templates
+from llava.conversation import SeparatorStyle, new_conversation
 from llava.mm_utils import process_images, tokenizer_image_token
 
 
@@ -94,9 +94,7 @@ class ChatSession:
     def __init__(
         self, model: Any, tokenizer: Any, image_processor: Any, conv_mode: str = "vicuna_v1", **generate_kwargs: Any
     ) -> None:
-        if conv_mode not in conv_templates:
-            raise ValueError(f"conv_mode={conv_mode!r} is unknown: use one of {', '.join(conv_templates)}")
-        if conv_templates[conv_mode].sep_style is SeparatorStyle.PLAIN:
+        if new_conversation(conv_mode).sep_style is SeparatorStyle.PLAIN:
             raise ValueError(f"conv_mode={conv_mode!r} is for pretraining and has no turns: use 'vicuna_v1' or another")
         if generate_kwargs.get("num_beams", 1) > 1:
             raise ValueError(f"num_beams={generate_kwargs['num_beams']}: a conversation has one cache; use 1")
@@ -109,7 +107,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forget everything said and seen."""
-        self.conversation = conv_templates[self.conv_mode].copy()
+        self.conversation = new_conversation(self.conv_mode)
         self._visual: list[Tensor] = []  # (n, D) of each image, in order
         self._forget_cache()
 
@@ -151,8 +149,7 @@ class ChatSession:
         room = self.model.config.max_position_embeddings - len(positions)
         try:
             new_ids = self.model.generate(
-                # What is cached is sliced away by generate, so its embeddings are never read.
-                inputs_embeds=torch.cat([embeds.new_zeros(known, embeds.shape[1]), embeds[known:]])[None],
+                inputs_embeds=embeds[None],  # the whole prompt: generate slices away what is cached
                 attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=embeds.device),
                 past_key_values=self._cache,
                 streamer=clock,
