@@ -40,10 +40,11 @@ setup(
     extras_require={
         "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31"],
         "eval": ["datasets>=5", "openai>=3.52", "av>=18", "pandas>=3", "openpyxl>=3.1"],
+        "figures": ["matplotlib>=3.10"],
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
         "flash": ["flash-attn>=2.7"],
-        "dev": ["pytest>=9", "hypothesis>=6", "ruff>=0.17", "build>=1.6", "peft>=0.21"],
+        "dev": ["pytest>=9", "hypothesis>=6", "ruff>=0.17", "build>=1.6", "peft>=0.21", "matplotlib>=3.10"],
     },
     entry_points={"console_scripts": ["visionzip = llava.cli:main"]},
 )

@@ -8,6 +8,7 @@ import sys
 from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
 from llava.serve.cli import add_chat_arguments, chat
+from llava.visualize import add_visualize_arguments, visualize
 from visionzip import __version__
 
 
@@ -23,6 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     add_chat_arguments(chat_parser)
     chat_parser.add_argument("--vanilla", action="store_true", help="keep all visual tokens")
     chat_parser.set_defaults(run=chat)
+
+    visualize_parser = commands.add_parser(
+        "visualize", help="draw what is kept and merged of an image", description=visualize.__doc__
+    )
+    add_visualize_arguments(visualize_parser)
+    visualize_parser.set_defaults(run=visualize)
 
     benchmark_parser = commands.add_parser(
         "benchmark", help="measure what compression costs and gains", description=benchmark.__doc__

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("visionzip", "llava")
-EXTRAS = frozenset({"", "dev", "quant", "train", "eval"})
+EXTRAS = frozenset({"", "dev", "quant", "train", "eval", "figures"})
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -45,7 +45,7 @@ def visionzip(
     Warns:
         UserWarning: dominant + contextual is the encoder's whole sequence or more, so nothing is compressed.
     """
-    target = _unwrap(model)
+    target = unwrap(model)
     integration = find_integration(target)
     setting = {"dominant": dominant, "contextual": contextual, "layer": layer, "merge": merge}
     given = {name: value for name, value in setting.items() if value is not None}
@@ -67,11 +67,11 @@ def unzip(model: Model) -> Model:
         TypeError: the model is of no supported family.
         ValueError: the model has no vision tower.
     """
-    target = _unwrap(model)
+    target = unwrap(model)
     find_integration(target).detach(target)
     return model
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,13 +1,15 @@
 """Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family, write a module with ``attach(model, config)`` and ``detach(model)`` and register its classes here.
+family, write a module with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)`` and register its
+classes here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -23,14 +25,16 @@ class Integration:
         family: its name, for messages.
         attach: turns compression on, or re-configures it, and stores the setting in the model's config.
         detach: turns it off and removes the setting.
+        vision_tower: the part that compresses, for :mod:`visionzip.visualize` to look into.
     """
 
     family: str
     attach: Callable[[nn.Module, VisionZipConfig], None]
     detach: Callable[[nn.Module], None]
+    vision_tower: Callable[[nn.Module], Any]
 
 
-_LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach)
+_LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach, llava.vision_tower)
 
 REGISTRY: dict[str, Integration] = {
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,

@@ -15,7 +15,7 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
     Raises:
         ValueError: the model has no vision tower, or its encoder has no such layer.
     """
-    tower = _tower(model)
+    tower = vision_tower(model)
     if config.num_tokens >= tower.sequence_length:
         warnings.warn(
             f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
@@ -35,13 +35,18 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
 
 def detach(model: nn.Module) -> None:
     """Clear the tower's compression stage and remove the setting."""
-    tower = _tower(model)
+    tower = vision_tower(model)
     tower.visionzip = None
     if tower is not model and hasattr(model.config, "visionzip"):
         del model.config.visionzip
 
 
-def _tower(model: nn.Module) -> nn.Module:
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The model's vision tower, or the model itself if it is one.
+
+    Raises:
+        ValueError: the model has none.
+    """
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else model
     if tower is None:
         raise ValueError(

@@ -1,0 +1,78 @@
+"""What every training run shares: going on where it stopped, and the record and picture that it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Transformers' own, for data sets whose samples are not the model's columns."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint of a run that was stopped, None for a new one."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
+def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write ``run.json`` (arguments, versions, losses and other facts) and ``losses.png`` into the run's folder.
+
+    Args:
+        trainer: when it has trained.
+        arguments: dataclasses by name; the Trainer's own are added.
+        facts: what else is to be recorded.
+    """
+    output = Path(trainer.args.output_dir)
+    record = {
+        **{name: asdict(values) for name, values in arguments.items()},
+        "training": trainer.args.to_sanitized_dict(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **facts,
+        "losses": trainer.state.log_history,
+    }
+    unfinished = output / "run.json.partial"
+    unfinished.write_text(json.dumps(record, indent=1))
+    unfinished.replace(output / "run.json")
+    plot_losses({output.name: trainer.state.log_history}, output / "losses.png")
+
+
+def leave_together() -> None:
+    """End a run of several processes: each waits for the others, as one that is left behind would crash."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Write loss against step, one panel per run, on a logarithmic axis.
+
+    Args:
+        histories: name of each run to its Trainer's ``log_history``.
+        path: picture to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+
+    figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(histories), squeeze=False)[0]
+    for panel, (name, history) in zip(panels, histories.items(), strict=True):
+        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        if points:
+            panel.plot(*zip(*points, strict=True), linewidth=1)
+        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

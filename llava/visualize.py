@@ -1,0 +1,68 @@
+"""``visionzip visualize``: figures of what a model's vision tower attends to, keeps and merges."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.arguments import add_model_arguments, load_from_arguments
+from llava.mm_utils import load_image, process_images
+
+
+def visualize(args: argparse.Namespace) -> None:
+    """Draw where a model's vision tower looks and what VisionZip makes of it: five figures, one row per image.
+
+    tokens.png (image, attention, dominant patches, contextual groups), attention.png, overlay.png, layers.png and
+    histogram.png. Of LLaVA-NeXT's tiles the one with the whole image is shown.
+
+    Raises:
+        ValueError: an image cannot be read, or the model cannot be loaded as asked.
+        OSError: a file is missing, or a part of the output folder's path is a file.
+        ImportError: matplotlib is not installed.
+    """
+    from visionzip import visualize as figures  # noqa: PLC0415 - matplotlib is an extra: only this command needs it
+
+    folder = _check_folder(args.out)
+    images = [load_image(file) for file in args.image]
+    _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
+    prepared = [process_images([image], image_processor, model.config)[0] for image in images]
+    maps = figures.inspect_tokens(model, torch.stack([_whole_image(image) for image in prepared]))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in (
+        ("tokens", figures.overview),
+        ("attention", figures.attention_map),
+        ("overlay", figures.token_overlay),
+        ("layers", figures.layer_panel),
+        ("histogram", figures.attention_histogram),
+    ):
+        file = folder / f"{name}.png"
+        unfinished = folder / f"{name}.png.partial"
+        draw(maps).savefig(unfinished, format="png")
+        unfinished.replace(file)
+        print(f"wrote {file}")
+
+
+def _whole_image(prepared: Tensor) -> Tensor:
+    """(3, h, w) of an image, or the first of its tiles (T, 3, h, w)."""
+    return prepared[0] if prepared.ndim == 4 else prepared
+
+
+def _check_folder(path: str) -> Path:
+    """The output folder, which may not exist yet: said before a model is loaded."""
+    folder = Path(path)
+    nearest = next(part for part in (folder, *folder.parents) if part.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"--out {path}: {nearest} is a file, not a folder; choose another one")
+    return folder
+
+
+def add_visualize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip visualize``."""
+    add_model_arguments(parser)
+    parser.add_argument("--image", nargs="+", action="extend", required=True, help="files or addresses of images")
+    parser.add_argument(
+        "--out", default="results/visualize", metavar="FOLDER", help="where the figures go (default: results/visualize)"
+    )

@@ -1,0 +1,110 @@
+"""Two steps of scripts/train_llava_mini.sh that only the embedded model needs.
+
+    python scripts/llava_mini.py language TEXT OUT      a tokenizer for the text, and a small Llama with random weights
+    python scripts/llava_mini.py export RUN OUT         the trained checkpoint in bfloat16, and the picture of all losses
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from llava.model.builder import load_pretrained_model
+from llava.model.tokenizer import load_tokenizer
+from llava.train.data import render
+from llava.train.run import plot_losses
+
+VOCABULARY = 768  # at most; every word of the scenes is one token then
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+def prompts(path: Path) -> Iterator[str]:
+    """The stretches of text that are tokenized apart: whole prompts, cut at images and ends of answers."""
+    for record in json.loads(path.read_text()):
+        prompt, _ = render(record["conversations"], "v1")
+        first, *rest = prompt.split("</s>")
+        yield f" {first}"  # SentencePiece puts a space before the text
+        yield from rest
+
+
+def write_tokenizer(text: Path, folder: Path) -> None:
+    """A byte-pair tokenizer like Llama's: words of the text are single tokens, anything else falls back to bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    # So that no token spans two words, or a word and its question mark.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False, limit_alphabet=100
+    )
+    tokenizer.train_from_iterator(prompts(text), trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in SPECIAL]
+    data["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "padding_side": "right",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    load_tokenizer(folder).save_pretrained(folder)
+
+
+def write_language_model(text: Path, folder: Path) -> None:
+    """The tokenizer, and a Llama for it with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(text, folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(load_tokenizer(folder)),
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> int:
+    """Run one of the steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("language", "export"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    if args.step == "language":
+        write_language_model(args.source, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Trains checkpoints/llava-mini from nothing, on two CPU cores:
+#
+#   bash scripts/train_llava_mini.sh [OUT]      OUT: where it works and leaves the model (results/llava-mini)
+#
+#   1  scenes     draws the training images and writes what is said about them (playground/scenes.py)
+#   2  tower      contrastive pretraining against sentences, on small images first, then at full size
+#   3  language   tokenizer and a language model that reads captions and answers questions about them
+#   4  projector  LLaVA's first stage: captions of images, projector only
+#   5  model      LLaVA's second stage: questions about images, projector and language model
+#   6  export     the checkpoint in bfloat16, with the picture of all losses
+#
+# Seeded; each step is skipped when it is done, and a step that was stopped goes on from its last checkpoint. SCALE=0.01 makes
+# every step that much shorter, to see it run through.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_environment eval,figures
+cd "$ROOT"
+OUT="${1:-results/llava-mini}"
+SCALE="${SCALE:-1}"
+PROCESSES="${PROCESSES:-2}"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+scaled() { "$PYTHON" -c "print(max(1, round($1 * $SCALE)))"; }
+
+# step NAME COMMAND…: runs a step unless it is done
+step() {
+    local name="$1"
+    shift
+    [[ -e "$OUT/done-$name" ]] && return
+    say "$name"
+    local start=$SECONDS
+    "$@"
+    echo "$((SECONDS - start)) s" >"$OUT/done-$name"
+}
+
+# train MODULE FOLDER STEPS BATCH RATE …: one Trainer run; BATCH is for one process, the rest goes to the module
+train() {
+    local module="$1" folder="$2" steps warmup
+    steps="$(scaled "$3")"
+    warmup="$(scaled 100)"
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m "$module" --output_dir "$OUT/$folder" \
+        --max_steps "$steps" --per_device_train_batch_size "$4" --learning_rate "$5" --warmup_steps "$warmup" \
+        --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.02}' --adam_beta2 0.98 \
+        --weight_decay 0.05 --max_grad_norm 1 --bf16 True --use_cpu True --seed 0 --logging_steps 20 --save_steps 200 \
+        --save_total_limit 1 --report_to none "${@:6}"
+}
+
+scenes() { "$PYTHON" -m playground.scenes train --out "$OUT/$1" --images "$(scaled "$2")" "${@:3}"; }
+
+tower() { # FOLDER DATA STEPS BATCH RATE …
+    train llava.train.contrastive "$1" "$3" "$4" "$5" --data_path "$OUT/$2/tower.json" --image_folder "$OUT/$2/images" \
+        --validation_path "$OUT/$2-held-out/tower.json" --validation_folder "$OUT/$2-held-out/images" "${@:6}"
+}
+
+mkdir -p "$OUT"
+step scenes-small scenes small 60000 --edge 72 --max-things 3
+step scenes-small-held-out scenes small-held-out 400 --edge 72 --max-things 3 --split validation
+step scenes scenes full 30000
+step scenes-held-out scenes full-held-out 400 --split validation
+step tower-small tower tower-small small 2200 32 1.5e-3 --image_size 72
+step tower tower tower full 1500 16 8e-4 --init "$OUT/tower-small"
+step language-model "$PYTHON" scripts/llava_mini.py language "$OUT/full/text.json" "$OUT/random-language"
+step language train llava.train.train language 1000 16 2e-3 --model_name_or_path "$OUT/random-language" \
+    --data_path "$OUT/full/text.json"
+step projector train llava.train.train projector 300 16 1e-3 --model_name_or_path "$OUT/language" \
+    --vision_tower "$OUT/tower" --tune_mm_mlp_adapter True --version plain --data_path "$OUT/full/pretrain.json" \
+    --image_folder "$OUT/full/images"
+step model train llava.train.train model 2000 16 1e-3 --model_name_or_path "$OUT/language" --vision_tower "$OUT/tower" \
+    --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors" --mm_projector_lr 5e-4 \
+    --data_path "$OUT/full/instruct.json" --image_folder "$OUT/full/images"
+step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"

@@ -1,0 +1,450 @@
+"""Pictures of what VisionZip keeps and merges, and of the attention that decides it (the paper's Figures 1, 2 and 5).
+
+Two steps: :func:`inspect_tokens` runs a model's vision tower and notes what happens to each patch; the other functions
+draw the notes, one row per image, and return matplotlib figures (``figure.savefig("tokens.png")``; no display is needed
+and no setting of matplotlib is touched):
+
+    maps = inspect_tokens(visionzip(model, dominant=54, contextual=10), images)
+    overview(maps).savefig("tokens.png")
+
+Needs matplotlib: ``pip install "visionzip[figures]"``. Nothing else in the package imports this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visionzip.apply import unwrap
+from visionzip.attention import QueriesKeys, patch_scores, read_attention
+from visionzip.compress import CompressedTokens
+from visionzip.config import VisionZipConfig
+from visionzip.integrations import find_integration
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm, hsv_to_rgb
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import PercentFormatter
+except ImportError as error:
+    raise ImportError(
+        'visionzip.visualize draws with matplotlib, which is not installed: pip install "visionzip[figures]"'
+    ) from error
+
+_INK, _CURVE, _MARK = "#444444", "#4c72b0", "#d62728"  # captions, histograms, the scored layer and the budget
+_COLUMNS = 8  # layers side by side: 24 of them make three rows
+
+
+class PatchRoles(NamedTuple):
+    """What a zipped tower does with the N patches of one image.
+
+    Attributes:
+        dominant: (N,) bool, the patches that are kept as they are.
+        groups: (N,) int64, slot 0..M-1 of the contextual token that a patch goes into; -1 for the dominant ones, and
+            for all with M = 0, as the rest is dropped then.
+        targets: (M,) int64, the patch that each contextual token's other patches join.
+    """
+
+    dominant: Tensor
+    groups: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """One image as the vision tower sees it. Patches are numbered row by row; all tensors are on the CPU.
+
+    Attributes:
+        image: (h, w, 3) float32 in 0..1: the pixels that became patches, after the processor has padded, cropped and
+            resized (what is left over at the right and the bottom, where patches do not divide the image, is cut off).
+        grid: (rows, columns) of patches, N in all, each of h / rows x w / columns pixels.
+        attention: (L, N) float32, attention on each patch in each encoder layer, mean over heads: the CLS token's, or
+            the mean of what all patches pay in encoders without one. What :func:`visionzip.attention.patch_scores`
+            sums.
+        layer: 0..L-1, the layer that decides.
+        cls_token: whether the encoder has a CLS token, which is no patch and always kept.
+        roles: what happens to each patch; None if the tower is not zipped.
+    """
+
+    image: Tensor
+    grid: tuple[int, int]
+    attention: Tensor
+    layer: int
+    cls_token: bool
+    roles: PatchRoles | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.attention.shape[1]
+
+    @property
+    def num_top(self) -> int:
+        """How many patches captions call the top ones: as many as are dominant; a tenth if the tower is not zipped."""
+        return max(1, self.num_patches // 10) if self.roles is None else int(self.roles.dominant.sum())
+
+    def top_share(self, layer: int) -> float:
+        """Share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest ones hold."""
+        scores = self.attention[layer]
+        return float(scores.topk(self.num_top).values.sum() / scores.sum())
+
+
+@torch.inference_mode()
+def inspect_tokens(model: nn.Module, images: Tensor) -> list[TokenMap]:
+    """Run a model's vision tower to its end and note the attention in every layer and what becomes of every patch.
+
+    The scores come from the layers' own queries and keys, whatever the attention kernel. Layers whose weights the
+    checkpoint lacks (a tower of LLaVA never uses its last one) are left out.
+
+    Args:
+        model: a model of a supported family, zipped or not, its vision tower, or a PEFT wrapper around one.
+        images: (B, 3, h, w), as the model's image processor makes them. LLaVA-NeXT: tiles are images of their own;
+            ``images[:, 0]`` are those that show the whole image.
+
+    Returns:
+        A :class:`TokenMap` of each image; with ``roles`` if the model is zipped.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: the images' shape is not the encoder's, or the model has no vision tower.
+        OSError: the tower has no image processor, so the images cannot be shown.
+    """
+    target = unwrap(model)
+    tower = find_integration(target).vision_tower(target)
+    edge = tower.config.image_size
+    if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
+        raise ValueError(
+            f"images must be (B, 3, {edge}, {edge}) with B >= 1, got {tuple(images.shape)}: prepare them with the "
+            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]"
+        )
+    attention = _attention_of_layers(tower, images)
+    side = tower.num_patches_per_side
+    pixels = _as_shown(images, tower.image_processor, side * tower.config.patch_size)
+    layer = tower.visionzip_layers(tower.visionzip or VisionZipConfig()) - 1
+    roles = [None] * len(images) if tower.visionzip is None else _roles_of(tower.compress(images), tower.cls_token)
+    return [
+        TokenMap(pixels[i], (side, side), attention[i], layer, tower.cls_token, roles[i]) for i in range(len(roles))
+    ]
+
+
+def _attention_of_layers(tower: Any, images: Tensor) -> Tensor:
+    """(B, L, N), mean over heads, of the layers that have trained weights."""
+    untrained = {int(key.split(".")[2]) for key in tower.untrained if key.startswith("encoder.layers.")}
+    layers = [layer for index, layer in enumerate(tower.encoder.encoder.layers) if index not in untrained]
+
+    def mean_over_heads(read: QueriesKeys) -> Tensor:
+        return patch_scores(read, tower.cls_token) / read.queries.shape[1]
+
+    with ExitStack() as stack:
+        readers = [stack.enter_context(read_attention(layer.self_attn, mean_over_heads)) for layer in layers]
+        # The encoder's own forward: the tower's stops at the layer that it needs.
+        tower.encoder(images.to(device=tower.device, dtype=tower.dtype))
+        return torch.stack([reader.result() for reader in readers], dim=1).cpu()
+
+
+def _as_shown(images: Tensor, processor: Any, covered: int) -> Tensor:
+    """Pixels (B, covered, covered, 3) in 0..1: the processor's normalisation undone."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = (images.cpu().float() * std + mean).clamp(0, 1)
+    return pixels[:, :, :covered, :covered].permute(0, 2, 3, 1)
+
+
+def _roles_of(compressed: CompressedTokens, cls_token: bool) -> list[PatchRoles]:
+    """Positions in the sequence as numbers of patches, for each image."""
+    first = int(cls_token)
+    groups = compressed.assignment.cpu()
+    dominant = torch.zeros_like(groups, dtype=torch.bool).scatter(1, compressed.dominant_indices.cpu(), True)
+    targets = compressed.target_indices.cpu() - first
+    return [PatchRoles(*image) for image in zip(dominant[:, first:], groups[:, first:], targets, strict=True)]
+
+
+def overview(maps: Sequence[TokenMap]) -> Figure:
+    """All of the method in four panels: image, attention, the dominant patches that stay, the groups that are merged.
+
+    Args:
+        maps: of a zipped model, one row each.
+
+    Raises:
+        ValueError: there are none, or the model was not zipped.
+    """
+    roles = [_roles(tokens) for tokens in maps]
+    figure, rows = _rows(maps, width=13, height=4)
+    for row, tokens, role in zip(rows, maps, roles, strict=True):
+        image, heat, kept, merged = row.subplots(1, 4)
+        row.suptitle(_summary(tokens), fontsize=12, color=_INK)
+        _draw_image(image, tokens)
+        _draw_attention(heat, tokens)
+        patches = int(role.dominant.sum())
+        title = _count(patches, "dominant patch")
+        if tokens.cls_token:
+            title = f"{_count(patches + 1, 'dominant token')}: {_count(patches, 'patch')} + CLS"
+        caption = f"they hold {tokens.top_share(tokens.layer):.0%} of the attention on patches"
+        _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
+        _draw_groups(merged, tokens)
+    return figure
+
+
+def attention_map(maps: Sequence[TokenMap]) -> Figure:
+    """Each image beside the attention on its patches in the scored layer (Figures 2, 9 and 10), zipped or not.
+
+    Colours follow the square root of the attention, here and in the other figures: most patches have so little that on
+    a linear scale they could not be told from none.
+
+    Args:
+        maps: one row each.
+
+    Raises:
+        ValueError: there are none.
+    """
+    figure, rows = _rows(maps, width=8.2, height=3.9)
+    for row, tokens in zip(rows, maps, strict=True):
+        image, heat = row.subplots(1, 2)
+        _draw_image(image, tokens)
+        _draw_attention(heat, tokens)
+        row.colorbar(heat.images[0], ax=heat, label="attention, mean over heads", shrink=0.85)
+    return figure
+
+
+def token_overlay(maps: Sequence[TokenMap]) -> Figure:
+    """What is kept and what is merged in one picture: dominant patches as they are, the others tinted by their group.
+
+    Args:
+        maps: of a zipped model, one row each.
+
+    Raises:
+        ValueError: there are none, or the model was not zipped.
+    """
+    roles = [_roles(tokens) for tokens in maps]
+    figure, rows = _rows(maps, width=5.6, height=6.2)
+    for row, tokens, role in zip(rows, maps, roles, strict=True):
+        axes = row.subplots()
+        patches = int(role.dominant.sum())
+        title = _count(patches, "dominant patch") + " (+ CLS)" * tokens.cls_token
+        if len(role.targets):
+            title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
+        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens))
+        _outline_targets(axes, tokens)
+    return figure
+
+
+def attention_histogram(maps: Sequence[TokenMap]) -> Figure:
+    """How unequal attention is, over the patches of all images (Figure 2), zipped or not.
+
+    Left its histogram, with a logarithmic number of patches; right the share of it that the k highest patches hold,
+    mean over images.
+
+    Args:
+        maps: of one model; the more images, the smoother.
+
+    Raises:
+        ValueError: there are none, or they have different numbers of patches or budgets.
+    """
+    figure, (row,) = _rows(maps[:1], width=10, height=3.8)
+    if len({(tokens.num_patches, tokens.num_top) for tokens in maps}) > 1:
+        raise ValueError("the maps differ in patches or budget: draw those of one model, zipped once, together")
+    patches, top = maps[0].num_patches, maps[0].num_top
+    attention = torch.stack([tokens.attention[tokens.layer] for tokens in maps])
+    histogram, shares = row.subplots(1, 2)
+
+    histogram.hist(attention.flatten().numpy(), bins=50, log=True, color=_CURVE)
+    histogram.axvline(float(attention.mean()), color=_INK, linestyle=":", label="if all patches had the same")
+    histogram.set(xlabel="attention on a patch, mean over heads", ylabel="patches")
+    histogram.set_title(f"{_source(maps[0])}, {_layer_name(maps[0])}, {_count(len(maps), 'image')}", fontsize=10)
+    histogram.legend(frameon=False, fontsize=9)
+
+    ranked = attention.sort(dim=1, descending=True).values.cumsum(dim=1)
+    curve = torch.cat([torch.zeros(1), (ranked / ranked[:, -1:]).mean(dim=0)])
+    shares.plot(range(patches + 1), curve.numpy(), color=_CURVE)
+    shares.plot([0, patches], [0, 1], color=_INK, linestyle=":")
+    shares.plot([top], [float(curve[top])], "o", color=_MARK)
+    name = "a tenth of the patches" if maps[0].roles is None else "the dominant patches"
+    text = f"{name}, {top} of {patches},\nhold {float(curve[top]):.0%} of the attention"
+    # beside the mark and below the curve, which is concave
+    shares.annotate(text, (top, float(curve[top])), xytext=(0.97, 0.08), textcoords="axes fraction", ha="right")
+    shares.set(xlabel="patches, highest attention first", ylabel="share of the attention", ylim=(0, 1.03))
+    shares.set_title("how few patches hold it", fontsize=10)
+    shares.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (histogram, shares):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def layer_panel(maps: Sequence[TokenMap]) -> Figure:
+    """The attention map of every encoder layer, each on its own scale from 0 (Figures 5, 12 and 13), zipped or not.
+
+    The scored layer is framed. Captions say what share the top patches of each layer hold: attention is spread over
+    the image in early layers and gathers on a few patches in the middle.
+
+    Args:
+        maps: one block of rows each.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = max((len(tokens.attention) for tokens in maps), default=1)
+    lines = math.ceil(layers / _COLUMNS)
+    columns = math.ceil(layers / lines)
+    figure, rows = _rows(maps, width=13, height=lines * (min(13 / columns, 3.2) + 0.45) + 0.4)
+    for row, tokens in zip(rows, maps, strict=True):
+        held = f"below: the share of the top {_count(tokens.num_top, 'patch')}"
+        row.suptitle(f"{_source(tokens)} in each layer, sqrt scale; {held}", fontsize=12, color=_INK)
+        panels = row.subplots(lines, columns, squeeze=False).flatten()
+        for axes in panels[len(tokens.attention) :]:
+            axes.remove()
+        for index, axes in enumerate(panels[: len(tokens.attention)]):
+            scored = index == tokens.layer
+            title = f"layer {index + 1}" + ", scored" * scored
+            _draw(axes, tokens, _heat(tokens, index), title, f"{tokens.top_share(index):.0%}")
+            if scored:
+                axes.title.set(color=_MARK, weight="bold")
+                axes.spines[:].set(color=_MARK, linewidth=3)
+    return figure
+
+
+# --- the image in other colours: (h, w, 3) float32 in 0..1 ---
+
+
+def _dominant_pixels(tokens: TokenMap) -> Tensor:
+    """All patches whitened but the dominant ones."""
+    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), tokens.image, _whitened(tokens))
+
+
+def _group_pixels(tokens: TokenMap) -> Tensor:
+    """All patches in the colours of their groups, one for each contextual token, but the dominant ones, in grey."""
+    grey = 0.62 + 0.16 * tokens.image.mean(dim=-1, keepdim=True)
+    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), grey, _tinted(tokens))
+
+
+def _overlay_pixels(tokens: TokenMap) -> Tensor:
+    """The dominant patches as they are among the others in pale colours of their groups."""
+    pale = 0.5 * _tinted(tokens) + 0.5  # or the dominant patches would be lost among the colours
+    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), tokens.image, pale)
+
+
+def _whitened(tokens: TokenMap) -> Tensor:
+    return 0.2 * tokens.image + 0.8
+
+
+def _tinted(tokens: TokenMap) -> Tensor:
+    """All patches in the colours of their groups; whitened without one, as those that are dropped with M = 0."""
+    role = _roles(tokens)
+    colors = torch.cat([_group_colors(len(role.targets)), torch.zeros(1, 3)])  # the last one, -1, is of no group
+    tint = 0.35 * tokens.image.mean(dim=-1, keepdim=True) + 0.65 * _per_pixel(tokens, colors[role.groups])
+    return torch.where(_per_pixel(tokens, role.groups >= 0), tint, _whitened(tokens))
+
+
+def _group_colors(number: int) -> Tensor:
+    """Colours (number, 3) in 0..1, all different, neighbours far apart.
+
+    Steps of the golden ratio around the circle of hues: groups that follow each other lie side by side in the image.
+    """
+    slot = torch.arange(number, dtype=torch.float64)
+    hue = slot * (math.sqrt(5) - 1) / 2 % 1
+    saturation = torch.full_like(hue, 0.8)
+    brightness = 1 - 0.25 * (slot % 2)  # tells those apart that are neighbours on the circle, when there are many
+    return torch.from_numpy(hsv_to_rgb(torch.stack([hue, saturation, brightness], dim=-1).numpy())).float()
+
+
+def _per_pixel(tokens: TokenMap, values: Tensor) -> Tensor:
+    """Values of patches, (N,) or (N, 3), at each pixel: (h, w, 1) or (h, w, 3)."""
+    rows, columns = tokens.grid
+    height, width = tokens.image.shape[0] // rows, tokens.image.shape[1] // columns
+    grid = values.reshape(rows, columns, -1)
+    return grid.repeat_interleave(height, dim=0).repeat_interleave(width, dim=1)
+
+
+def _heat(tokens: TokenMap, layer: int) -> Tensor:
+    return tokens.attention[layer].reshape(tokens.grid)
+
+
+# --- panels ---
+
+
+def _rows(maps: Sequence[TokenMap], width: float, height: float) -> tuple[Figure, list[SubFigure]]:
+    """A figure with one row per image; width and height of a row in inches."""
+    if not maps:
+        raise ValueError("there is nothing to draw: give the token maps of at least one image")
+    figure = Figure(figsize=(width, height * len(maps)), dpi=150, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    return figure, list(figure.subfigures(len(maps), 1, squeeze=False)[:, 0])
+
+
+def _draw(axes: Axes, tokens: TokenMap, pixels: Tensor, title: str, caption: str) -> None:
+    """Pixels (h, w, 3) or one value per patch (rows, columns), with the grid of patches as coordinates."""
+    rows, columns = tokens.grid
+    norm = PowerNorm(0.5, vmin=0) if pixels.ndim == 2 else None
+    extent = (0, columns, rows, 0)
+    axes.imshow(pixels.numpy(), extent=extent, cmap="inferno", norm=norm, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(caption, fontsize=9, color=_INK)
+    axes.spines[:].set(color="#bbbbbb", linewidth=0.8)
+
+
+def _draw_image(axes: Axes, tokens: TokenMap) -> None:
+    height, width, _ = tokens.image.shape
+    rows, columns = tokens.grid
+    _draw(axes, tokens, tokens.image, "image", f"{width} x {height} pixels, {columns} x {rows} patches")
+
+
+def _draw_attention(axes: Axes, tokens: TokenMap) -> None:
+    heat = _heat(tokens, tokens.layer)
+    caption = f"{_layer_name(tokens)}; brightest: {float(heat.max()):.1%}; sqrt scale"
+    _draw(axes, tokens, heat, _source(tokens), caption)
+
+
+def _draw_groups(axes: Axes, tokens: TokenMap) -> None:
+    number = len(_roles(tokens).targets)
+    title = f"{_count(number, 'contextual token')}, by colour" if number else "no contextual tokens"
+    _draw(axes, tokens, _group_pixels(tokens), title, f"{_merged(tokens)}; grey: kept")
+    _outline_targets(axes, tokens)
+
+
+def _outline_targets(axes: Axes, tokens: TokenMap) -> None:
+    for target in _roles(tokens).targets.tolist():
+        row, column = divmod(target, tokens.grid[1])
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
+
+
+def _merged(tokens: TokenMap) -> str:
+    role = _roles(tokens)
+    rest = int((~role.dominant).sum())
+    if not len(role.targets):
+        return f"{_count(rest, 'patch')} dropped" if rest else "nothing is left over"
+    return f"{_count(rest, 'patch')} merged; boxes: targets"
+
+
+def _summary(tokens: TokenMap) -> str:
+    role = _roles(tokens)
+    before = tokens.num_patches + tokens.cls_token
+    after = int(role.dominant.sum()) + tokens.cls_token + len(role.targets)
+    return f"{before} visual tokens become {after} ({after / before:.0%})"
+
+
+def _source(tokens: TokenMap) -> str:
+    return "attention of the CLS token" if tokens.cls_token else "attention that patches receive"
+
+
+def _layer_name(tokens: TokenMap) -> str:
+    return f"layer {tokens.layer + 1} of {len(tokens.attention)}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def _roles(tokens: TokenMap) -> PatchRoles:
+    if tokens.roles is None:
+        raise ValueError(
+            "this model was not zipped, so no patch is kept or merged: call visionzip(model, dominant=54, "
+            "contextual=10) before inspect_tokens, or draw attention_map, attention_histogram or layer_panel"
+        )
+    return tokens.roles
