@@ -13,16 +13,17 @@ from llava.model.builder import load_pretrained_model
 from visionzip import VisionZipConfig, unzip, visionzip
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which model to load and how, for :func:`load_from_arguments`."""
+def add_model_arguments(parser: argparse.ArgumentParser, budget: bool = True) -> None:
+    """Flags that say which model to load and how, for :func:`load_from_arguments`; ``budget``: also how to zip it."""
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
     parser.add_argument("--model-base", help="for a projector or LoRA checkpoint: the model it completes")
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by model name)")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is any)")
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
-    parser.add_argument("--dominant", type=int, help="VisionZip: tokens to keep per image or tile, CLS included")
-    parser.add_argument("--contextual", type=int, help="VisionZip: tokens to merge the rest into")
+    if budget:
+        parser.add_argument("--dominant", type=int, help="VisionZip: tokens to keep per image or tile, CLS included")
+        parser.add_argument("--contextual", type=int, help="VisionZip: tokens to merge the rest into")
 
 
 def positive(text: str) -> int:

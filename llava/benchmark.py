@@ -1,7 +1,8 @@
-"""What compression costs: ``visionzip benchmark tower``.
+"""What compression costs and gains: ``visionzip benchmark tower``, and the timing of prefills for ``eval``.
 
-Four ways through one vision tower of random weights, interleaved in one process so that a noisy machine disturbs all
-alike; peak memory in a fresh process each. Ratios carry over to other machines better than times.
+Everything that is compared is interleaved in one process, so that a noisy machine disturbs all alike; peak memory is
+measured in a fresh process each. Ratios carry over to other machines better than times. For the tower these are four
+ways through one of random weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -130,7 +131,8 @@ def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
     results = []
     for batch in args.batch_sizes:
         images = torch.randn(batch, 3, edge, edge, device=device, dtype=dtype)
-        times = _time_interleaved(forwards, images, args.rounds)
+        ways = {way: partial(forward, images) for way, forward in forwards.items()}
+        times = time_interleaved(ways, device, args.rounds, f"time, batch {batch}")
         with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
             peaks = pool.map(partial(_peak_memory, args, batch), WAYS)
             named = zip(WAYS, track(peaks, f"memory, batch {batch}", total=len(WAYS), console=_progress()), strict=True)
@@ -153,28 +155,68 @@ def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
 
 
 @torch.inference_mode()
-def _time_interleaved(
-    forwards: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int
+def time_interleaved(
+    ways: Mapping[str, Callable[[], Any]],
+    device: str | torch.device,
+    rounds: int,
+    label: str,
+    before: Callable[[str], Any] = lambda way: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each forward in each round; the order turns by one each round, after one warm-up of each."""
-    times: dict[str, list[float]] = {way: [] for way in forwards}
-    ways = list(forwards)
+    """Time several things so that a noisy machine disturbs all alike.
+
+    Args:
+        ways: what to run, by name.
+        device: where it runs; CUDA is waited for.
+        rounds: times that each is timed, after one warm-up; the order turns by one each round.
+        label: for the progress bar.
+        before: called with a way's name before its clock starts.
+
+    Returns:
+        Seconds of each way in each round.
+    """
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    names = list(ways)
     with Progress(console=_progress()) as progress:
-        task = progress.add_task(f"time, batch {len(images)}", total=(rounds + 1) * len(ways))
+        task = progress.add_task(label, total=(rounds + 1) * len(names))
         for number in range(rounds + 1):
-            for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
-                _synchronize(images)
+            turn = number % len(names)
+            for way in names[turn:] + names[:turn]:
+                before(way)
+                _synchronize(device)
                 start = time.perf_counter()
-                forwards[way](images)
-                _synchronize(images)
+                ways[way]()
+                _synchronize(device)
                 if number > 0:
                     times[way].append(time.perf_counter() - start)
                 progress.advance(task)
     return times
 
 
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
+def time_prefill(model: Any, lengths: Iterable[int], rounds: int = 15) -> dict[int, list[float]]:
+    """Time the language model's prefill of one prompt at several lengths, interleaved.
+
+    From the prompt's embeddings to the logits of its last position, with the KV cache filled: the vision tower is not
+    in it (it was not in the paper's figures either). The embeddings are random, on which the time does not depend.
+
+    Args:
+        model: a LLaVA model.
+        lengths: tokens of each prompt, visual ones included.
+        rounds: times that each is timed.
+
+    Returns:
+        Seconds of each length in each round.
+    """
+    weight = model.get_input_embeddings().weight
+    ways = {}
+    for length in lengths:
+        prompt = torch.randn(1, length, model.config.hidden_size, device=weight.device, dtype=weight.dtype)
+        ways[str(length)] = partial(model, inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
+    times = time_interleaved(ways, weight.device, rounds, "time, prefill")
+    return {int(length): seconds for length, seconds in times.items()}
+
+
+def _synchronize(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 

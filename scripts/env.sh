@@ -25,7 +25,7 @@ require_python() {
 }
 
 use_environment() {
-    local extras="$1" venv="${VIRTUAL_ENV:-$ROOT/.venv}" stamp checksum
+    local extras="$1" venv="${VIRTUAL_ENV:-$ROOT/.venv}" stamp checksum wanted
     PYTHON="$venv/bin/python"
     stamp="$venv/visionzip-installed"
 
@@ -39,11 +39,12 @@ use_environment() {
         }
     fi
 
+    wanted="$(tr ',' '\n' <<<"package${extras:+,$extras}")" # lines of the stamp, below its checksum
     # the place counts too: an editable install points at one directory
     checksum="$(cd "$ROOT" && { pwd && cat constraints.txt setup.py pyproject.toml visionzip/__init__.py; } | cksum)"
     if [[ "$(head -n 1 "$stamp" 2>/dev/null)" != "$checksum" ]]; then
         rm -f "$stamp"
-    elif grep -qxF "extras=$extras" "$stamp"; then
+    elif ! grep -qvxF -f "$stamp" <<<"$wanted"; then
         say "$venv is up to date"
         return
     fi
@@ -56,5 +57,5 @@ use_environment() {
     "$PYTHON" -m pip install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT${extras:+[$extras]}"
     "$PYTHON" -m pip check
     [[ -e "$stamp" ]] || echo "$checksum" >"$stamp"
-    echo "extras=$extras" >>"$stamp"
+    echo "$wanted" >>"$stamp"
 }

@@ -22,6 +22,7 @@ from llava.train.data import render
 from llava.train.run import plot_losses
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then
+STAGES = ("tower-small", "tower", "language", "projector", "model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -94,6 +95,26 @@ def write_language_model(text: Path, folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def export(run: Path, folder: Path) -> None:
+    """Write a run's model in bfloat16 as a checkpoint that needs no other file, and what is known of its training."""
+    tokenizer, model, _, _ = load_pretrained_model(str(run / "model"), dtype=torch.bfloat16, device="cpu")
+    model.config.mm_vision_tower = "clip-vit-mini-patch12-144"  # a name; its config and weights are in the checkpoint
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    records = {stage: json.loads((run / stage / "run.json").read_text()) for stage in STAGES}
+    plot_losses({stage: record["losses"] for stage, record in records.items()}, folder / "losses.png")
+    facts = {
+        stage: {
+            "seconds": int((run / f"done-{stage}").read_text().split()[0]),
+            "steps": record["losses"][-1]["step"],
+            "images_or_texts_seen": record["losses"][-1]["step"] * record["batch_per_step"],
+            **{key: record[key] for key in ("pair_accuracy", "versions") if key in record},
+        }
+        for stage, record in records.items()
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main() -> int:
     """Run one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,8 +122,7 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    if args.step == "language":
-        write_language_model(args.source, args.out)
+    (write_language_model if args.step == "language" else export)(args.source, args.out)
     return 0
 
 

@@ -61,12 +61,12 @@ step scenes-held-out scenes full-held-out 400 --split validation
 step tower-small tower tower-small small 2200 32 1.5e-3 --image_size 72
 step tower tower tower full 1500 16 8e-4 --init "$OUT/tower-small"
 step language-model "$PYTHON" scripts/llava_mini.py language "$OUT/full/text.json" "$OUT/random-language"
-step language train llava.train.train language 1000 16 2e-3 --model_name_or_path "$OUT/random-language" \
-    --data_path "$OUT/full/text.json"
-step projector train llava.train.train projector 300 16 1e-3 --model_name_or_path "$OUT/language" \
+step language train llava.train.train language 800 16 2e-3 --model_name_or_path "$OUT/random-language" \
+    --data_path "$OUT/full/text.json" --attn_implementation eager
+step projector train llava.train.train projector 200 16 1e-3 --model_name_or_path "$OUT/language" \
     --vision_tower "$OUT/tower" --tune_mm_mlp_adapter True --version plain --data_path "$OUT/full/pretrain.json" \
-    --image_folder "$OUT/full/images"
+    --image_folder "$OUT/full/images" --attn_implementation eager
 step model train llava.train.train model 2000 16 1e-3 --model_name_or_path "$OUT/language" --vision_tower "$OUT/tower" \
     --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors" --mm_projector_lr 5e-4 \
-    --data_path "$OUT/full/instruct.json" --image_folder "$OUT/full/images"
+    --data_path "$OUT/full/instruct.json" --image_folder "$OUT/full/images" --attn_implementation eager
 step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"

@@ -91,6 +91,40 @@ def test_images_as_tensor_list_or_tiles(model):
         assert torch.equal(model.generate(input_ids=input_ids, images=same, **GREEDY), expected)
 
 
+def encoded_at_once(model) -> list[int]:
+    """Collects how many images (or tiles) each pass of the encoder has."""
+    batches: list[int] = []
+    encoder = model.get_vision_tower().encoder
+    encoder.embeddings.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    return batches
+
+
+def test_questions_about_one_image_encode_it_once(model):
+    """By the tensor object: equal pixels in another one are another image."""
+    first, second = pixels(2)
+    input_ids, mask = ids([1, IMG, 7], [1, IMG, 8, 9], [1, IMG, IMG, 10])
+    apart = [first, second.clone(), first.clone(), second]
+    expected = model.generate(input_ids, images=apart, attention_mask=mask, **GREEDY)
+    batches = encoded_at_once(model)
+    shared = model.generate(input_ids, images=[first, second, first, second], attention_mask=mask, **GREEDY)
+    assert torch.equal(shared, expected)
+    assert batches == [2]
+    with pytest.raises(ValueError, match=r"images\[3\] has 1 pixels that are NaN"):
+        model.visual_tokens([first, first, first, spoilt_pixels(float("nan"))[1]])
+
+
+def test_tiles_of_an_image_that_comes_twice(load):
+    """The same grid for the same size; for another size the same tiles are laid out otherwise."""
+    _, model, _, _ = load(**NEXT)
+    image, sizes = pixels(3), [(100, 50), (100, 50), (112, 56), (100, 30)]
+    expected = [model.visual_tokens([image], [size])[0] for size in sizes]
+    batches = encoded_at_once(model)
+    tokens = model.visual_tokens([image] * 4, sizes)
+    assert batches == [9]
+    for mine, alone in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(mine, alone)
+
+
 def test_a_list_straight_to_the_tower(model):
     tower, images = model.get_vision_tower(), pixels(2)
     torch.testing.assert_close(torch.cat(tower(list(images))), tower(images))

@@ -344,7 +344,8 @@ class LlavaMetaForCausalLM:
         """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.
 
         Args:
-            images: as in :meth:`generate`.
+            images: as in :meth:`generate`. A tensor that is in a list several times (questions about one image) is
+                encoded once.
             image_sizes: (width, height) of each image, needed for tiles.
 
         Raises:
@@ -355,10 +356,15 @@ class LlavaMetaForCausalLM:
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
         tower = self.get_vision_tower()
+        images = list(images)  # holds them: an object's id is its own only while it lives
         tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
-        counts = [len(image) for image in tiles]
-        layouts = self._layouts(counts, image_sizes)
-        batch = torch.cat([image.to(tower.device) for image in tiles])
+        layouts = self._layouts([len(image) for image in tiles], image_sizes)
+        first = _first_places(images, image_sizes)
+        # 0 for an image that came before, so that the messages of check_finite still count all of them
+        counts = [
+            len(image) if place == index else 0 for index, (image, place) in enumerate(zip(tiles, first, strict=True))
+        ]
+        batch = torch.cat([image.to(tower.device) for image, count in zip(tiles, counts, strict=True) if count])
         check_finite(batch, counts)
         batch = batch.to(tower.dtype)  # the tower returns the type that it is given
         if tower.visionzip is None:
@@ -368,10 +374,12 @@ class LlavaMetaForCausalLM:
             compressed = tower.compress(batch)
             tokens = self._project(compressed.tokens)
             kept = compressed.dominant_indices.split(counts)
-        return [
-            self._merge_tiles(image, indices, layout)
-            for image, indices, layout in zip(tokens.split(counts), kept, layouts, strict=True)
-        ]
+        merged = {
+            index: self._merge_tiles(image, indices, layout)
+            for index, (image, indices, layout) in enumerate(zip(tokens.split(counts), kept, layouts, strict=True))
+            if counts[index]
+        }
+        return [merged[place] for place in first]
 
     def _layouts(self, counts: list[int], image_sizes: Sizes | None) -> list[Layout | None]:
         """How each image's tiles are laid out; checked before the tower runs."""
@@ -407,3 +415,13 @@ class LlavaMetaForCausalLM:
         contextual = tokens.shape[1] - dominant_indices.shape[1]
         order = tile_order(dominant_indices, contextual, layout.grid, (side, side), cls_token=tower.cls_token)
         return tokens.flatten(0, 1)[order.to(tokens.device)]
+
+
+def _first_places(images: list[Tensor], image_sizes: Sizes | None) -> list[int]:
+    """For each image, where the same tensor object, with the same size, is first in the list."""
+    sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
+    places: dict[Any, int] = {}
+    return [
+        places.setdefault((id(image), size), index)
+        for index, (image, size) in enumerate(zip(images, sizes, strict=True))
+    ]

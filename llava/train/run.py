@@ -38,6 +38,7 @@ def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, A
     record = {
         **{name: asdict(values) for name, values in arguments.items()},
         "training": trainer.args.to_sanitized_dict(),
+        "batch_per_step": trainer.args.train_batch_size * trainer.args.world_size,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **facts,
         "losses": trainer.state.log_history,

@@ -1,0 +1,154 @@
+"""Ways to a budget of T visual tokens per image: VisionZip, its ablations, and the controls that it has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from visionzip import unzip, visionzip
+from visionzip.baselines import average_pool, drop_cls_token, random_tokens, remove_control, uniform_tokens
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way; :func:`attached` takes it off again.
+
+    Attributes:
+        summary: one line about it.
+        attach: put it on a model that has nothing on it: (model, tokens, seed).
+        budget: K dominant tokens (CLS included) and M contextual ones of T; None where there are none.
+        seeded: other seeds give other results, so that it is run with several.
+    """
+
+    summary: str
+    attach: Callable[[Any, int, int], Any]
+    budget: Callable[[int], tuple[int, int]] | None = None
+    seeded: bool = False
+
+
+def split(tokens: int) -> tuple[int, int]:
+    """K dominant tokens, CLS included, and M contextual ones of T, in the paper's ratio of 27 to 5.
+
+    M is T * 5 / 32, halves rounded up: 64 is 54 + 10, 48 is 40 + 8, 16 is 13 + 3. Source: the paper's budgets.
+    """
+    contextual = (10 * tokens + 32) // 64
+    return tokens - contextual, contextual
+
+
+def _without_cls(model: Any, tokens: int, seed: int) -> None:
+    dominant, contextual = split(tokens)
+    visionzip(model, dominant + 1, contextual)
+    drop_cls_token(model)
+
+
+METHODS: dict[str, Method] = {
+    "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
+    "visionzip": Method(
+        "K dominant tokens (CLS included) and M contextual ones, 27 to 5",
+        lambda model, tokens, seed: visionzip(model, *split(tokens)),
+        split,
+    ),
+    "dominant-only": Method(
+        "ablation: T dominant tokens (CLS included), the rest dropped",
+        lambda model, tokens, seed: visionzip(model, tokens, 0),
+        lambda tokens: (tokens, 0),
+    ),
+    "contextual-only": Method(
+        "ablation: CLS and T - 1 contextual tokens",
+        lambda model, tokens, seed: visionzip(model, 1, tokens - 1),
+        lambda tokens: (1, tokens - 1),
+    ),
+    "no-cls": Method(
+        "ablation: as visionzip, but one more patch in the place of CLS",
+        _without_cls,
+        split,
+    ),
+    "random": Method("control: T patches at random", random_tokens, seeded=True),
+    "uniform": Method("control: T evenly spaced patches", lambda model, tokens, seed: uniform_tokens(model, tokens)),
+    "pool": Method("control: the patches averaged to T cells", lambda model, tokens, seed: average_pool(model, tokens)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over a benchmark: a method at T tokens per image (None: all), with a seed (None: it has none)."""
+
+    method: str
+    tokens: int | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its answers' file: ``vanilla``, ``visionzip-48``, ``random-48-seed0``."""
+        tokens = "" if self.tokens is None else f"-{self.tokens}"
+        return f"{self.method}{tokens}" + ("" if self.seed is None else f"-seed{self.seed}")
+
+    @property
+    def budget(self) -> tuple[int, int] | None:
+        """K and M, None for methods that have none."""
+        split_of = METHODS[self.method].budget
+        return None if split_of is None else split_of(self.tokens)
+
+
+def plan(methods: Sequence[str], tokens: Sequence[int], seeds: int) -> list[Run]:
+    """The runs of some methods at some budgets: vanilla once, the others once per budget, random with each seed.
+
+    Args:
+        methods: keys of :data:`METHODS`.
+        tokens: T, visual tokens per image.
+        seeds: how many seeds, from 0.
+
+    Raises:
+        ValueError: a method needs a budget and there is none.
+    """
+    methods, tokens = list(dict.fromkeys(methods)), list(dict.fromkeys(tokens))
+    at_a_budget = [method for method in methods if method != "vanilla"]
+    if at_a_budget and not tokens:
+        raise ValueError(f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens per image")
+    return [Run("vanilla")] * ("vanilla" in methods) + [
+        Run(method, budget, seed)
+        for budget in tokens
+        for method in at_a_budget
+        for seed in (range(seeds) if METHODS[method].seeded else [None])
+    ]
+
+
+def by_row(runs: Iterable[Run]) -> dict[tuple[str, int | None], list[Run]]:
+    """Runs of a method at a budget, one for each of its seeds: together they are a row of the table."""
+    rows: dict[tuple[str, int | None], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.method, run.tokens), []).append(run)
+    return rows
+
+
+@contextmanager
+def attached(model: Any, run: Run) -> Iterator[None]:
+    """The model with a run's method on it; as it was without any afterwards."""
+    try:
+        attach(model, run)
+        yield
+    finally:
+        detach(model)
+
+
+def attach(model: Any, run: Run) -> None:
+    """Put a run's method on a model, in the place of any that is on it.
+
+    Raises:
+        ValueError: the model has fewer patches than the budget, or the method is not for this model.
+    """
+    detach(model)
+    if run.tokens is None:
+        return
+    patches = model.get_vision_tower().num_patches_per_side ** 2
+    if run.tokens > patches:
+        raise ValueError(f"--tokens {run.tokens}: an image has only {patches} patches in this model; give fewer")
+    METHODS[run.method].attach(model, run.tokens, run.seed or 0)
+
+
+def detach(model: Any) -> None:
+    """Take any method off a model."""
+    remove_control(model)
+    unzip(model)

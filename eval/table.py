@@ -1,0 +1,121 @@
+"""Results as a table: markdown for files, rich for the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_MISSING = "-"
+
+
+def write_table(folder: Path, console: Console | None = None) -> None:
+    """Write ``table.md`` from a run's ``results.json``, and print it.
+
+    Args:
+        folder: where ``results.json`` is.
+        console: where to print (default: standard output; with room for all columns where that is no terminal).
+
+    Raises:
+        FileNotFoundError: there are no results.
+        ValueError: the file is damaged.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: run `python -m eval run … --output {folder}` to its end first")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): run `python -m eval run … --output {folder}` again") from error
+    tables = [main_table(results), *([differences_table(results)] if results["differences"] else [])]
+    title = f"{results['benchmark']}: {results['model']}"
+    texts = [f"# {title}\n", markdown(tables[0]), *(_ABOVE_DIFFERENCES + markdown(table) for table in tables[1:])]
+    write_atomically(folder / "table.md", "\n".join([*texts, facts(results), ""]))
+
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 160
+    for table, name in zip(tables, (title, "visionzip minus others, in points"), strict=False):
+        shown = Table(title=name)
+        for index, column in enumerate(table[0]):
+            shown.add_column(column, justify="right" if index else "left")
+        for line in table[1:]:
+            shown.add_row(*line)
+        console.print(shown)
+    console.print(facts(results), style="dim", highlight=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+_ABOVE_DIFFERENCES = (
+    "visionzip minus the others at the same budget, in points ± standard error (paired by question):\n\n"
+)
+
+
+def main_table(results: dict[str, Any]) -> list[list[str]]:
+    """Header and rows: accuracy in per cent by category and overall, and what the tokens cost."""
+    categories = list(results["rows"][0]["accuracy"])
+    header = ["method", "visual tokens", *categories, "overall", "% of vanilla", "prefill ms (speed-up)", "GFLOPs"]
+    lines = [header]
+    for row in results["rows"]:
+        budget = "" if row["dominant"] is None else f" {row['dominant']}+{row['contextual']}"
+        means = [row["accuracy"][category] for category in categories]
+        speed_up = f" ({row['prefill_speed_up']['median']:.1f}x)" if "prefill_speed_up" in row else ""
+        lines.append(
+            [
+                row["method"] + budget,
+                f"{row['visual_tokens']:.4g}",
+                *(_MISSING if mean is None else f"{100 * mean['mean']:.1f}" for mean in means),
+                _with_error(row["overall"]["mean"], row["overall"]["standard_error"]),
+                _MISSING if row["of_vanilla"] is None else f"{100 * row['of_vanilla']:.1f}",
+                f"{1e3 * row['prefill_seconds']['median']:.1f}{speed_up}",
+                f"{row['flops'] / 1e9:.3g}",
+            ]
+        )
+    return lines
+
+
+def differences_table(results: dict[str, Any]) -> list[list[str]]:
+    """Header and rows: for each budget, VisionZip's accuracy minus that of each other method."""
+    found = {(entry["tokens"], entry["minus"]): entry for entry in results["differences"]}
+    budgets = list(dict.fromkeys(tokens for tokens, _ in found))
+    others = list(dict.fromkeys(minus for _, minus in found))
+    lines = [["visual tokens", *others]]
+    for tokens in budgets:
+        entries = [found[tokens, minus] for minus in others]
+        lines.append([str(tokens), *(_with_error(e["difference"], e["standard_error"], "+") for e in entries)])
+    return lines
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A GitHub table."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def facts(results: dict[str, Any]) -> str:
+    """What the figures are and how they came about, in a few sentences."""
+    where = results["environment"]
+    rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
+    seeds = max((len(row["overall_by_seed"]) for row in results["rows"]), default=0)
+    return (
+        f"{results['questions']} questions, accuracy in %, ± standard error by bootstrap over questions"
+        f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
+        f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
+        "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
+        f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
+        f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
+    )
+
+
+def _with_error(value: float, error: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f} ± {100 * error:.1f}"

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The main job, on the embedded model: from nothing to a table and a picture, in a few minutes on two cores.
+#
+#   bash scripts/quickstart.sh                             all of it
+#   bash scripts/quickstart.sh --limit 100                 fewer questions; all arguments go to `python -m eval run scenes`
+#   MODEL_PATH=my-llava OUTPUT=results/mine bash scripts/quickstart.sh         another checkpoint, another folder
+#
+# Asks the scenes test set with all visual tokens and at three budgets (1/3, 2/9 and 1/9 of the patches, the paper's
+# ratios), with VisionZip and with random, uniform and pooled tokens. Writes OUTPUT/table.md, results.json and tokens.png:
+# an image, where CLS looks, the dominant patches and the contextual groups.
+#
+# Works from any directory, and installs as scripts/test.sh does. A second run has little to do; one that was killed goes on
+# where it was.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+use_environment eval,figures
+cd "$ROOT"
+MODEL_PATH="${MODEL_PATH:-checkpoints/llava-mini}"
+OUTPUT="${OUTPUT:-results/quickstart}"
+
+say "accuracy and cost, vanilla and at 48, 32 and 16 of 144 visual tokens"
+"$PYTHON" -m eval run scenes --model-path "$MODEL_PATH" --output "$OUTPUT" \
+    --method vanilla visionzip random uniform pool --tokens 48 32 16 "$@"
+
+say "what VisionZip keeps and merges of one image"
+"$PYTHON" - "$OUTPUT" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+folder = Path(sys.argv[1])
+data = json.loads((folder / "results.json").read_text())["data"]
+(folder / "scene.jpg").write_bytes(pq.read_table(data, columns=["image"])["image"][0].as_py()["bytes"])
+PYTHON
+"$PYTHON" -m llava.cli visualize --model-path "$MODEL_PATH" --dominant 13 --contextual 3 \
+    --image "$OUTPUT/scene.jpg" --out "$OUTPUT"
+
+say "done: $OUTPUT/table.md, results.json, tokens.png"
