@@ -63,8 +63,8 @@ step tower tower tower full 1500 16 8e-4 --init "$OUT/tower-small"
 step language-model "$PYTHON" scripts/llava_mini.py language "$OUT/full/text.json" "$OUT/random-language"
 step language train llava.train.train language 800 16 2e-3 --model_name_or_path "$OUT/random-language" \
     --data_path "$OUT/full/text.json" --attn_implementation eager
-step projector train llava.train.train projector 200 16 1e-3 --model_name_or_path "$OUT/language" \
-    --vision_tower "$OUT/tower" --tune_mm_mlp_adapter True --version plain --data_path "$OUT/full/pretrain.json" \
+step projector train llava.train.train projector 100 16 2e-4 --model_name_or_path "$OUT/language" \
+    --vision_tower "$OUT/tower" --tune_mm_mlp_adapter True --whiten_mm_projector True --version plain --data_path "$OUT/full/pretrain.json" \
     --image_folder "$OUT/full/images" --attn_implementation eager
 step model train llava.train.train model 2000 16 1e-3 --model_name_or_path "$OUT/language" --vision_tower "$OUT/tower" \
     --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors" --mm_projector_lr 5e-4 \

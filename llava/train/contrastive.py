@@ -160,6 +160,7 @@ def go_on_from(model: ContrastiveModel, run: str) -> None:
 
     Raises:
         FileNotFoundError: ``run`` is no folder of a finished run.
+        ValueError: its tower has another width, depth or patch size.
     """
     weights = torch.load(Path(run) / "contrastive.pt")
     name = "tower.embeddings.position_embedding.weight"
@@ -168,7 +169,15 @@ def go_on_from(model: ContrastiveModel, run: str) -> None:
     side = math.isqrt(len(model.state_dict()[name]) - 1)
     patches = old[1:].T.reshape(1, -1, grid, grid)
     patches = F.interpolate(patches, size=(side, side), mode="bilinear").flatten(2)[0].T
-    model.load_state_dict({**weights, name: torch.cat([old[:1], patches])})
+    weights = {**weights, name: torch.cat([old[:1], patches])}
+    own = model.state_dict()
+    if wrong := sorted(key for key in own.keys() | weights.keys() if _shape(own, key) != _shape(weights, key)):
+        raise ValueError(f"the tower in {run} has another width, depth or patch size: {wrong[0]} does not fit")
+    model.load_state_dict(weights)
+
+
+def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(weights[key].shape) if key in weights else None
 
 
 @torch.inference_mode()
@@ -190,7 +199,10 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
     Raises:
         FileNotFoundError: the data or the run to go on from is not there.
+        ValueError: that run's tower has another width, depth or patch size, or validation data has no image folder.
     """
+    if arguments.validation_path and not arguments.validation_folder:
+        raise ValueError("validation_path needs validation_folder too: where its images are")
     set_seed(training.seed)
     edge = arguments.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})

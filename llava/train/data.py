@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, new_conversation
-from llava.mm_utils import load_image, process_images
+from llava.mm_utils import load_image, process_images, processor_resolution
 
 _SPEAKERS = ("human", "gpt")
 
@@ -110,7 +110,7 @@ class InstructionData(Dataset):
 
     Raises:
         FileNotFoundError: there is no such json file or folder.
-        ValueError: it is not a list of records, or the fraction is not in (0, 1].
+        ValueError: it is not a list of records, none is left to train on, or the fraction is not in (0, 1].
     """
 
     def __init__(
@@ -128,8 +128,12 @@ class InstructionData(Dataset):
             raise ValueError(f"data_fraction={fraction} is not in (0, 1]: 0.1 takes a tenth of the records")
         if not Path(data_path).is_file():
             raise FileNotFoundError(f"no training data at {data_path}: data_path names a json file in LLaVA's format")
-        records = json.loads(Path(data_path).read_text())
-        if not isinstance(records, list) or not records or not all("conversations" in record for record in records):
+        try:
+            records = json.loads(Path(data_path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{data_path} is no json: {error}") from error
+        is_list = isinstance(records, list) and bool(records)
+        if not is_list or not all(isinstance(record, dict) and "conversations" in record for record in records):
             raise ValueError(f"{data_path} is not a list of records with 'conversations' (LLaVA's format)")
         if fraction < 1:
             number = max(1, round(len(records) * fraction))
@@ -137,7 +141,9 @@ class InstructionData(Dataset):
             records = [records[index] for index in sorted(chosen.tolist())]
         if image_processor is None:
             records = [record for record in records if "image" not in record]
-        elif any("image" in record for record in records) and not Path(image_folder or "").is_dir():
+            if not records:
+                raise ValueError(f"{data_path} has no record without an image to train a model without a tower on")
+        elif any("image" in record for record in records) and not (image_folder and Path(image_folder).is_dir()):
             raise FileNotFoundError(f"image_folder={image_folder!r} is no folder, but {data_path} has images")
         self.records = records
         self.folder = Path(image_folder or "")
@@ -165,7 +171,7 @@ class InstructionData(Dataset):
                 image = load_image(self.folder / record["image"])
                 sample["image"] = process_images([image], self.image_processor, self.model_config)[0]
             else:  # every process must use the projector in every step, or its gradients could not be exchanged
-                edge = self.image_processor.crop_size["height"]
+                edge = processor_resolution(self.image_processor)
                 sample["image"] = torch.zeros(3, edge, edge)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"record {record.get('id', index)!r} cannot be used: {error}") from error

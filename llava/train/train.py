@@ -3,10 +3,11 @@
     … --model_name_or_path BASE --vision_tower TOWER --tune_mm_mlp_adapter True --version plain --data_path …
     … --model_name_or_path BASE --vision_tower TOWER --pretrain_mm_mlp_adapter FILE --data_path …
 
-(``python -m llava.train.train`` in front.) The first learns the projector between a vision tower and a language model that are both kept as they are, from
-captions; the second the projector and the language model, from conversations. A LLaVA checkpoint as the base goes on
-with its own tower and projector; ``--visionzip_dominant`` and ``--visionzip_contextual`` train with VisionZip on. A
-run that was stopped goes on where it was when it is started again.
+(``python -m llava.train.train`` in front.) The first learns the projector between a vision tower and a language model
+that are both kept as they are, from captions; the second the projector and the language model, from conversations. A
+LLaVA checkpoint as the base goes on with its own tower and projector; ``--visionzip_dominant`` and
+``--visionzip_contextual`` train with VisionZip on. A run that was stopped goes on where it was when it is started
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, HfArgumentParser, Trainer, set_seed
 
 from llava.model import LlavaLlamaForCausalLM
@@ -42,6 +43,9 @@ class ModelArguments:
     mm_projector_type: str = field(default="mlp2x_gelu", metadata={"help": "projector of a new LLaVA"})
     mm_vision_select_layer: int = field(default=-2, metadata={"help": "hidden state that a new LLaVA reads"})
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "projector to start from (a file)"})
+    whiten_mm_projector: bool = field(
+        default=False, metadata={"help": "start the projector from the features' own mean and covariance"}
+    )
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "learn the projector only"})
     attn_implementation: str | None = field(default=None, metadata={"help": "attention kernel: sdpa, eager, …"})
     visionzip_dominant: int | None = field(default=None, metadata={"help": "train with VisionZip: tokens to keep"})
@@ -55,7 +59,7 @@ class DataArguments:
     data_path: str = field(metadata={"help": "json file in LLaVA's format"})
     image_folder: str | None = field(default=None, metadata={"help": "where the images are"})
     image_aspect_ratio: str = field(default="square", metadata={"help": "'pad' pads images to a square"})
-    data_fraction: float = field(default=1.0, metadata={"help": "share of the records to learn from, drawn by data_seed"})
+    data_fraction: float = field(default=1.0, metadata={"help": "share of the records to use, drawn by data_seed"})
 
 
 @dataclass
@@ -100,7 +104,7 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the weights do not fit.
+        ValueError: the weights do not fit, or the arguments need a vision tower and there is none.
     """
     path = arguments.model_name_or_path
     base = AutoConfig.from_pretrained(path)
@@ -112,6 +116,12 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
         return tokenizer, model, image_processor
     tokenizer = load_tokenizer(path)
     if arguments.vision_tower is None:
+        budgets = arguments.visionzip_dominant, arguments.visionzip_contextual
+        if arguments.tune_mm_mlp_adapter or arguments.pretrain_mm_mlp_adapter or budgets != (None, None):
+            raise ValueError(
+                f"{path} is a language model, without projector and visual tokens: give a vision_tower, or leave "
+                "tune_mm_mlp_adapter, pretrain_mm_mlp_adapter and visionzip_… out"
+            )
         return tokenizer, AutoModelForCausalLM.from_pretrained(path, **options), None
     tower = CLIPVisionConfig.from_pretrained(arguments.vision_tower)
     values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures")}
@@ -133,6 +143,39 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
         projector = {f"model.mm_projector.{k}": v for k, v in build_vision_projector(config).state_dict().items()}
     model = LlavaLlamaForCausalLM.from_pretrained(path, config=config, extra_weights=projector, **options)
     return tokenizer, model, model.get_vision_tower().image_processor
+
+
+@torch.inference_mode()
+def whiten_projector(model: Any, images: Tensor) -> None:
+    """Start an MLP projector so that nothing of the features drowns in their mean and their few largest directions.
+
+    The features of a tower are read in the middle of its residual stream, where a mean and a direction or two can hold
+    nearly all of their size; a random projector passes that on, and the rest is learnt late or never. Here the first
+    layer takes the mean off and gives all directions the same variance, and the last one gives tokens the size of the
+    language model's embeddings. The architecture is as before.
+
+    Args:
+        model: a LLaVA whose projector is an MLP.
+        images: (B, 3, h, w), some of the training images.
+
+    Raises:
+        ValueError: the projector is no MLP.
+    """
+    projector = model.get_model().mm_projector
+    if not isinstance(projector, nn.Sequential) or len(projector) < 3:
+        raise ValueError("whiten_mm_projector needs an MLP projector: set mm_projector_type to mlp2x_gelu")
+    features = model.get_vision_tower()(images).flatten(0, 1).double()
+    mean = features.mean(dim=0)
+    variances, directions = torch.linalg.eigh((features - mean).T.cov())
+    # Directions with next to no variance are noise, which is not to be blown up.
+    scale = (variances.clamp(min=0) + 0.02 * variances.mean()).rsqrt()
+    first, last = projector[0], projector[-1]
+    weight = nn.init.orthogonal_(torch.empty_like(first.weight)).double() @ torch.diag(scale) @ directions.T
+    first.weight.copy_(weight)
+    first.bias.copy_(-weight @ mean)
+    hidden = projector[:-1](features.to(first.weight.dtype))
+    last.weight.normal_(std=float(model.get_input_embeddings().weight.std() / hidden.square().sum(dim=1).mean().sqrt()))
+    last.bias.zero_()
 
 
 def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:
@@ -157,6 +200,8 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         data.data_fraction,
         42 if training.data_seed is None else training.data_seed,
     )
+    if arguments.whiten_mm_projector:
+        whiten_projector(model, torch.stack([dataset[index]["image"] for index in range(min(256, len(dataset)))]))
     if arguments.visionzip_dominant is not None or arguments.visionzip_contextual is not None:
         visionzip(model, arguments.visionzip_dominant, arguments.visionzip_contextual)
     model.config.use_cache = False
