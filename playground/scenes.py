@@ -331,13 +331,13 @@ def make_test_set(
         edge: of the images, in pixels.
 
     Raises:
-        ValueError: ``per_type`` cannot be shared equally among the answers.
+        ValueError: ``per_type`` is no multiple of 40.
     """
+    if per_type < 1 or per_type % 40:
+        raise ValueError(f"per_type={per_type} is not a multiple of 40, which the answers of each type share equally")
     quota = {}
     for type_ in TYPES:
         answers = answers_of(type_)
-        if per_type % len(answers):
-            raise ValueError(f"per_type={per_type} cannot be shared equally among {len(answers)} answers to {type_}")
         quota |= {(type_, answer): per_type // len(answers) for answer in answers}
     index = image_id = question_id = 0
     while any(quota.values()):
@@ -366,8 +366,8 @@ def make_test_set(
 
 def write_parquet(records: Sequence[Record], path: Path) -> None:
     """Write a test set in the form that ``datasets`` gives images in: ``image`` is {bytes, path}."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; drawing does without
+    import pyarrow.parquet as pq  # noqa: PLC0415
 
     path.parent.mkdir(parents=True, exist_ok=True)
     features = {
@@ -429,11 +429,11 @@ def training_questions(scene: Scene, rng: np.random.Generator, turns: int) -> li
     return [different[index] for index in rng.permutation(len(different))[:turns]]
 
 
-def conversation(asked: Sequence[Question], before: str) -> list[dict[str, str]]:
-    """Questions and answers as the turns of LLaVA's format; ``before`` stands in front of the first."""
+def conversation(asked: Sequence[Question]) -> list[dict[str, str]]:
+    """Questions about an image and their answers, as the turns of LLaVA's format."""
     turns = []
     for number, question in enumerate(asked):
-        turns.append({"from": "human", "value": question.text if number else f"{before}\n{question.text}"})
+        turns.append({"from": "human", "value": question.text if number else f"<image>\n{question.text}"})
         turns.append({"from": "gpt", "value": question.answer})
     return turns
 
@@ -447,12 +447,11 @@ def _training_record(split: str, seed: int, edge: int, things: tuple[int, int], 
     true, false = sentences(scene, rng)
     described = caption(scene, rng)
     first = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": described}
-    about, blind = training_questions(scene, rng, 8), training_questions(scene, rng, 8)
+    about = training_questions(scene, rng, 8)
     return {
         "tower": {"image": name, "captions": true, "negatives": false},
         "pretrain": {"id": f"{split}_{index}", "image": name, "conversations": list(first)},
-        "instruct": {"id": f"{split}_{index}", "image": name, "conversations": conversation(about, "<image>")},
-        "text": {"id": f"text_{index}", "conversations": conversation(blind, described)},
+        "instruct": {"id": f"{split}_{index}", "image": name, "conversations": conversation(about)},
     }
 
 
@@ -464,11 +463,18 @@ def write_training_data(
     edge: int = EDGE,
     things: tuple[int, int] = (1, MAX_THINGS),
 ) -> None:
-    """Write images and four json files about them.
+    """Write images and three json files about them.
 
-    ``tower.json`` has sentences for contrastive pretraining; the others are in LLaVA's format: ``pretrain.json``
-    (captions), ``instruct.json`` (questions) and ``text.json`` (questions about a caption instead of the image).
+    ``tower.json`` has sentences for contrastive pretraining; ``pretrain.json`` (captions) and ``instruct.json``
+    (questions) are in LLaVA's format.
+
+    Raises:
+        ValueError: there is nothing to draw, or no room for it.
     """
+    if images < 1 or things[1] < 1:
+        raise ValueError(f"images={images} and things={things[1]} must be at least 1")
+    if (room := edge * edge // 1700) < things[1]:  # or drawing might never find a free place
+        raise ValueError(f"things={things[1]} do not fit into edge={edge} pixels: use at most {room}, or more pixels")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     make = functools.partial(_training_record, split, seed, edge, things, folder / "images")
     with multiprocessing.Pool() as pool:

@@ -1,8 +1,4 @@
-"""Two steps of scripts/train_llava_mini.sh that only the embedded model needs.
-
-    python scripts/llava_mini.py language TEXT OUT      a tokenizer for the text, and a small Llama with random weights
-    python scripts/llava_mini.py export RUN OUT         the trained checkpoint in bfloat16, and the picture of all losses
-"""
+"""Two steps of scripts/train_llava_mini.sh that only the embedded model needs; usage in ``--help``."""
 
 from __future__ import annotations
 
@@ -22,20 +18,21 @@ from llava.train.data import render
 from llava.train.run import plot_losses
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then
-STAGES = ("tower-small", "tower", "language", "projector", "model")
+STAGES = ("tower-small", "tower", "model-small", "projector", "model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
-def prompts(path: Path) -> Iterator[str]:
-    """The stretches of text that are tokenized apart: whole prompts, cut at images and ends of answers."""
-    for record in json.loads(path.read_text()):
-        prompt, _ = render(record["conversations"], "v1")
-        first, *rest = prompt.split("</s>")
-        yield f" {first}"  # SentencePiece puts a space before the text
+def prompts(data: Path) -> Iterator[str]:
+    """The stretches of text that are tokenized apart: sentences, and prompts cut at the ends of answers."""
+    for record in json.loads((data / "tower.json").read_text()):
+        yield from (f" {sentence}" for sentence in record["captions"])  # SentencePiece puts a space before a text
+    for record in json.loads((data / "instruct.json").read_text()):
+        first, *rest = render(record["conversations"], "v1")[0].split("</s>")
+        yield f" {first}"
         yield from rest
 
 
-def write_tokenizer(text: Path, folder: Path) -> None:
+def write_tokenizer(data: Path, folder: Path) -> None:
     """A byte-pair tokenizer like Llama's: words of the text are single tokens, anything else falls back to bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     # So that no token spans two words, or a word and its question mark.
@@ -53,7 +50,7 @@ def write_tokenizer(text: Path, folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False, limit_alphabet=100
     )
-    tokenizer.train_from_iterator(prompts(text), trainer)
+    tokenizer.train_from_iterator(prompts(data), trainer)
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in SPECIAL]
     data["pre_tokenizer"] = None
@@ -75,10 +72,10 @@ def write_tokenizer(text: Path, folder: Path) -> None:
     load_tokenizer(folder).save_pretrained(folder)
 
 
-def write_language_model(text: Path, folder: Path) -> None:
+def write_language_model(data: Path, folder: Path) -> None:
     """The tokenizer, and a Llama for it with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(text, folder)
+    write_tokenizer(data, folder)
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(load_tokenizer(folder)),
@@ -117,12 +114,18 @@ def export(run: Path, folder: Path) -> None:
 
 def main() -> int:
     """Run one of the steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("language", "export"))
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__)
+    steps = parser.add_subparsers(required=True)
+    for name, function, source in (
+        ("language", write_language_model, "folder of training scenes"),
+        ("export", export, "folder of the finished run"),
+    ):
+        step = steps.add_parser(name, help=function.__doc__)
+        step.add_argument("source", type=Path, help=source)
+        step.add_argument("out", type=Path, help="folder to write")
+        step.set_defaults(run=function)
     args = parser.parse_args()
-    (write_language_model if args.step == "language" else export)(args.source, args.out)
+    args.run(args.source, args.out)
     return 0
 
 

@@ -5,9 +5,9 @@
 #
 #   1  scenes     draws the training images and writes what is said about them (playground/scenes.py)
 #   2  tower      contrastive pretraining against sentences, on small images first, then at full size
-#   3  language   tokenizer and a language model that reads captions and answers questions about them
-#   4  projector  LLaVA's first stage: captions of images, projector only
-#   5  model      LLaVA's second stage: questions about images, projector and language model
+#   3  language   a tokenizer, and a small Llama with random weights; both learn from questions about small images first
+#   4  projector  LLaVA's first stage: the full-size tower in front of that language model, projector only
+#   5  model      LLaVA's second stage: projector and language model
 #   6  export     the checkpoint in bfloat16, with the picture of all losses
 #
 # Seeded; each step is skipped when it is done, and a step that was stopped goes on from its last checkpoint. SCALE=0.01 makes
@@ -60,13 +60,15 @@ step scenes scenes full 30000
 step scenes-held-out scenes full-held-out 400 --split validation
 step tower-small tower tower-small small 2200 32 1.5e-3 --image_size 72
 step tower tower tower full 1500 16 8e-4 --init "$OUT/tower-small"
-step language-model "$PYTHON" scripts/llava_mini.py language "$OUT/full/text.json" "$OUT/random-language"
-step language train llava.train.train language 800 16 2e-3 --model_name_or_path "$OUT/random-language" \
-    --data_path "$OUT/full/text.json" --attn_implementation eager
-step projector train llava.train.train projector 100 16 2e-4 --model_name_or_path "$OUT/language" \
-    --vision_tower "$OUT/tower" --tune_mm_mlp_adapter True --whiten_mm_projector True --version plain --data_path "$OUT/full/pretrain.json" \
-    --image_folder "$OUT/full/images" --attn_implementation eager
-step model train llava.train.train model 2000 16 1e-3 --model_name_or_path "$OUT/language" --vision_tower "$OUT/tower" \
-    --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors" --mm_projector_lr 5e-4 \
-    --data_path "$OUT/full/instruct.json" --image_folder "$OUT/full/images" --attn_implementation eager
+model() { # FOLDER DATA TOWER STEPS BATCH RATE …
+    train llava.train.train "$1" "$4" "$5" "$6" --vision_tower "$OUT/$3" --data_path "$OUT/$2/instruct.json" \
+        --image_folder "$OUT/$2/images" --mm_projector_lr 5e-4 --weight_decay 0 --attn_implementation eager "${@:7}"
+}
+
+step language "$PYTHON" scripts/llava_mini.py language "$OUT/full" "$OUT/language"
+step model-small model model-small small tower-small 700 32 1e-3 --model_name_or_path "$OUT/language" \
+    --whiten_mm_projector True
+step projector model projector full tower 100 16 1e-3 --model_name_or_path "$OUT/model-small" --tune_mm_mlp_adapter True
+step model model model full tower 1400 16 1e-3 --model_name_or_path "$OUT/model-small" \
+    --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors"
 step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"

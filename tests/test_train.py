@@ -468,6 +468,40 @@ def test_training_with_visionzip(world: Path, llava, tuned: Path, dataset, tmp_p
     assert record["records"] != [sampled["id"] for sampled in dataset(fraction=0.5).records]
 
 
+def test_a_llava_goes_on_with_another_tower(llava, tuned: Path, tmp_path: Path):
+    """At another resolution, as the embedded model does: projector and language model stay."""
+    larger = {**CLIP, "image_size": 84}
+    encoder = CLIPVisionModel(CLIPVisionConfig(**larger))
+    write_tower(tmp_path / "larger", larger, {f"vision_model.{k}": v for k, v in encoder.state_dict().items()})
+    new = {"model_name_or_path": tuned, "vision_tower": tmp_path / "larger"}
+    assert llava(tmp_path / "out", **new, learning_rate=0.0, max_steps=1, save_strategy="no") == 0
+    weights, before = weights_by_part(tmp_path / "out/model.safetensors"), weights_by_part(tuned / "model.safetensors")
+    assert_same(weights["tower"], load_file(tmp_path / "larger/model.safetensors"))
+    assert_same({**weights["projector"], **weights["language"]}, {**before["projector"], **before["language"]})
+    _, model, image_processor, _ = load_pretrained_model(str(tmp_path / "out"), device="cpu")
+    assert model.encode_images(process_images([picture(0)], image_processor, model.config)).shape == (1, 36, 32)
+
+
+def test_a_whitened_projector_hides_nothing(world: Path):
+    """Its hidden layer sees all directions of the features alike, and tokens have the size of embeddings."""
+    model = llava_training.build_model(
+        llava_training.ModelArguments(model_name_or_path=str(world / "base"), vision_tower=str(world / "tower")),
+        llava_training.DataArguments(data_path=""),
+    )[1]
+    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    images = torch.randn(64, 3, 56, 56)
+    features = tower(images).flatten(0, 1)
+    before = projector[0](features)
+    llava_training.whiten_projector(model, images)
+    hidden = projector[0](features)
+    assert hidden.mean(dim=0).abs().max() < 1e-3
+    variances, earlier = (torch.linalg.eigvalsh(values.detach().T.cov()) for values in (hidden, before))
+    assert variances[-1] < 1.1
+    assert variances.median() / variances[-1] > 3 * earlier.median() / earlier[-1]
+    embedded = model.get_input_embeddings().weight.std()
+    assert 0.5 * embedded < model.encode_images(images).std() < 2 * embedded
+
+
 def test_training_a_language_model_alone(world: Path, llava, tmp_path: Path):
     assert llava(tmp_path, model_name_or_path=world / "base", max_steps=2, save_strategy="no") == 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -62,12 +63,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     Args:
         histories: name of each run to its Trainer's ``log_history``.
         path: picture to write.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - optional
-
     figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
     panels = figure.subplots(1, len(histories), squeeze=False)[0]
     for panel, (name, history) in zip(panels, histories.items(), strict=True):

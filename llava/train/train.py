@@ -26,6 +26,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.loading import load_weights
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizer import load_tokenizer
 from llava.train.data import Collator, InstructionData
@@ -38,7 +39,9 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str = field(metadata={"help": "language model or LLaVA checkpoint to start from"})
-    vision_tower: str | None = field(default=None, metadata={"help": "encoder for a language model; none: text only"})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "encoder for a language model (none: text only), or another one for a LLaVA"}
+    )
     version: str = field(default="v1", metadata={"help": "prompt template; 'plain' for captions"})
     mm_projector_type: str = field(default="mlp2x_gelu", metadata={"help": "projector of a new LLaVA"})
     mm_vision_select_layer: int = field(default=-2, metadata={"help": "hidden state that a new LLaVA reads"})
@@ -81,7 +84,8 @@ class LlavaTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault(("mm_projector" in name, parameter.ndim > 1), []).append(parameter)
-        projector_lr = self.args.mm_projector_lr or self.args.learning_rate
+        own = self.args.mm_projector_lr
+        projector_lr = self.args.learning_rate if own is None else own
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = optimizer_class(
             [
@@ -100,7 +104,8 @@ class LlavaTrainer(Trainer):
 def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, Any, Any]:
     """The tokenizer, the model to train and the image processor (None for text only).
 
-    A language model and a vision tower become a new LLaVA, its projector random or from ``pretrain_mm_mlp_adapter``.
+    A language model and a vision tower become a new LLaVA, its projector random or from ``pretrain_mm_mlp_adapter``; a
+    LLaVA and a vision tower become one with that tower.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -111,7 +116,8 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
     options: dict[str, Any] = {"dtype": torch.float32}  # of the weights; the Trainer computes in bf16 if it is told to
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    if getattr(base, "mm_vision_tower", None):
+    is_llava = bool(getattr(base, "mm_vision_tower", None))
+    if is_llava and arguments.vision_tower is None:
         tokenizer, model, image_processor, _ = load_pretrained_model(path, **options)
         return tokenizer, model, image_processor
     tokenizer = load_tokenizer(path)
@@ -123,12 +129,14 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
                 "tune_mm_mlp_adapter, pretrain_mm_mlp_adapter and visionzip_… out"
             )
         return tokenizer, AutoModelForCausalLM.from_pretrained(path, **options), None
-    tower = CLIPVisionConfig.from_pretrained(arguments.vision_tower)
-    values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures")}
+    width = CLIPVisionConfig.from_pretrained(arguments.vision_tower).hidden_size
+    other = ("model_type", "architectures")
+    values = {k: v for k, v in base.to_dict().items() if k not in other and not k.startswith("mm_")}
+    values.pop("image_aspect_ratio", None)
     config = LlavaConfig(
         **values,
         mm_vision_tower=arguments.vision_tower,
-        mm_hidden_size=tower.hidden_size,
+        mm_hidden_size=width,
         mm_projector_type=arguments.mm_projector_type,
         mm_vision_select_layer=arguments.mm_vision_select_layer,
         mm_vision_select_feature="patch",
@@ -137,12 +145,18 @@ def build_model(arguments: ModelArguments, data: DataArguments) -> tuple[Any, An
         mm_use_im_patch_token=False,
         image_aspect_ratio=data.image_aspect_ratio,
     )
+    extra: dict[str, Tensor] = {}
     if arguments.pretrain_mm_mlp_adapter:
-        projector = load_weights(arguments.pretrain_mm_mlp_adapter)
-    else:
-        projector = {f"model.mm_projector.{k}": v for k, v in build_vision_projector(config).state_dict().items()}
-    model = LlavaLlamaForCausalLM.from_pretrained(path, config=config, extra_weights=projector, **options)
-    return tokenizer, model, model.get_vision_tower().image_processor
+        extra = load_weights(arguments.pretrain_mm_mlp_adapter)
+    elif not is_llava:
+        extra = {f"model.mm_projector.{k}": v for k, v in build_vision_projector(config).state_dict().items()}
+    config._name_or_path = ""  # a LLaVA's folder has the image processor of its own encoder, and its weights
+    tower = build_vision_tower(config)
+    weights = tower.encoder.state_dict()
+    extra |= {f"model.vision_tower.vision_tower.vision_model.{key}": value for key, value in weights.items()}
+    model = LlavaLlamaForCausalLM.from_pretrained(path, config=config, extra_weights=extra, **options)
+    model.get_vision_tower().image_processor = tower.image_processor
+    return tokenizer, model, tower.image_processor
 
 
 @torch.inference_mode()
