@@ -394,9 +394,14 @@ def write_parquet(records: Sequence[Record], path: Path) -> None:
     unfinished.replace(path)
 
 
+def scene_facts(scene: Scene) -> list[tuple[str, str, str, str, str]]:
+    """Size, colour, kind, row and column of each object."""
+    return [(thing.size, thing.color, thing.kind, *cell(thing, scene.edge)) for thing in scene.things]
+
+
 def sentences(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """What is true of a scene, one sentence for each object and the background; and what is not, by one word."""
-    facts = [(thing.size, thing.color, thing.kind, *cell(thing, scene.edge)) for thing in scene.things]
+    facts = scene_facts(scene)
     false = []
     for fact in facts:
         for _ in range(2):
@@ -411,6 +416,21 @@ def sentences(scene: Scene, rng: np.random.Generator) -> tuple[list[str], list[s
         false.append(f"{with_article(' '.join(changed))} background")
     true = [_sentence(*fact) for fact in facts]
     return [*true, f"{with_article(scene.pattern)} {scene.tint} background"], false
+
+
+def harder_sentences(facts: Sequence[tuple[str, str, str, str, str]]) -> list[str]:
+    """Everything false that differs from something true by the kind or the colour: all the alternatives.
+
+    Args:
+        facts: size, colour, kind, row and column of each object.
+    """
+    changed = [
+        (*fact[:part], word, *fact[part + 1 :])
+        for fact in facts
+        for part, words in ((1, tuple(COLORS)), (2, KINDS))
+        for word in words
+    ]
+    return [_sentence(*fact) for fact in dict.fromkeys(changed) if fact not in facts]
 
 
 def _sentence(size: str, color: str, kind: str, row: str, column: str) -> str:
@@ -449,7 +469,7 @@ def _training_record(split: str, seed: int, edge: int, things: tuple[int, int], 
     first = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": described}
     about = training_questions(scene, rng, 8)
     return {
-        "tower": {"image": name, "captions": true, "negatives": false},
+        "tower": {"image": name, "captions": true, "negatives": false, "harder": harder_sentences(scene_facts(scene))},
         "pretrain": {"id": f"{split}_{index}", "image": name, "conversations": list(first)},
         "instruct": {"id": f"{split}_{index}", "image": name, "conversations": conversation(about)},
     }

@@ -18,7 +18,7 @@ from llava.train.data import render
 from llava.train.run import plot_losses
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then
-STAGES = ("tower-small", "tower", "model-small", "projector", "model")
+STAGES = ("tower-small", "model-small", "tower-kinds", "tower-more", "model-more", "tower", "projector", "model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -104,7 +104,7 @@ def export(run: Path, folder: Path) -> None:
         stage: {
             "seconds": int((run / f"done-{stage}").read_text().split()[0]),
             "steps": record["losses"][-1]["step"],
-            "images_or_texts_seen": record["losses"][-1]["step"] * record["batch_per_step"],
+            "images_seen": record["losses"][-1]["step"] * record["batch_per_step"],
             **{key: record[key] for key in ("pair_accuracy", "versions") if key in record},
         }
         for stage, record in records.items()

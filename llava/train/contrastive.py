@@ -11,6 +11,7 @@ interaction, as FILIP, arXiv 2111.07783). No boxes, masks or class labels are us
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -42,10 +43,11 @@ _WORDS = 4096  # rows of the word table; words are hashed into it
 class TowerArguments:
     """What is trained on what."""
 
-    data_path: str = field(metadata={"help": "json list of {image, captions: [true, …], negatives: [false, …]}"})
+    data_path: str = field(metadata={"help": "json list of {image, captions: [true, …], negatives: [false, …], harder: […]}"})
     image_folder: str = field(metadata={"help": "where the images are"})
     validation_path: str | None = field(default=None, metadata={"help": "the same of held-out images, to report on"})
     validation_folder: str | None = field(default=None, metadata={"help": "where those are"})
+    harder: bool = field(default=False, metadata={"help": "compare with the false sentences under 'harder' too"})
     init: str | None = field(default=None, metadata={"help": "run to go on from; the position embedding is resized"})
     image_size: int = field(default=144, metadata={"help": "edge of the images in pixels"})
     patch_size: int = field(default=12, metadata={"help": "edge of a patch in pixels"})
@@ -58,8 +60,9 @@ class TowerArguments:
 class CaptionedImages(Dataset):
     """Pixels and sentences of a json file's images."""
 
-    def __init__(self, data_path: str, image_folder: str, processor: Any) -> None:
+    def __init__(self, data_path: str, image_folder: str, processor: Any, harder: bool = False) -> None:
         self.records = json.loads(Path(data_path).read_text())
+        self.lists = ("negatives", "harder") if harder else ("negatives",)
         self.folder = Path(image_folder)
         self.processor = processor
 
@@ -70,9 +73,11 @@ class CaptionedImages(Dataset):
         record = self.records[index]
         image = load_image(self.folder / record["image"])
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixels": pixels, "captions": record["captions"], "negatives": record["negatives"]}
+        negatives = [sentence for name in self.lists for sentence in record[name]]
+        return {"pixels": pixels, "captions": record["captions"], "negatives": negatives}
 
 
+@functools.cache
 def word_ids(sentence: str) -> list[int]:
     """Rows of the word table for a sentence's words."""
     return [zlib.crc32(word.encode()) % _WORDS for word in sentence.split()]
@@ -206,7 +211,7 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     set_seed(training.seed)
     edge = arguments.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
-    data = CaptionedImages(arguments.data_path, arguments.image_folder, processor)
+    data = CaptionedImages(arguments.data_path, arguments.image_folder, processor, arguments.harder)
     model = ContrastiveModel(new_tower(arguments), arguments.local_weight)
     if arguments.init:
         go_on_from(model, arguments.init)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,9 +65,13 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         histories: name of each run to its Trainer's ``log_history``.
         path: picture to write.
     """
-    figure = Figure(figsize=(3.2 * len(histories), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(histories), squeeze=False)[0]
-    for panel, (name, history) in zip(panels, histories.items(), strict=True):
+    columns = min(4, len(histories))
+    rows = math.ceil(len(histories) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(histories) :]:
+        panel.remove()
+    for panel, (name, history) in zip(panels, histories.items(), strict=False):
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         if points:
             panel.plot(*zip(*points, strict=True), linewidth=1)
