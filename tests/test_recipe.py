@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from eval.__main__ import main as eval_command
 from llava.model.builder import load_pretrained_model
 
@@ -33,14 +35,16 @@ def test_the_checkpoint_is_small_and_complete():
 
 
 def test_the_checkpoint_answers_as_its_card_says(tmp_path: Path):
-    """Vanilla on the whole test set: 93 % of all, 85 % of each type; VisionZip at a third of the tokens keeps most."""
-    results = results_of(tmp_path, "--method", "vanilla", "visionzip", "--tokens", "48")
-    vanilla, zipped = results["rows"]
-    assert vanilla["visual_tokens"] == 144
-    assert vanilla["overall"]["mean"] >= 0.93
-    assert {kind: mean["mean"] for kind, mean in vanilla["accuracy"].items() if mean["mean"] < 0.85} == {}
-    assert zipped["visual_tokens"] == 48
-    assert zipped["of_vanilla"] >= 0.9
+    """On the whole test set, with all tokens and with the smallest budget of the quickstart."""
+    vanilla, zipped = results_of(tmp_path, "--method", "vanilla", "visionzip", "--tokens", "16")["rows"]
+    card = (CHECKPOINT / "README.md").read_text()
+    for row, name, tokens in ((vanilla, "vanilla", 144), (zipped, "visionzip 13+3", 16)):
+        assert row["visual_tokens"] == tokens
+        line = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        stated = [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
+        found = [*(entry["mean"] for entry in row["accuracy"].values()), row["overall"]["mean"]]
+        # Another CPU rounds differently: a question or two may tip.
+        assert [100 * mean for mean in found] == pytest.approx(stated, abs=1.1)
 
 
 def test_the_recipe_runs_from_nothing(tmp_path: Path):

@@ -43,7 +43,9 @@ _WORDS = 4096  # rows of the word table; words are hashed into it
 class TowerArguments:
     """What is trained on what."""
 
-    data_path: str = field(metadata={"help": "json list of {image, captions: [true, …], negatives: [false, …], harder: […]}"})
+    data_path: str = field(
+        metadata={"help": "json list of {image, captions: [true, …], negatives: [false, …], harder: […]}"}
+    )
     image_folder: str = field(metadata={"help": "where the images are"})
     validation_path: str | None = field(default=None, metadata={"help": "the same of held-out images, to report on"})
     validation_folder: str | None = field(default=None, metadata={"help": "where those are"})
