@@ -122,7 +122,7 @@ def test_tiles_of_an_image_that_comes_twice(load):
     tokens = model.visual_tokens([image] * 4, sizes)
     assert batches == [9]
     for mine, alone in zip(tokens, expected, strict=True):
-        torch.testing.assert_close(mine, alone)
+        torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)  # another batch, another rounding
 
 
 def test_a_list_straight_to_the_tower(model):
