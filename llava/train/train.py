@@ -238,6 +238,7 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         weights = {k: v.contiguous() for k, v in model.state_dict().items() if "mm_projector" in k}
         save_file(weights, output / "mm_projector.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(output)
+        image_processor.save_pretrained(output)  # the base's folder may be the only one that has it
     else:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
