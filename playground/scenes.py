@@ -438,14 +438,14 @@ def _sentence(size: str, color: str, kind: str, row: str, column: str) -> str:
 
 
 def training_questions(scene: Scene, rng: np.random.Generator, turns: int) -> list[Question]:
-    """At most ``turns`` different questions for training; position is asked more often, as it is learnt last."""
-    asked = [*questions(scene, rng), *questions(scene, rng)]
-    for _ in range(2):
+    """At most ``turns`` different questions for training; what needs a look at single objects is asked most often."""
+    asked = questions(scene, rng)
+    for _ in range(3):
         thing = scene.things[rng.integers(len(scene.things))]
         asked.append(Question("location", f"Where is the {thing.name}?", " ".join(cell(thing, scene.edge))))
-        if (position := _position(scene, rng)) is not None:
-            asked.append(position)
-    different = list({question.text: question for question in asked}.values())
+        asked += [_presence(scene, rng), *(_attribute(scene, rng, type_) for type_ in ("color", "shape", "reading"))]
+        asked += [_position(scene, rng) for _ in range(2)]
+    different = list({question.text: question for question in asked if question is not None}.values())
     return [different[index] for index in rng.permutation(len(different))[:turns]]
 
 
@@ -467,7 +467,7 @@ def _training_record(split: str, seed: int, edge: int, things: tuple[int, int], 
     true, false = sentences(scene, rng)
     described = caption(scene, rng)
     first = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": described}
-    about = training_questions(scene, rng, 8)
+    about = training_questions(scene, rng, 12)
     return {
         "tower": {"image": name, "captions": true, "negatives": false, "harder": harder_sentences(scene_facts(scene))},
         "pretrain": {"id": f"{split}_{index}", "image": name, "conversations": list(first)},

@@ -55,7 +55,8 @@ tower() { # FOLDER DATA STEPS BATCH RATE …
 
 model() { # FOLDER DATA TOWER STEPS BATCH RATE …
     train llava.train.train "$1" "$4" "$5" "$6" --vision_tower "$OUT/$3" --data_path "$OUT/$2/instruct.json" \
-        --image_folder "$OUT/$2/images" --mm_projector_lr 5e-4 --weight_decay 0 --attn_implementation eager "${@:7}"
+        --image_folder "$OUT/$2/images" --mm_projector_lr 5e-4 --weight_decay 0 --attn_implementation eager \
+        --turns_apart True "${@:7}"
 }
 
 mkdir -p "$OUT"
@@ -64,14 +65,12 @@ step scenes-small-held-out scenes small-held-out 400 --edge 72 --max-things 3 --
 step scenes scenes full 30000
 step scenes-held-out scenes full-held-out 400 --split validation
 step tower-small tower tower-small small 2200 32 1.5e-3 --image_size 72
+step tower-kinds tower tower-kinds small 3000 32 1.2e-3 --image_size 72 --init "$OUT/tower-small" --harder True
 step language "$PYTHON" scripts/llava_mini.py language "$OUT/full" "$OUT/language"
-step model-small model model-small small tower-small 700 32 1e-3 --model_name_or_path "$OUT/language" \
+step model-small model model-small small tower-kinds 2000 32 1e-3 --model_name_or_path "$OUT/language" \
     --whiten_mm_projector True
-step tower-kinds tower tower-kinds small 900 32 1e-3 --image_size 72 --init "$OUT/tower-small" --harder True
-step tower-more tower tower-more small 2000 32 1.2e-3 --image_size 72 --init "$OUT/tower-kinds" --harder True
-step model-more model model-more small tower-more 400 32 1e-3 --model_name_or_path "$OUT/model-small"
-step tower tower tower full 350 16 8e-4 --init "$OUT/tower-more" --harder True
-step projector model projector full tower 60 16 1e-3 --model_name_or_path "$OUT/model-more" --tune_mm_mlp_adapter True
-step model model model full tower 900 16 1e-3 --model_name_or_path "$OUT/model-more" \
+step tower tower tower full 600 16 8e-4 --init "$OUT/tower-kinds" --harder True
+step projector model projector full tower 60 16 1e-3 --model_name_or_path "$OUT/model-small" --tune_mm_mlp_adapter True
+step model model model full tower 2500 16 1e-3 --model_name_or_path "$OUT/model-small" \
     --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors"
 step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"

@@ -95,6 +95,53 @@ def tokenize(prompt: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> t
     return torch.tensor(ids), torch.tensor(labels)
 
 
+def tokenize_apart(
+    conversation: Sequence[dict[str, str]], version: str, tokenizer: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A conversation as prompts of one question each, which are written after one another but for their common start.
+
+    Args:
+        conversation: as for :func:`render`; an image is shown with every question.
+        version: key of ``conv_templates``.
+        tokenizer: a fast tokenizer.
+
+    Returns:
+        input_ids (L,), labels (L,) and turns (L,): 0 in the common start (system prompt and image), then 1, 2, ….
+    """
+    has_image = any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in conversation)
+    alone = []
+    render(conversation, version)  # checks the speakers
+    for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
+        text = question["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        asked = {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{text}" if has_image else text}
+        alone.append(tokenize(*render([asked, answer], version), tokenizer))
+    start = 0
+    while all(start < len(ids) and ids[start] == alone[0][0][start] for ids, _ in alone) and len(alone) > 1:
+        start += 1
+    parts = [tuple(part[:start] for part in alone[0]), *(tuple(part[start:] for part in one) for one in alone)]
+    turns = [torch.full((len(ids),), number) for number, (ids, _) in enumerate(parts)]
+    return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts]), torch.cat(turns)
+
+
+def attention_apart(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """What keeps the turns of :func:`tokenize_apart` from seeing each other.
+
+    Args:
+        turns: (B, L) numbers of turns, -1 for padding on the right.
+
+    Returns:
+        An additive mask (B, 1, L, L), where a token sees what came before it in the common start and in its own turn,
+        and positions (B, L), which every turn counts on from the end of the common start.
+    """
+    same = turns[:, :, None] == turns[:, None, :]
+    visible = (same | (turns[:, None, :] == 0)).tril()
+    mask = torch.zeros(visible.shape, device=turns.device).masked_fill(~visible, torch.finfo(torch.bfloat16).min)
+    index = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
+    first = torch.where(same, index[:, None, :], turns.shape[1]).amin(dim=2)  # of each token's turn
+    common = (turns == 0).sum(dim=1, keepdim=True)
+    return mask[:, None], torch.where(turns > 0, index - first + common, index)
+
+
 class InstructionData(Dataset):
     """Conversations of a json file, tokenized when they are asked for.
 
@@ -107,6 +154,7 @@ class InstructionData(Dataset):
         model_config: says how images are padded.
         fraction: learn from this share of the records, a uniform sample.
         seed: of the sample.
+        apart: the questions of a record do not see each other (:func:`tokenize_apart`).
 
     Raises:
         FileNotFoundError: there is no such json file or folder.
@@ -123,6 +171,7 @@ class InstructionData(Dataset):
         model_config: Any,
         fraction: float = 1.0,
         seed: int = 42,
+        apart: bool = False,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ValueError(f"data_fraction={fraction} is not in (0, 1]: 0.1 takes a tenth of the records")
@@ -151,20 +200,26 @@ class InstructionData(Dataset):
         self.version = version
         self.image_processor = image_processor
         self.model_config = model_config
+        self.apart = apart
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``input_ids`` (L,), ``labels`` (L,) and, for a model with a tower, ``image`` (3, h, w) or tiles.
+        """``input_ids``, ``labels``, ``turns`` if they are apart (L,); with a tower ``image``: (3, h, w) or tiles.
 
         Raises:
             ValueError: the record cannot be used; the message names it.
         """
         record = self.records[index]
         try:
-            input_ids, labels = tokenize(*render(record["conversations"], self.version), self.tokenizer)
-            sample = {"input_ids": input_ids, "labels": labels}
+            if self.apart:
+                names = ("input_ids", "labels", "turns")
+                parts = tokenize_apart(record["conversations"], self.version, self.tokenizer)
+            else:
+                names = ("input_ids", "labels")
+                parts = tokenize(*render(record["conversations"], self.version), self.tokenizer)
+            sample = dict(zip(names, parts, strict=True))
             if self.image_processor is None:
                 return sample
             if "image" in record:
@@ -186,7 +241,7 @@ class Collator:
         self.max_length = max_length
 
     def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``attention_mask`` (B, L), and ``images``, a list of B."""
+        """``input_ids``, ``labels``, ``attention_mask`` and maybe ``turns`` (B, L), and ``images``, a list of B."""
 
         def stack(name: str, padding: int) -> Tensor:
             rows = [sample[name][: self.max_length] for sample in samples]
@@ -198,6 +253,8 @@ class Collator:
             "labels": stack("labels", IGNORE_INDEX),
             "attention_mask": pad_sequence(ones, batch_first=True),
         }
+        if "turns" in samples[0]:
+            batch["turns"] = stack("turns", -1)
         if "image" in samples[0]:
             batch["images"] = [sample["image"] for sample in samples]
         return batch

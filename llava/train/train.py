@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, HfArgumentParser, Trainer, set_seed
 
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig
@@ -29,7 +30,7 @@ from llava.model.loading import load_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizer import load_tokenizer
-from llava.train.data import Collator, InstructionData
+from llava.train.data import Collator, InstructionData, attention_apart
 from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
 from visionzip import visionzip
 
@@ -63,6 +64,10 @@ class DataArguments:
     image_folder: str | None = field(default=None, metadata={"help": "where the images are"})
     image_aspect_ratio: str = field(default="square", metadata={"help": "'pad' pads images to a square"})
     data_fraction: float = field(default=1.0, metadata={"help": "share of the records to use, drawn by data_seed"})
+    turns_apart: bool = field(
+        default=False,
+        metadata={"help": "questions of a record see its image, but not each other (eager or sdpa)"},
+    )
 
 
 @dataclass
@@ -74,7 +79,26 @@ class LlavaTrainingArguments(TrainingArguments):
 
 
 class LlavaTrainer(Trainer):
-    """Trainer with a learning rate of its own for the projector."""
+    """Trainer with a learning rate of its own for the projector, and with turns that do not see each other."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; where the batch has ``turns``, each sees itself and what all share."""
+        if (turns := inputs.pop("turns", None)) is not None:
+            input_ids, labels, mask = (inputs.pop(name) for name in ("input_ids", "labels", "attention_mask"))
+            llava = self.accelerator.unwrap_model(model)
+            with self.accelerator.autocast():  # turns go where labels would: both follow the text around the image
+                _, _, seen, _, embeds, turns = llava.prepare_inputs_labels_for_multimodal(
+                    input_ids, None, mask, None, turns, inputs.pop("images", None)
+                )
+            expanded = torch.full_like(turns, IGNORE_INDEX)
+            for row, own, text, places in zip(
+                expanded, labels, mask.bool() & (input_ids != IMAGE_TOKEN_INDEX), turns >= 0, strict=True
+            ):
+                row[places] = own[text][: int(places.sum())]
+            turns = torch.where(turns >= 0, turns, seen.long() - 1)  # visual tokens are in the common start
+            seen, positions = attention_apart(turns)
+            inputs = {"inputs_embeds": embeds, "labels": expanded, "attention_mask": seen, "position_ids": positions}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices only, and the projector's learning rate where one is given."""
@@ -213,6 +237,7 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         model.config,
         data.data_fraction,
         42 if training.data_seed is None else training.data_seed,
+        data.turns_apart,
     )
     if arguments.whiten_mm_projector:
         whiten_projector(model, torch.stack([dataset[index]["image"] for index in range(min(256, len(dataset)))]))
