@@ -1,4 +1,4 @@
-"""What a benchmark is: where its data lies, how it asks, and how answers are scored. Each is a file in eval/benchmarks/."""
+"""What a benchmark is: where its data lies, how it asks, how answers are scored. Each is a file in eval/benchmarks/."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Visual:
     """An image or a video that a question is about, opened when its turn comes.
 
     Attributes:
-        key: the same for the same image: questions about it then share its visual tokens. A file's path, or a row's name.
-        open: the RGB images that the model gets: one, or a video's frames. Raises ValueError or OSError naming the file.
+        key: the same for the same image: questions about it then share its visual tokens. A path, or a row's name.
+        open: the RGB images that the model gets: one, or a video's frames. Raises ValueError or OSError with its name.
         count: how many they are.
         path: the file, where it is one; it is looked for before any work starts.
     """
