@@ -89,6 +89,10 @@ class Score:
     points: Sequence[float] | None = None
 
 
+class ScoredByServerError(ValueError):
+    """The answers are to be scored by a server: there is no truth here. The message says where to send them."""
+
+
 @dataclass(frozen=True)
 class File:
     """Something that LLaVA's folder layout holds.

@@ -170,6 +170,10 @@ class Tables:
         self._source = source
         self._rows: dict[str, Rows] = {}
 
+    def __str__(self) -> str:
+        names = {table.dataset: None for table in self._tables.values()}
+        return ", ".join(names) if self._source is None else str(self._source)
+
     def __getitem__(self, name: str) -> Rows:
         """A table's rows; loaded once.
 

@@ -1,0 +1,96 @@
+"""Scenes: questions with one-word answers about synthetic images, the embedded model's own benchmark.
+
+Data: one parquet file with a row per question (``python -m playground.scenes test`` writes it), in the columns
+question_id, image_id, image {bytes, path}, type, question and answer. Prompt: the question as it is. Score: exact
+match, but for case, blanks around and a full stop; the mean over all questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.benchmark import Answer, Benchmark, File, Question, Score
+from eval.judge import Judge
+from eval.sources import picture_of, refuse_repeated
+
+_COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
+_TYPES = ("presence", "color", "shape", "count", "reading", "position", "background")
+_FILE = "test.parquet"
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    # Not through `datasets`: importing that takes longer than reading the file.
+    import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; listing benchmarks does without
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    path = folder / _FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: make it with `python -m playground.scenes test`")
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: make it again ({error})") from error
+    if missing := [name for name in _COLUMNS if rows and name not in rows[0]]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}: it is not a scenes test set")
+    if not rows:
+        raise ValueError(f"{path} has no questions: make it again")
+    refuse_repeated((row["question_id"] for row in rows), str(path))
+    if unknown := {row["type"] for row in rows} - {*_TYPES}:
+        raise ValueError(f"{path} has a question of type {unknown.pop()!r}: known are {', '.join(_TYPES)}")
+    return rows
+
+
+def questions(folder: Path) -> list[Question]:
+    """The questions in a folder's file."""
+    images = {}
+    for row in (rows := _rows(folder)):
+        images.setdefault(row["image_id"], picture_of(row["image"], f"image {row['image_id']} of {folder / _FILE}"))
+    return [Question(row["question_id"], row["question"], (images[row["image_id"]],), row["type"]) for row in rows]
+
+
+def truth(folder: Path) -> dict[int, tuple[str, str]]:
+    """Type and answer of each question, by its id."""
+    return {row["question_id"]: (row["type"], row["answer"]) for row in _rows(folder)}
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether a model said the right word."""
+    return text.strip().removesuffix(".").casefold() == answer.casefold()
+
+
+def score(answers: Sequence[Answer], truth: Mapping[int, tuple[str, str]], judge: Judge | None = None) -> Score:
+    """The share of questions with the right word, of those that were answered."""
+    known = [answer for answer in answers if answer.question_id in truth]
+    points = [float(is_right(answer.text, truth[answer.question_id][1])) for answer in known]
+    types = [truth[answer.question_id][0] for answer in known]
+    parts = {}
+    for name in _TYPES:
+        if own := [point for point, type_ in zip(points, types, strict=True) if type_ == name]:
+            parts[name] = 100 * sum(own) / len(own)
+    return Score(
+        metric="exact match, %",
+        score=100 * sum(points) / max(1, len(points)),
+        details={
+            "questions": len(truth),
+            "answered": len(known),
+            "unknown_ids": len(answers) - len(known),
+            "by_type": parts,
+        },
+        parts=parts,
+        points=points,
+    )
+
+
+BENCHMARK = Benchmark(
+    name="scenes",
+    title="Scenes",
+    summary="one-word questions about synthetic scenes (exact match)",
+    folder="scenes",
+    max_new_tokens=8,
+    files=(File(_FILE, "python -m playground.scenes test"),),
+    from_folder=questions,
+    truth_from_folder=truth,
+    score=score,
+)
