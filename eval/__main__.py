@@ -14,6 +14,7 @@ from rich.table import Table
 from eval.answers import read_answers
 from eval.data import DATA_ROOT, data_of, judge_of
 from eval.methods import METHODS
+from eval.paper import paper_table
 from eval.prepare import prepare
 from eval.registry import BENCHMARKS
 from eval.runner import run
@@ -70,8 +71,6 @@ def show_table(args: argparse.Namespace) -> None:
             raise ValueError("give a run's folder, or --paper NUMBER")
         write_table(Path(args.folder))
     else:
-        from eval.paper import paper_table  # noqa: PLC0415 - TEMPORARY
-
         print(paper_table(args.paper, None if args.folder is None else Path(args.folder), args.format))
 
 

@@ -78,8 +78,8 @@ class Score:
         score: the headline, as the official tool prints it (not rounded more than that).
         details: subtasks, splits, counts and failures, ready for JSON.
         parts: the columns of a table: name to score, in the headline's unit.
-        points: 0 to 1 for each answer, in their order, where the headline is 100 times their mean; standard errors come
-            from it. None for other metrics.
+        points: 0 to 1 for each of what is counted (questions; MMBench's base questions), in the data's order, where
+            the headline is 100 times their mean; standard errors come from it. None for other metrics.
     """
 
     metric: str
@@ -140,6 +140,7 @@ class Benchmark:
         max_new_tokens: limit on an answer's length, LLaVA's.
         conv_mode: template that the protocol fixes; None: that of the model (``vicuna_v1`` for LLaVA-1.5).
         judged: a language model scores: ``score`` needs its judge.
+        proxy: a comparison of strings can stand in for it (``--judge exact``).
         graded: the score of a file that the official judge has graded already.
         submit: for a server: write the answers in its format into a folder; returns the file.
     """
@@ -158,5 +159,6 @@ class Benchmark:
     truth_from_tables: Callable[[Tables], Any] | None = None
     conv_mode: str | None = None
     judged: bool = False
+    proxy: bool = True
     graded: Callable[[Path, Path | None], Score] | None = None
     submit: Callable[[Sequence[Answer], Any, Path], Path] | None = None

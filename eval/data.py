@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Benchmark, Question
-from eval.judge import Judge, api_judge, exact_judge
+from eval.judge import EXACT, Judge, api_judge, exact_judge
 from eval.sources import Tables
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval"
@@ -62,10 +62,18 @@ def data_of(benchmark: Benchmark, args: Any) -> Data:
 
 
 def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | None:
-    """The judge that ``--judge`` names: a model behind ``OPENAI_BASE_URL``, or ``exact``; None without one."""
+    """The judge that ``--judge`` names: a model behind ``OPENAI_BASE_URL``, or ``exact``; None without one.
+
+    Raises:
+        ValueError: there is no proxy for it, or no key.
+    """
     if not benchmark.judged or name is None:
         return None
-    return exact_judge() if name == "exact" else api_judge(name, cache)
+    if name != EXACT:
+        return api_judge(name, cache)
+    if not benchmark.proxy:
+        raise ValueError(f"--judge exact: {benchmark.name} compares long answers, for which there is no proxy")
+    return exact_judge()
 
 
 def missing_files(questions: Sequence[Question]) -> tuple[list[str], int]:

@@ -36,8 +36,10 @@ def summarize(
     points = {
         row: np.mean([scores[run].points for run in own], axis=0)
         for row, own in runs.items()
-        if all(run in scores and scores[run].points is not None for run in own)
+        if all(run in scores and scores[run].points for run in own)
     }
+    if len({len(own) for own in points.values()}) > 1:  # of other questions: they cannot be compared one by one
+        points = {}
     resampled = bootstrap(np.stack(list(points.values()), axis=1)) if points else np.empty((0, 0))
     columns = {row: number for number, row in enumerate(points)}
     vanilla = scores.get(Run("vanilla"))

@@ -152,9 +152,21 @@ class Rows:
         return Rows(self._dataset.remove_columns([c for c in columns if c in self._dataset.column_names]), self.name)
 
     def picture(self, index: int, column: str = "image") -> Visual:
-        """The image in a row, read from the table when it is opened."""
+        """The image in a row (of a list, the first), read from the table when it is opened."""
         key = f"{self.name} row {index} {column}"
-        return Visual(key, lambda: _open_cell(self._dataset[index][column], key))
+
+        def open_() -> list[Image.Image]:
+            cell = self.cell(index, column)
+            return _open_cell(cell[0] if isinstance(cell, list) and cell else cell, key)
+
+        return Visual(key, open_)
+
+    def cell(self, index: int, column: str) -> Any:
+        """A value as the file has it: images and videos encoded, also those in a list."""
+        return self._dataset.with_format("arrow")[index][column].to_pylist()[0]
+
+    def __contains__(self, column: str) -> bool:
+        return column in self._dataset.column_names
 
 
 class Tables:
@@ -163,16 +175,19 @@ class Tables:
     Args:
         tables: by name.
         source: a local folder for all of them; None is the hub.
+
+    Attributes:
+        folder: that folder.
     """
 
     def __init__(self, tables: Mapping[str, Table], source: Path | None = None) -> None:
         self._tables = tables
-        self._source = source
+        self.folder = source
         self._rows: dict[str, Rows] = {}
 
     def __str__(self) -> str:
         names = {table.dataset: None for table in self._tables.values()}
-        return ", ".join(names) if self._source is None else str(self._source)
+        return ", ".join(names) if self.folder is None else str(self.folder)
 
     def __getitem__(self, name: str) -> Rows:
         """A table's rows; loaded once.
@@ -191,10 +206,10 @@ class Tables:
 
         name = f"{table.dataset}{f' {table.config}' if table.config else ''} {table.split}"
         try:
-            if self._source is None:
+            if self.folder is None:
                 loaded = datasets.load_dataset(table.dataset, table.config, split=table.split)
             else:
-                files = [str(file) for file in parquet_files(self._source, table)]
+                files = [str(file) for file in parquet_files(self.folder, table)]
                 loaded = datasets.load_dataset("parquet", data_files={table.split: files}, split=table.split)
         except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
             reason = error.__cause__ or error

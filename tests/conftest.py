@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 from checkpoints import edit_config, write_checkpoint
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
+
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
 
 
 @pytest.fixture(scope="session")
