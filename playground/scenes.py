@@ -214,3 +214,7 @@ def main() -> int:
         print(f"playground.scenes: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
