@@ -18,7 +18,7 @@ from llava.train.data import render
 from llava.train.run import plot_losses
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then
-STAGES = ("tower-small", "model-small", "tower-kinds", "tower-more", "model-more", "tower", "projector", "model")
+STAGES = ("tower-small", "tower-kinds", "model-small", "tower", "projector", "model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 

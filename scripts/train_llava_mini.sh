@@ -71,6 +71,6 @@ step model-small model model-small small tower-kinds 2000 32 1e-3 --model_name_o
     --whiten_mm_projector True
 step tower tower tower full 600 16 8e-4 --init "$OUT/tower-kinds" --harder True
 step projector model projector full tower 60 16 1e-3 --model_name_or_path "$OUT/model-small" --tune_mm_mlp_adapter True
-step model model model full tower 2500 16 1e-3 --model_name_or_path "$OUT/model-small" \
+step model model model full tower 1800 16 1e-3 --model_name_or_path "$OUT/model-small" \
     --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors"
 step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"

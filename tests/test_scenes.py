@@ -20,30 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from playground.scenes import (
+from playground.asking import TYPES, answers_of, caption, questions, sentences, training_questions
+from playground.drawing import (
     COLORS,
     EDGE,
     GLYPHS,
     PATTERNS,
     SHAPES,
-    SPLITS,
-    TEST_SET,
     TINTS,
-    TYPES,
     Scene,
     Thing,
-    answers_of,
-    caption,
     encode,
-    main,
-    make_test_set,
-    questions,
     render,
-    rng_of,
     sample_scene,
-    sentences,
-    training_questions,
 )
+from playground.scenes import SPLITS, TEST_SET, main, make_test_set, rng_of
 
 ROOT = Path(__file__).resolve().parents[1]
 properties = settings(max_examples=60, deadline=None)

@@ -37,7 +37,7 @@ from llava.model.tokenizer import load_tokenizer
 from llava.train import contrastive
 from llava.train import train as llava_training
 from llava.train.contrastive import ContrastiveModel, TowerArguments, collate, new_tower, word_ids
-from llava.train.data import Collator, InstructionData, render, tokenize
+from llava.train.data import Collator, InstructionData, attention_apart, render, tokenize, tokenize_apart
 from visionzip import VisionZipConfig
 
 TRAINER = {
@@ -124,6 +124,36 @@ def test_the_image_comes_first():
 def test_turns_must_alternate(speakers: list[str]):
     with pytest.raises(ValueError, match="they must be human, gpt, human, gpt"):
         render([{"from": speaker, "value": "Hi"} for speaker in speakers], "v1")
+
+
+def test_turns_apart_are_prompts_with_a_common_start(tokenizers):
+    """Each question as if it were the first about the image; what all begin with is there once."""
+    said = turns("<image>\nHow many rings?", "2", "Where is the ring?", "top left", "Is it red?", "yes")
+    tokenizer = tokenizers[False]
+    input_ids, labels, numbers = tokenize_apart(said, "v1", tokenizer)
+    assert numbers.unique_consecutive().tolist() == [0, 1, 2, 3]
+    assert (labels[numbers == 0] == IGNORE_INDEX).all() and IMAGE_TOKEN_INDEX in input_ids[numbers == 0]
+    for number, (question, answer) in enumerate(zip(said[::2], said[1::2], strict=True), start=1):
+        question["value"] = "<image>\n" + question["value"].removeprefix("<image>\n")
+        alone_ids, alone_labels = tokenize(*render([question, answer], "v1"), tokenizer)
+        seen = (numbers == 0) | (numbers == number)
+        assert torch.equal(input_ids[seen], alone_ids) and torch.equal(labels[seen], alone_labels)
+    single_ids, single_labels, only = tokenize_apart(said[:2], "v1", tokenizer)
+    assert torch.equal(single_ids, tokenize(*render(said[:2], "v1"), tokenizer)[0]) and not only.any()
+    assert (single_labels != IGNORE_INDEX).any()
+
+
+def test_attention_apart():
+    """Two tokens in common, turns of two and one, then padding."""
+    mask, positions = attention_apart(torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert positions[0, :5].tolist() == [0, 1, 2, 3, 2]
+    assert (mask[0, 0] == 0).int().tolist()[:5] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+    ]
 
 
 def counted_labels(prompt: str, tokenizer: Any, *, after_separator: int) -> list[int] | None:
@@ -450,6 +480,33 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(llava, second_stage: dict[str,
     assert_same(load_file(tmp_path / "run/model.safetensors"), load_file(tuned / "model.safetensors"))
     runs = [record_of(folder)["losses"][:-1] for folder in (tmp_path / "run", tuned)]
     assert runs[0] == runs[1]
+
+
+def test_turns_that_do_not_see_each_other(world: Path, llava, tuned: Path, tmp_path: Path, capsys):
+    """The loss of packed turns is that of the same turns in records of their own, with an image or without."""
+    records = json.loads((world / "data.json").read_text())
+    records = [records[0], records[8], next(record for record in records if "image" not in record)]
+    for record in records:
+        record["conversations"] = [
+            *record["conversations"][:2],
+            *turns("And how many?", "3 of them", "Why?", "Who knows."),
+        ]
+    single = []
+    for record in records:
+        for question, answer in zip(record["conversations"][::2], record["conversations"][1::2], strict=True):
+            text = question["value"].replace("<image>", "").strip()
+            asked = {"from": "human", "value": f"<image>\n{text}" if "image" in record else text}
+            single.append({**record, "conversations": [asked, answer]})
+    losses = []
+    for number, (data, apart) in enumerate(((records, True), (single, False))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(data))
+        flags = {"max_steps": 1, "per_device_train_batch_size": len(data), "save_strategy": "no", "turns_apart": apart}
+        assert llava(tmp_path / f"run{number}", model_name_or_path=tuned, data_path=path, **flags) == 0
+        losses.append(record_of(tmp_path / f"run{number}")["losses"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert llava(tmp_path / "text", model_name_or_path=world / "base", turns_apart=True) == 2
+    assert "turns_apart needs a vision tower" in capsys.readouterr().err
 
 
 def test_training_with_visionzip(world: Path, llava, tuned: Path, dataset, tmp_path: Path):

@@ -116,7 +116,7 @@ def tokenize_apart(
         asked = {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{text}" if has_image else text}
         alone.append(tokenize(*render([asked, answer], version), tokenizer))
     start = 0
-    while all(start < len(ids) and ids[start] == alone[0][0][start] for ids, _ in alone) and len(alone) > 1:
+    while all(start < len(ids) and ids[start] == alone[0][0][start] for ids, _ in alone):
         start += 1
     parts = [tuple(part[:start] for part in alone[0]), *(tuple(part[start:] for part in one) for one in alone)]
     turns = [torch.full((len(ids),), number) for number, (ids, _) in enumerate(parts)]

@@ -228,6 +228,8 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
     """
     set_seed(training.seed)
     tokenizer, model, image_processor = build_model(arguments, data)
+    if data.turns_apart and (image_processor is None or "flash" in model.config._attn_implementation):
+        raise ValueError("turns_apart needs a vision tower, and attention that takes a mask: eager or sdpa")
     dataset = InstructionData(
         data.data_path,
         data.image_folder,
