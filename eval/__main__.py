@@ -17,7 +17,7 @@ from eval.methods import METHODS
 from eval.paper import paper_table
 from eval.prepare import prepare
 from eval.registry import BENCHMARKS
-from eval.runner import run
+from eval.runner import run, unscored
 from eval.table import write_atomically, write_table
 from llava.arguments import add_model_arguments, positive, run_command
 
@@ -50,9 +50,8 @@ def score(args: argparse.Namespace) -> None:
             raise ValueError("give --answers FILE" + (", or --graded FILE" if benchmark.graded else ""))
         answers, notes = read_answers(Path(args.answers))
         judge = judge_of(benchmark, args.judge, Path(args.output).parent / "judged")
-        if benchmark.score is None or (benchmark.judged and judge is None):
-            how = "give --judge MODEL (or exact)" if benchmark.judged else "its server does"
-            raise ValueError(f"{benchmark.name} is not scored from answers alone: {how}")
+        if why := unscored(benchmark, judge):
+            raise ValueError(f"{benchmark.name} is not scored from answers alone: {why}")
         result = benchmark.score(answers, data_of(benchmark, args).truth(), judge)
     record = {
         "benchmark": benchmark.name,
@@ -113,7 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     for each in (run_parser, score_parser, prepare_parser):
         each.add_argument("--data-root", help=f"LLaVA's folder of benchmarks ({DATA_ROOT})")
         each.add_argument(
-            "--from-hub", nargs="?", const="", help="the Hugging Face data set instead; or a local copy of it"
+            "--from-hub",
+            nargs="?",
+            const="",
+            help="the Hugging Face data set instead; or a local copy of it, or a folder with copies of several",
         )
 
     table_parser = commands.add_parser("table", help="write a table", description=show_table.__doc__)

@@ -45,8 +45,9 @@ class Part:
         made: the facts that were noted when the first part was begun.
     """
 
-    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any]) -> None:
+    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any], errors: bool) -> None:
         self._file = file
+        self._errors = errors
         self._setting = json.loads(json.dumps(setting))  # as a file gives it back: lists for tuples
         if not _cut(file):
             self._write([{"setting": self._setting, "made": made}])
@@ -72,9 +73,13 @@ class Part:
         for number, line in enumerate(lines[1:], start=2):
             record = _parse(line, str(path), number)
             given = Given(**{**record, "seconds": tuple(record.get("seconds", (0, 0, 0)))})
-            if given.place in self.given:
+            if given.error and not self._errors:
+                continue
+            earlier = self.given.get(given.place)
+            if earlier and not earlier.error and not given.error:
                 raise ValueError(f"{path} answers question {given.place} twice: delete it, to answer it all again")
-            self.given[given.place] = given
+            if earlier is None or earlier.error:
+                self.given[given.place] = given
 
     def append(self, given: Sequence[Given]) -> None:
         """Write answers; once this returns, killing the process does not lose them."""
@@ -102,13 +107,14 @@ def part_path(folder: Path, run: str, rank: int) -> Path:
 
 
 @contextmanager
-def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any]) -> Iterator[Part]:
+def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors: bool = True) -> Iterator[Part]:
     """Open a process's part of a run's answers, to go on with them or begin; all parts of the run are read.
 
     Args:
         path: the file, see :func:`part_path`.
         setting: everything that decides the answers.
         made: further facts to note (versions, date); they may differ from those in the file.
+        errors: questions that could not be asked count as done; else they are asked again.
 
     Raises:
         ValueError: a part's answers were made with another setting, or a line of it is damaged.
@@ -122,7 +128,7 @@ def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any]) -> Iter
             raise BlockingIOError(
                 f"another process is writing to {path}: wait for it, or choose another --output"
             ) from error
-        yield Part(file, setting, made)
+        yield Part(file, setting, made, errors)
 
 
 def as_answers(questions: Sequence[Question], given: Mapping[int, Given]) -> list[Answer]:
@@ -160,11 +166,17 @@ def answers_file(answers: Sequence[Answer], model: str, run: str) -> str:
     return "".join(lines)
 
 
-_NAMES = {"question_id": ("question_id", "id"), "text": ("text", "pred"), "prompt": ("prompt", "question")}
+_NAMES = {
+    "question_id": ("question_id", "id"),
+    "text": ("text", "pred", "response"),
+    "prompt": ("prompt", "question"),
+}
 
 
 def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
-    """The answers in a file: LLaVA's (a json object on each line), Video-LLaVA's, or MMMU's (one object, id to text).
+    """The answers in a file: LLaVA's or Video-LLaVA's (a json object on each line, or a list of them), or MMMU's.
+
+    MMMU's is one object, from id to text, or a folder with a list in each ``SUBJECT/output.json``.
 
     Returns:
         The answers in the file's order, and notes for the result's details: which models and runs they are of, and
@@ -172,31 +184,26 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is damaged or no answer, or the answers are of several models or runs.
+        ValueError: a line is damaged or no answer, there are none, or they are of several models or runs.
     """
+    if path.is_dir() and (subjects := sorted(path.glob("*/output.json"))):
+        return [answer for subject in subjects for answer in read_answers(subject)[0]], {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no answers file {path}")
-    content = path.read_text(encoding="utf-8-sig")
-    if (whole := _single_object(content)) is not None:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
+    whole = _single_value(content)
+    if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys():
         return [Answer(name, str(text).strip()) for name, text in whole.items()], {}
-    lines = [line for line in content.split("\n") if line.strip()]
     notes: dict[str, Any] = {}
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(_parse(line.encode(), str(path), number))
-        except ValueError:
-            if number == len(lines) and not content.endswith("\n"):
-                notes["half_written_lines"] = 1
-                break
-            raise
-    answers = [_answer(record, f"line {number} of {path}") for number, record in enumerate(records, start=1)]
+    records, what = (whole, "entry") if isinstance(whole, list) else (_lines(content, str(path), notes), "line")
+    answers = [_answer(record, f"{what} {number} of {path}") for number, record in enumerate(records, start=1)]
+    if not answers:
+        raise ValueError(f"{path} has no answers: give the file that a run wrote")
     made = {str(record["model_id"]): None for record in records if record.get("model_id")}
-    runs = {
-        str(record["metadata"]["run"]): None
-        for record in records
-        if (record.get("metadata") or {}).get("run") is not None
-    }
+    runs = {str(own["run"]): None for own in map(_metadata, records) if own.get("run") is not None}
     for what, names in (("models", made), ("runs", runs)):
         if len(names) > 1:
             raise ValueError(
@@ -207,25 +214,47 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
     return answers, notes
 
 
-def _single_object(content: str) -> dict[str, Any] | None:
-    """MMMU's format: an object over the whole file whose values are texts, but no single answer of LLaVA's."""
+def _lines(content: str, name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects on a file's lines. A last one that is half written is left out, and noted."""
+    records = []
+    lines = [line for line in content.split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(line.encode(), name, number))
+        except ValueError:
+            if number < len(lines) or content.endswith("\n"):
+                raise
+            notes["half_written_lines"] = 1
+    return records
+
+
+def _single_value(content: str) -> Any:
+    """The json value that the whole file is; None where it is none."""
     try:
-        whole = json.loads(content)
+        return json.loads(content)
     except ValueError:
         return None
-    return whole if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys() else None
 
 
-def _answer(record: dict[str, Any], where: str) -> Answer:
+def _metadata(record: dict[str, Any]) -> dict[str, Any]:
+    found = record.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def _answer(record: Any, where: str) -> Answer:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object with question_id, prompt and text")
     values = {}
     for field, names in _NAMES.items():
-        found = next((name for name in names if name in record), None)
+        found = next((name for name in names if record.get(name) is not None), None)
         if found is None and field != "prompt":
             raise ValueError(f"{where} has no {names[0]!r}: an answer has question_id, prompt and text")
-        values[field] = record.get(found, "") if found else ""
-    known = {"question_id", "text", "prompt", "answer_id", "model_id", "metadata", "id", "pred"}
+        values[field] = record[found] if found else ""
+    if not isinstance(values["question_id"], str | int):
+        raise ValueError(f"{where} has the question_id {values['question_id']!r}: it must be a text or a whole number")
+    known = {"question_id", "text", "prompt", "answer_id", "model_id", "metadata", "id", "pred", "response"}
     extra = {key: value for key, value in record.items() if key not in known}
-    if error := (record.get("metadata") or {}).get("error"):
+    if error := _metadata(record).get("error"):
         extra["error"] = error
     return Answer(values["question_id"], str(values["text"]), str(values["prompt"]), extra)
 

@@ -58,7 +58,15 @@ def data_of(benchmark: Benchmark, args: Any) -> Data:
         return Data(benchmark, folder)
     if not benchmark.tables or benchmark.from_tables is None:
         raise ValueError(f"{benchmark.name} has no data set on the hub: leave --from-hub out, and see --data")
-    return Data(benchmark, folder, Tables(benchmark.tables, Path(args.from_hub) if args.from_hub else None))
+    source = copy_of(benchmark, args.from_hub) if args.from_hub else None
+    return Data(benchmark, folder, Tables(benchmark.tables, source))
+
+
+def copy_of(benchmark: Benchmark, folder: str) -> Path:
+    """A benchmark's own copy of its data set in a folder with several (``DIR/lmms-lab/POPE``, ``DIR/POPE``), or DIR."""
+    dataset = next(iter(benchmark.tables.values())).dataset
+    inside = (Path(folder) / dataset, Path(folder) / dataset.rsplit("/", 1)[-1])
+    return next((path for path in inside if path.is_dir()), Path(folder))
 
 
 def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | None:

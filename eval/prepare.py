@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -17,14 +18,24 @@ def prepare(args: argparse.Namespace) -> None:
     """Check a benchmark's data (every file, every image), or fetch it with ``--from-hub``; say what is missing.
 
     Raises:
-        FileNotFoundError: something is missing.
-        ValueError: a file is damaged.
+        FileNotFoundError: something is missing or damaged; of which benchmarks.
     """
-    names = sorted(BENCHMARKS) if "all" in args.benchmarks else args.benchmarks
+    names = args.benchmarks
+    if "all" in names:
+        names = [name for name in sorted(BENCHMARKS) if args.from_hub is None or BENCHMARKS[name].tables]
     console = Console()
-    incomplete = [name for name in names if not _prepare(BENCHMARKS[name], args, console)]
+    incomplete = [name for name in names if not _reported(BENCHMARKS[name], args, console)]
     if incomplete:
         raise FileNotFoundError(f"not complete: {', '.join(incomplete)}")
+
+
+def _reported(benchmark: Benchmark, args: argparse.Namespace, console: Console) -> bool:
+    """Whether it is complete; what is damaged is said, and does not keep the others from being looked at."""
+    try:
+        return _prepare(benchmark, args, console)
+    except (ValueError, OSError) as error:
+        print(f"{benchmark.name}: {error}", file=sys.stderr)
+        return False
 
 
 def _prepare(benchmark: Benchmark, args: argparse.Namespace, console: Console) -> bool:

@@ -52,6 +52,7 @@ def summarize(
             "tokens": row[1],
             "dominant": budget[0] if budget else None,
             "contextual": budget[1] if budget else None,
+            "seeds": [run.seed for run in own if run.seed is not None],
             "visual_tokens": visual,
             "seconds": _seconds(answers, own),
         }
@@ -95,8 +96,8 @@ def bootstrap(points: np.ndarray) -> np.ndarray:
 
 
 def visual_tokens(answers: Mapping[Run, Mapping[int, Given]], runs: Sequence[Run]) -> float:
-    """Mean number of visual tokens that reached the language model in some runs, of the questions that were asked."""
-    counted = [given.visual_tokens for run in runs for given in answers[run].values() if given.error is None]
+    """Mean number of visual tokens that reached the language model in some runs, of the questions with any."""
+    counted = [given.visual_tokens for run in runs for given in answers[run].values() if given.visual_tokens]
     return statistics.fmean(counted) if counted else 0.0
 
 

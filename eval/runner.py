@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         for each in runs:
             its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
             path = part_path(folder, each.name, own.rank)
-            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts))
+            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, errors=args.skip_bad))
         _report_other_code(folder, parts, facts)
         load = _Loader(args, questions, runs)
         if not all(place in part.given for part in parts.values() for place in range(len(questions))):
@@ -93,26 +93,30 @@ def run(args: argparse.Namespace) -> None:
         write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
     scores = score_all(benchmark, answers, truth, judge, folder)
     errors = {
-        each.name: {str(questions[p].id): one.error for p, one in found.items() if one.error}
+        each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
         for each, found in given.items()
     }
     if any(errors.values()):
         name, own_errors = max(errors.items(), key=lambda item: len(item[1]))
-        first = next(iter(own_errors.items()))
+        first = "{question_id}: {error}".format(**own_errors[0])
         print(
-            f"{name}: {len(own_errors)} questions could not be asked and count as wrong, the first is {first}",
+            f"{name}: {len(own_errors)} questions could not be asked and count as wrong, the first is {first} (without "
+            "--skip-bad they are asked again)",
             file=sys.stderr,
         )
     results = {
         "benchmark": benchmark.name,
         "model": model_name,
         "model_path": str(args.model_path),
+        "model_base": args.model_base,
         "tuned": getattr(config, "visionzip", None) is not None,
         "data": data.name,
         "questions": len(questions),
         "limited": len(questions) < len(every),
         "not_asked": errors,
         "conv_mode": args.conv_mode,
+        "batch_size": args.batch_size,
+        "processes": own.size,
         "judge": None if judge is None else judge.model,
         "setting": setting,
         "environment": facts,
@@ -149,9 +153,9 @@ def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:
     """Why answers are written, but not scored; None where they are."""
     if benchmark.score is None:
         return "its server scores"
-    return (
-        "give --judge MODEL, or --judge exact for a proxy, to score it" if benchmark.judged and judge is None else None
-    )
+    if not benchmark.judged or judge is not None:
+        return None
+    return f"give --judge MODEL{', or --judge exact for a proxy,' if benchmark.proxy else ''} to score it"
 
 
 def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[str, Any]) -> None:
@@ -187,13 +191,18 @@ def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | 
     """K and M of ``--dominant`` and ``--contextual``, else, without ``--tokens``, the checkpoint's own.
 
     Raises:
-        ValueError: only one of the two is given.
+        ValueError: only one of the two is given, or no method that has a budget.
     """
     given = args.dominant, args.contextual
     if given != (None, None):
         if None in given:
             raise ValueError(
                 f"--dominant {given[0]} --contextual {given[1]}: give both, or --tokens for the paper's split"
+            )
+        if args.method == ["vanilla"]:
+            raise ValueError(
+                f"--method vanilla keeps all visual tokens, but --dominant {given[0]} --contextual {given[1]} were "
+                "given too: choose one"
             )
         visionzip.VisionZipConfig(*given)  # checks them
         return given

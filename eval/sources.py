@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import partial
@@ -202,16 +203,25 @@ class Tables:
         return self._rows[name]
 
     def _load(self, table: Table) -> Rows:
-        import datasets  # noqa: PLC0415 - slow to import, and an extra
+        try:
+            import datasets  # noqa: PLC0415 - slow to import, and an extra
+            import pyarrow  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(f"tables need the package {error.name}: pip install 'visionzip[eval]'") from error
 
         name = f"{table.dataset}{f' {table.config}' if table.config else ''} {table.split}"
+        damaged = (
+            datasets.exceptions.DatasetGenerationError,
+            datasets.exceptions.DatasetNotFoundError,
+            pyarrow.ArrowInvalid,  # of a file whose end is missing
+        )
         try:
             if self.folder is None:
                 loaded = datasets.load_dataset(table.dataset, table.config, split=table.split)
             else:
                 files = [str(file) for file in parquet_files(self.folder, table)]
                 loaded = datasets.load_dataset("parquet", data_files={table.split: files}, split=table.split)
-        except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError) as error:
+        except damaged as error:
             reason = error.__cause__ or error
             raise ValueError(f"{name} cannot be read ({reason}): fetch it again") from error
         for column, feature in loaded.features.items():
@@ -224,7 +234,7 @@ def parquet_files(folder: Path, table: Table) -> list[Path]:
     """The parquet files of a table in a copy of its repository: ``CONFIG/SPLIT-*.parquet`` or ``data/SPLIT-*.parquet``.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or some of several are missing (``-00000-of-00003``).
     """
     found = sorted(
         file
@@ -238,5 +248,16 @@ def parquet_files(folder: Path, table: Table) -> list[Path]:
         raise FileNotFoundError(
             f"{folder} has no {where}: it must be a copy of the data set {table.dataset} "
             f"(`hf download --repo-type dataset {table.dataset} --local-dir {folder}`)"
+        )
+    wanted = {
+        f"{match[1]}{part:0{len(match[2])}}-of-{match[2]}"
+        for file in found
+        if (match := re.fullmatch(r"(.*-)\d+-of-(\d+)", file.stem))
+        for part in range(int(match[2]))
+    }
+    if missing := sorted(wanted - {file.stem for file in found}):
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(wanted)} files of {table.dataset} {table.split}, the first is "
+            f"{missing[0]}.parquet: go on with `hf download --repo-type dataset {table.dataset} --local-dir {folder}`"
         )
     return found

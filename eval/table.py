@@ -109,9 +109,10 @@ def facts(results: dict[str, Any]) -> str:
     where = results["environment"]
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
+    limited = ", not all there are" if results["limited"] else ""
     metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
     return (
-        f"{results['questions']} questions; {metric}; ± standard error by bootstrap over questions"
+        f"{results['questions']} questions{limited}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "

@@ -1,54 +1,27 @@
-"""Open answers of a word or a phrase: how they are normalised, compared with ten people's, and found by question."""
+"""Open answers of a word or a phrase: how they are normalised and compared with ten people's (VQA accuracy)."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from eval.benchmark import Answer, Question, Score
-from eval.sources import need, picture, read_jsonl
+from eval.benchmark import Score
+from eval.matching import Id, Matched, percent, unreadable
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 HUMANS = 10  # answers to each question
-EVAL_ZIP = (
-    "LLaVA's eval.zip (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view?usp=sharing): unpack it "
-    "in playground/data/eval"
-)
 
-Id = TypeVar("Id", bound=Hashable)
 Accuracy = Callable[[str, Sequence[str]], float]
-
-
-def read_questions(path: Path, images: Path) -> list[Question]:
-    """The questions of one of LLaVA's files, a json object with question_id, image and text on each line.
-
-    Args:
-        path: the file.
-        images: folder of the images.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is damaged, or has not all that.
-    """
-    where = str(path)
-    return [
-        Question(
-            need(row, "question_id", where), need(row, "text", where), (picture(images / need(row, "image", where)),)
-        )
-        for row in read_jsonl(path)
-    ]
-
 
 # Normalisation: what EvalAI's server does to answers, and what LLaVA does before it uploads them.
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_COMMA_IN_NUMBER = re.compile(r"\d,+\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 # The official code hands re.UNICODE over where `count` belongs: no more full stops than this go.
 _FULL_STOPS = int(re.UNICODE)
@@ -150,66 +123,7 @@ def lmms_accuracy(answer: str, humans: Sequence[str]) -> float:
     return soft_accuracy(normalise_on_server(answer), [normalise_on_server(human) for human in humans])
 
 
-# Answers by question, and the score of a set.
-
-
-@dataclass(frozen=True)
-class Matched(Generic[Id]):
-    """Answers by their questions.
-
-    Attributes:
-        answers: by the question's id; of several to one question the last, as LLaVA's converters take it.
-        ids: the question of each answer, None where there is no such question.
-        counts: of questions and answers; answers that are missing, to no question, or second ones to a question.
-    """
-
-    answers: Mapping[Id, Answer]
-    ids: Sequence[Id | None]
-    counts: Mapping[str, int]
-
-    def in_order(self, points: Mapping[Id, float]) -> list[float] | None:
-        """The questions' points in the answers' order; None where an answer is missing or one too many."""
-        whole = not any(self.counts[name] for name in ("missing", "unexpected", "repeated"))
-        return [points[name] for name in self.ids] if whole else None
-
-
-def match(answers: Sequence[Answer], ids: Iterable[Id], name: Callable[[Answer], Any] | None = None) -> Matched[Id]:
-    """Find each answer's question.
-
-    Args:
-        answers: in any order.
-        ids: of the questions.
-        name: what an answer says of its question; by default its id. Numbers and their digits are the same.
-
-    Raises:
-        ValueError: no answer is to any of these questions.
-    """
-    questions = {str(one): one for one in ids}
-    found = [questions.get(str(name(answer) if name else answer.question_id)) for answer in answers]
-    by_id = {one: answer for one, answer in zip(found, answers, strict=True) if one is not None}
-    if not answers:
-        raise ValueError("there are no answers: give the file that a run wrote")
-    if not by_id:
-        raise ValueError(
-            f"none of the {len(answers)} answers is to a question of this benchmark (the first is to "
-            f"{answers[0].question_id!r}, its first question is {next(iter(questions), None)!r}): give the answers "
-            "file and the data of the same benchmark"
-        )
-    unexpected = found.count(None)
-    counts = {
-        "questions": len(questions),
-        "answers": len(answers),
-        "missing": len(questions) - len(by_id),
-        "unexpected": unexpected,
-        "repeated": len(answers) - unexpected - len(by_id),
-    }
-    return Matched(by_id, found, counts)
-
-
-def percent(points: Iterable[float]) -> float:
-    """100 times the mean."""
-    points = list(points)
-    return 100 * sum(points) / len(points)
+# The score of a set.
 
 
 @dataclass(frozen=True)
@@ -244,9 +158,13 @@ def score_uploaded(matched: Matched[Id], annotations: Mapping[Id, Annotation], m
     they are, without LLaVA's normalisation, and lmms-eval's.
     """
     texts = {name: matched.answers[name].text if name in matched.answers else "" for name in annotations}
+    wrong = {name for name, answer in matched.answers.items() if unreadable(answer)}
 
     def points_by(accuracy: Accuracy) -> dict[Id, float]:
-        return {name: accuracy(texts[name], annotation.humans) for name, annotation in annotations.items()}
+        return {
+            name: 0.0 if name in wrong else accuracy(texts[name], annotation.humans)
+            for name, annotation in annotations.items()
+        }
 
     points = points_by(uploaded_accuracy)
     kinds: dict[str, list[float]] = defaultdict(list)

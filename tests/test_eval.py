@@ -21,11 +21,13 @@ import torch
 from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
 from eval.answers import Given, open_part, read_answers
-from eval.benchmark import Answer
+from eval.benchmark import Answer, Table
 from eval.benchmarks import scenes
+from eval.data import copy_of
 from eval.methods import METHODS, Run, attach, attached, plan, split
 from eval.registry import BENCHMARKS
 from eval.results import bootstrap, summarize
+from eval.sources import Tables
 from playground.scenes import make_test_set, write_parquet
 from visionzip import visionzip
 
@@ -73,6 +75,8 @@ def test_run_and_table(run, data: Path, tmp_path: Path, capsys):
     assert {row["visual_tokens"] for row in results["rows"]} == {16, 6, 4}
     assert all(row["tokens"] in (None, row["visual_tokens"]) for row in results["rows"])
     assert [row["method"] for row in results["rows"][:3]] == ["vanilla", "visionzip", "dominant-only"]
+    assert {row["method"]: row["seeds"] for row in results["rows"]} == {m: [0, 1] * (m == "random") for m in methods}
+    assert (results["batch_size"], results["processes"], results["model_base"]) == (8, 1, None)
     assert results["questions"] == 24 and "USER: <image>\n" in results["setting"]["first_prompt"]
 
     truth = scenes.truth(data)
@@ -190,7 +194,9 @@ def test_a_larger_limit_adds_to_the_answers(run, tmp_path: Path):
     answers = tmp_path / "out" / "answers" / "vanilla.jsonl"
     assert len(answers.read_text().splitlines()) == 20
     assert eval_command(run("--method", "vanilla", limit=8)) == 0
-    assert results_of(tmp_path / "out")["questions"] == 8
+    results = results_of(tmp_path / "out")
+    assert (results["questions"], results["limited"]) == (8, True)
+    assert "8 questions, not all there are;" in (tmp_path / "out" / "table.md").read_text()
     assert len(answers.read_text().splitlines()) == 8
 
 
@@ -218,6 +224,12 @@ def test_two_processes_give_the_answers_of_one(run, tmp_path: Path):
     assert two.read_bytes() == one.read_bytes()
     parts = [file.read_text().splitlines() for file in sorted((shared / "answers" / "parts").iterdir())]
     assert [len(part) - 1 for part in parts] == [24, 16]  # five batches of eight
+    first, second = sorted((shared / "answers" / "parts").iterdir())  # killed, and gone on with by one process
+    first.write_bytes(b"".join(first.read_bytes().splitlines(keepends=True)[:12]))
+    second.write_bytes(second.read_bytes()[:-9])
+    two.unlink()
+    assert eval_command([*command, "--output", str(shared)]) == 0
+    assert two.read_bytes() == one.read_bytes()
     assert results_of(shared)["rows"][0]["score"] == results_of(tmp_path / "out")["rows"][0]["score"]
 
 
@@ -228,8 +240,12 @@ def test_a_budget_of_ones_own(run, copied, tmp_path: Path, capsys):
     (row,) = results_of(tmp_path / "out")["rows"]
     assert (row["dominant"], row["contextual"], row["visual_tokens"]) == (5, 3, 8)
     assert (tmp_path / "out" / "answers" / "visionzip-8-5+3.jsonl").exists()
-    assert eval_command(run("--dominant", "5")) == 2
-    assert "give both" in capsys.readouterr().err
+    for more, message in (
+        (["--dominant", "5"], "give both"),
+        (["--method", "vanilla", "--dominant", "5", "--contextual", "3"], "--method vanilla keeps all visual tokens"),
+    ):
+        assert eval_command(run(*more)) == 2
+        assert message in capsys.readouterr().err
     folder = copied()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "visionzip": {"dominant": 3, "contextual": 2}}))
@@ -257,6 +273,14 @@ def test_images_that_cannot_be_read(run, data: Path, tmp_path: Path, capsys):
     assert len(results_of(tmp_path / "out")["not_asked"]["vanilla"]) == affected
     answers, _ = read_answers(tmp_path / "out" / "answers" / "vanilla.jsonl")
     assert sum("error" in answer.extra and not answer.text for answer in answers) == affected
+    pq.write_table(pq.read_table(data / "test.parquet").slice(0, 24), folder / "test.parquet")  # it is repaired
+    assert eval_command([*command, "--skip-bad"]) == 0
+    assert len(results_of(tmp_path / "out")["not_asked"]["vanilla"]) == affected
+    assert eval_command(command) == 0
+    assert results_of(tmp_path / "out")["not_asked"]["vanilla"] == []
+    repaired = (tmp_path / "out" / "answers" / "vanilla.jsonl").read_bytes()
+    assert eval_command(run("--method", "vanilla", "--output", str(tmp_path / "whole"))) == 0
+    assert (tmp_path / "whole" / "answers" / "vanilla.jsonl").read_bytes() == repaired
 
 
 def test_score_of_an_answers_file(data: Path, tmp_path: Path, capsys):
@@ -278,9 +302,13 @@ def test_score_of_an_answers_file(data: Path, tmp_path: Path, capsys):
         ("{}\n{", "line 2 of"),
         (json.dumps({"question_id": 1}), "line 1 of .* has no 'text'"),
         ("\n".join(map(json.dumps, two_runs)), "answers of several runs"),
-        ("[1]\n", "line 1 of .* is damaged"),
+        ("[1]\n", "entry 1 of .* is int, not an object"),
+        ("", "answers.jsonl has no answers"),
+        ('{"question_id": 1, "text": null}', "line 1 of .* has no 'text'"),
+        ('{"question_id": [1], "text": ""}', r"line 1 of .* has the question_id \[1\]"),
+        ("\udcff", "answers.jsonl is no UTF-8 text"),
     ):
-        file.write_text(content + "\n")
+        file.write_bytes((content + "\n").encode(errors="surrogateescape"))
         assert eval_command(command) == 2
         assert_matches(capsys.readouterr().err, message)
     assert eval_command(["score", "scenes", "--answers", "nowhere.jsonl", "--output", str(out)]) == 2
@@ -288,12 +316,25 @@ def test_score_of_an_answers_file(data: Path, tmp_path: Path, capsys):
 
 
 def test_answers_in_other_formats(tmp_path: Path):
-    """Video-LLaVA's lines, and MMMU's single object."""
+    """A list of objects, metadata of any kind, Windows' line ends and mark, Video-LLaVA's lines, MMMU's object."""
     file = tmp_path / "answers"
+    lines = [
+        json.dumps({"question_id": n, "prompt": "?", "text": "é", "metadata": m}) for n, m in ((1, "x"), ("2", {}))
+    ]
+    answers = [Answer(1, "é", "?"), Answer("2", "é", "?")]
+    for content in ("\ufeff" + "\r\n".join([*lines, ""]), f"[{','.join(lines)}]", "\n".join(lines)):
+        file.write_text(content, encoding="utf-8", newline="")
+        assert read_answers(file) == (answers, {})
     file.write_text(json.dumps({"id": "v_1_0", "question": "is it", "answer": "yes", "pred": "Yes, it is"}) + "\n")
     assert read_answers(file)[0] == [Answer("v_1_0", "Yes, it is", "is it", {"question": "is it", "answer": "yes"})]
     file.write_text(json.dumps({"validation_Art_1": "A", "validation_Art_2": "(B)"}, indent=1))
     assert read_answers(file)[0] == [Answer("validation_Art_1", "A"), Answer("validation_Art_2", "(B)")]
+    for subject, letter in (("Art", "C"), ("Music", "D")):
+        (tmp_path / "official" / subject).mkdir(parents=True)
+        records = [{"id": f"validation_{subject}_1", "response": letter, "index2ans": {}}]
+        (tmp_path / "official" / subject / "output.json").write_text(json.dumps(records))
+    names = {answer.question_id: answer.text for answer in read_answers(tmp_path / "official")[0]}
+    assert names == {"validation_Art_1": "C", "validation_Music_1": "D"}
 
 
 def test_prepare(data: Path, tmp_path: Path, capsys):
@@ -305,6 +346,36 @@ def test_prepare(data: Path, tmp_path: Path, capsys):
     assert "1400" in capsys.readouterr().out
     assert eval_command(["prepare", "scenes", "--from-hub"]) == 2
     assert "scenes has no data set on the hub" in capsys.readouterr().err
+    nothing = ["--from-hub", str(tmp_path)]  # each is looked at, but for those that are not on the hub
+    assert eval_command(["prepare", "all", *nothing]) == 2
+    report = capsys.readouterr().err
+    assert "mme: " in report and "--repo-type dataset lmms-lab/POPE" in report and "scenes" not in report
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "test.parquet").write_bytes(b"PAR1")
+    assert eval_command(["prepare", "mme", "pope", "--data-root", str(damaged)]) == 2
+    assert "not complete: mme, pope" in capsys.readouterr().err
+
+
+def test_tables_of_a_local_copy(tmp_path: Path):
+    """A folder with copies of several data sets; one that is damaged or not whole is named."""
+    table = Table("lmms-lab/MME", "test")
+    one, other = ({"question_id": [n]} for n in ("a", "b"))
+    for dataset, rows in (("MME", one), ("lmms-lab/POPE", other)):
+        (tmp_path / dataset / "data").mkdir(parents=True)
+        pq.write_table(pa.table(rows), tmp_path / dataset / "data" / "test-00000-of-00001.parquet")
+    assert copy_of(BENCHMARKS["mme"], str(tmp_path)) == tmp_path / "MME"
+    assert copy_of(BENCHMARKS["pope"], str(tmp_path)) == tmp_path / "lmms-lab" / "POPE"
+    assert copy_of(BENCHMARKS["pope"], str(tmp_path / "MME")) == tmp_path / "MME"
+    assert Tables({"test": table}, tmp_path / "MME")["test"].column("question_id") == ["a"]
+    file = tmp_path / "MME" / "data" / "test-00000-of-00001.parquet"
+    for content in (file.read_bytes()[:-9], b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="lmms-lab/MME test cannot be read"):
+            Tables({"test": table}, tmp_path / "MME")["test"]
+    file.rename(file.with_name("test-00001-of-00003.parquet"))
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 of 3 files .* test-00000-of-00003.parquet"):
+        Tables({"test": table}, tmp_path / "MME")["test"]
 
 
 def test_bad_input_is_explained_before_anything_is_loaded(run, unread, data: Path, tmp_path: Path, capsys):

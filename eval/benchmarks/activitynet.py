@@ -5,10 +5,10 @@ ActivityNet-QA has it: 8,000 questions, ten about each of 800 videos) and ``all_
 ``v_`` before its name. On the hub lmms-lab/ActivityNetQA has the same questions (types as text) and the videos in
 archives ``videos_chunked_*.zip``, some 140 GB, that are read as they are; a local copy may have them unpacked.
 lmms-eval asks with "?" and a short-answer instruction; here both ways ask as Video-LLaVA does. Prompt, judge and score:
-``eval/video.py``. Names of the types: ActivityNet-QA's ``evaluation/eval.py``.
+``eval/video_qa.py``. Names of the types: ActivityNet-QA's ``evaluation/eval.py``.
 """
 
-from eval.video import video_qa
+from eval.video_qa import video_qa
 
 _TYPES = (
     "motion",

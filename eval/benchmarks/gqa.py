@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
+from eval.matching import match, percent
+from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from eval.sources import Tables, need, read_json, refuse_repeated
-from eval.vqa import EVAL_ZIP, SHORT_ANSWER, match, percent, read_questions
 
 _QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 _OFFICIAL = "testdev_balanced_questions.json"
@@ -41,10 +42,7 @@ class Gold:
 
 def from_folder(folder: Path) -> list[Question]:
     """Questions of LLaVA's file."""
-    path = folder / _QUESTIONS
-    questions = read_questions(path, folder / "data" / "images")
-    refuse_repeated((question.id for question in questions), str(path))
-    return questions
+    return read_questions(folder / _QUESTIONS, folder / "data" / "images")
 
 
 def from_tables(tables: Tables) -> list[Question]:
@@ -67,13 +65,14 @@ def from_tables(tables: Tables) -> list[Question]:
 
 
 def truth_from_folder(folder: Path) -> dict[str, Gold]:
-    """Right answers by question id, from the official file in ``data`` (or a folder in it, as its zip unpacks)."""
-    candidates = [folder / "data" / _OFFICIAL, *sorted(folder.glob(f"data/*/{_OFFICIAL}")), folder / _OFFICIAL]
-    path = next((path for path in candidates if path.is_file()), candidates[0])
+    """Right answers by question id, from the official file in ``data`` (or as its zip unpacks, in a folder)."""
+    places = ("data", "", "*", "*/*")
+    found = (path for place in places for path in sorted(folder.glob(f"{place}/{_OFFICIAL}".lstrip("/"))))
+    path = next(found, folder / "data" / _OFFICIAL)
     return {
         str(name): _gold(row, f"question {name} of {path}")
         for name, row in read_json(path).items()
-        if need(row, "isBalanced", f"question {name} of {path}")
+        if row.get("isBalanced", True)
     }
 
 

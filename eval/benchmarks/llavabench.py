@@ -23,12 +23,14 @@ import numpy as np
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
 from eval.judge import Judge, Request
+from eval.matching import match, unreadable
 from eval.sources import Tables, need, picture, read_jsonl, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0314"
 _CATEGORIES = ("conv", "detail", "complex")
 _PREFIX = "llava_bench_"  # of the categories in LLaVA's reviews
 _NO_RATING = (-1.0, -1.0)
+_UNREADABLE = (10.0, 0.0)  # of GPT-4's answer and of the model's, where the model could not be asked
 _QUESTIONS, _CONTEXT, _REFERENCE = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -164,6 +166,8 @@ def rating_of(review: str) -> tuple[float, float] | None:
 def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
     """Ratings of the answers that there are; every review is asked for once, as the official tool does.
 
+    An answer whose image could not be read is not reviewed: it has 0, where GPT-4's has 10.
+
     Raises:
         ValueError: there is no judge or no answer, the judge is the proxy, or it refuses.
         OSError: the judge cannot be reached.
@@ -175,16 +179,15 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | N
             "llavabench has no answers to compare strings with, hence no --judge exact: name a language model, as in "
             f"--judge {JUDGE_MODEL}, or score a file of reviews with --graded"
         )
-    texts = {str(answer.question_id): answer.text for answer in answers}  # of several to a question, the last
-    given = {name: texts[name] for name in truth if name in texts}
-    found = judge.ask([request_of(truth[name], text) for name, text in given.items()], rating_of, attempts=1)
-    reviews = [(truth[name].category, rating or _NO_RATING) for name, rating in zip(given, found, strict=True)]
-    details = {
-        "missing": len(truth) - len(given),
-        "unexpected": len(texts) - len(given),
-        "repeated": len(answers) - len(texts),
+    matched = match(answers, truth)
+    given = {name: matched.answers[name] for name in truth if name in matched.answers}
+    asked = {name: answer.text for name, answer in given.items() if not unreadable(answer)}
+    found = judge.ask([request_of(truth[name], text) for name, text in asked.items()], rating_of, attempts=1)
+    ratings = dict.fromkeys(given, _UNREADABLE) | {
+        name: rating or _NO_RATING for name, rating in zip(asked, found, strict=True)
     }
-    return _summary(reviews, judge.model, details)
+    reviews = [(truth[name].category, rating) for name, rating in ratings.items()]
+    return _summary(reviews, judge.model, matched.counts)
 
 
 def graded(path: Path, data: Path | None = None) -> Score:
@@ -214,7 +217,7 @@ def _summary(
     reviews: Sequence[tuple[str | None, tuple[float, float]]], model: str | None, further: Mapping[str, Any]
 ) -> Score:
     if not reviews:
-        raise ValueError("llavabench has no reviews to summarize: no answer is to one of its questions")
+        raise ValueError("llavabench has no reviews to summarize: give the file that eval_gpt_review_bench.py wrote")
     categories = sorted({category for category, _ in reviews if category is not None})
     groups = {
         "all": [ratings for _, ratings in reviews],

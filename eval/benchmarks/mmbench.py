@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.choices import LETTER, accuracies, accuracy, join, lettered, listed
+from eval.matching import match, percent, percent_by
+from eval.questions import LETTER, lettered, listed
 from eval.sources import Tables, decode, need, refuse_repeated
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ def score(answers: Sequence[Answer], truth: Truth, judge: Judge | None = None) -
     rows = {str(int(row["index"])): row for row in truth.rows}
     if any(row.get("answer") is None for row in rows.values()):
         raise ValueError(f"{truth.name} has no answers to compare with: submit the Excel file to MMBench's server")
-    found, counts = join(answers, rows)
+    matched = match(answers, rows)
+    found = matched.answers
     chosen = {
         name: letter(answer.text, {each: rows[name][each] for each in _LETTERS if rows[name][each] is not None})
         for name, answer in found.items()
@@ -214,20 +216,20 @@ def score(answers: Sequence[Answer], truth: Truth, judge: Judge | None = None) -
         first.setdefault(question, row)
     unrotated = [point for name, point in right.items() if int(name) < _ROTATION]
     by_category, by_ability = (
-        accuracies((row[column], points[question]) for question, row in first.items() if row.get(column) is not None)
+        percent_by((row[column], points[question]) for question, row in first.items() if row.get(column) is not None)
         for column in ("category", "l2-category")
     )
-    circular = accuracy(points.values())
+    circular = percent(points.values())
     details = {
         "circular": circular,
-        "all_rows": accuracy(right.values()),
-        **({"first_rotation": accuracy(unrotated)} if unrotated else {}),
+        "all_rows": percent(right.values()),
+        **({"first_rotation": percent(unrotated)} if unrotated else {}),
         "categories": by_category,
         "l2_categories": by_ability,
         "base_questions": len(points),
         "correct": int(sum(points.values())),
         "undecided": sum(each is None for each in chosen.values()),
-        **counts,
+        **matched.counts,
     }
     return Score("circular accuracy", circular, details, by_ability, list(points.values()))
 
@@ -240,7 +242,7 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     from openpyxl import Workbook  # noqa: PLC0415 - of the extra `eval`
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE  # noqa: PLC0415
 
-    found, _ = join(answers, {str(int(row["index"])) for row in truth.rows})
+    found = match(answers, (int(row["index"]) for row in truth.rows)).answers
     book = Workbook()
     sheet = book.active
     sheet.title = "Sheet1"
@@ -248,7 +250,7 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     sheet.append(columns)
     for number, row in enumerate(truth.rows, start=2):
         name = int(row["index"])
-        answer = found.get(str(name))
+        answer = found.get(name)
         cells = {**row, "index": name, "prediction": None if answer is None else answer.text}
         for place, column in enumerate(columns, start=1):
             cell = sheet.cell(number, place)

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.sources import Tables, need, picture, read_jsonl, refuse_repeated
-from eval.vqa import EVAL_ZIP, SHORT_ANSWER
+from eval.matching import match
+from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from eval.sources import Tables, refuse_repeated
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -39,17 +40,9 @@ Key = tuple[str, str, str]  # category, image without its suffix, question with 
 def from_folder(folder: Path) -> list[Question]:
     """The questions of ``llava_mme.jsonl``, about images in ``MME_Benchmark_release_version``."""
     path = folder / _QUESTIONS
-    rows = read_jsonl(path)
-    for row in rows:
-        for name in ("question_id", "image", "text"):
-            need(row, name, f"a question of {path}")
-    refuse_repeated(((row["question_id"], row["text"]) for row in rows), str(path))
-    return [
-        Question(
-            row["question_id"], row["text"], (picture(folder / _RELEASE / row["image"]),), _place(row["question_id"])[0]
-        )
-        for row in rows
-    ]
+    questions = read_questions(path, folder / _RELEASE, repeated=True)
+    refuse_repeated(((question.id, question.text) for question in questions), str(path))
+    return questions
 
 
 def from_tables(tables: Tables) -> list[Question]:
@@ -66,22 +59,30 @@ def from_tables(tables: Tables) -> list[Question]:
 def truth_from_folder(folder: Path) -> dict[Key, str]:
     """Right answers, ``yes`` or ``no``, from the question files or else the official tool's result files.
 
+    Both may lie in the folder itself or in ``MME_Benchmark_release_version``, whose archive has them a level deeper
+    in some versions; other files there are passed over.
+
     Raises:
         FileNotFoundError: there are neither.
         ValueError: a line is not as it should be.
     """
-    truth = {}
-    for path in sorted((folder / _RELEASE).glob("*/*.txt")) + sorted((folder / _RELEASE).glob("*/*/*.txt")):
-        category = path.relative_to(folder / _RELEASE).parts[0]
-        for where, (question, answer, *_) in _fields(path, 2):
-            truth[category, path.stem, question] = _yes_or_no(answer, where)
-    if truth:
-        return truth
-    for path in sorted((folder / _RESULTS).glob("*.txt")):
-        for where, (image, question, answer, *_) in _fields(path, 3):
-            truth[(*_place(f"{path.stem}/{image}"), question)] = _yes_or_no(answer, where)
-    if truth:
-        return truth
+    places = [folder / _RELEASE, folder / _RELEASE / "MME_Benchmark", folder, folder / "MME_Benchmark"]
+    truth: dict[Key, str] = {}
+    for place in places:
+        for category in PERCEPTION + COGNITION:
+            for pattern in ("*.txt", "questions_answers_YN/*.txt"):
+                for path in sorted((place / category).glob(pattern)):
+                    for where, (question, answer, *_) in _fields(path, 2):
+                        truth[category, _stem(path.name), question] = _yes_or_no(answer, where)
+        if truth:
+            return truth
+    for place in places:
+        for category in PERCEPTION + COGNITION:
+            if (path := place / _RESULTS / f"{category}.txt").is_file():
+                for where, (image, question, answer, *_) in _fields(path, 3):
+                    truth[category, _stem(image), question] = _yes_or_no(answer, where)
+        if truth:
+            return truth
     raise FileNotFoundError(
         f"{folder} has no right answers: neither {_RELEASE}/CATEGORY/questions_answers_YN/*.txt (CATEGORY/*.txt for "
         f"some) nor {_RESULTS}/*.txt; `python -m eval prepare mme` says where they come from"
@@ -121,7 +122,11 @@ def _yes_or_no(answer: str, where: str) -> str:
 
 def _place(name: str) -> tuple[str, str]:
     """Category and image (without its suffix) of an id: CATEGORY/[images/]IMAGE."""
-    return name.split("/", maxsplit=1)[0], name.rsplit("/", maxsplit=1)[-1].split(".", maxsplit=1)[0]
+    return name.split("/", maxsplit=1)[0], _stem(name.rsplit("/", maxsplit=1)[-1])
+
+
+def _stem(file: str) -> str:
+    return file.split(".", maxsplit=1)[0]
 
 
 def _find(answer: Answer, truth: Mapping[Key, str]) -> Key | None:
@@ -140,7 +145,7 @@ def _find(answer: Answer, truth: Mapping[Key, str]) -> Key | None:
 
 
 def read_answer(text: str) -> str:
-    """``yes``, ``no`` or ``other``, from an answer's first four characters."""
+    """``yes``, ``no`` or ``other``, from an answer's first four characters. Source: the official ``calculation.py``."""
     start = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in start), "other")
 
@@ -154,21 +159,15 @@ def score(answers: Sequence[Answer], truth: Mapping[Key, str], judge: object = N
     Raises:
         ValueError: no answer is to a question of MME.
     """
-    found = [(_find(answer, truth), answer) for answer in answers]
+    matched = match(answers, truth, lambda answer: _find(answer, truth))
     images: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    for key, answer in found:
+    for key, answer in zip(matched.ids, answers, strict=True):
         if key is not None:
             images.setdefault(key[0], {}).setdefault(key[1], []).append((truth[key], read_answer(answer.text)))
-    if not images:
-        raise ValueError(
-            f"none of the {len(answers)} answers is to one of MME's {len(truth)} questions: an answer needs the id of "
-            "the image and, as prompt, the question"
-        )
     subtasks = {name: _figures(images[name]) for name in PERCEPTION + COGNITION if name in images}
     perception, cognition = (
         sum(subtasks[name]["score"] for name in names if name in subtasks) for names in (PERCEPTION, COGNITION)
     )
-    keys = [key for key, _ in found if key is not None]
     return Score(
         metric="perception + cognition: accuracy and accuracy+ in percent, summed over 14 subtasks",
         score=perception + cognition,
@@ -178,11 +177,7 @@ def score(answers: Sequence[Answer], truth: Mapping[Key, str], judge: object = N
             "subtasks": subtasks,
             "neither_yes_nor_no": sum(figures["other"] for figures in subtasks.values()),
             "line_breaks_or_tabs": sum("\n" in answer.text or "\t" in answer.text for answer in answers),
-            "questions": len(truth),
-            "answers": len(answers),
-            "missing": len(truth) - len(set(keys)),
-            "unexpected": len(answers) - len(keys),
-            "repeated": len(keys) - len(set(keys)),
+            **matched.counts,
             "missing_subtasks": [name for name in PERCEPTION + COGNITION if name not in subtasks],
         },
         parts={"perception": perception, "cognition": cognition},

@@ -1,14 +1,16 @@
 """MMMU: 900 questions of college level in 30 subjects, 847 with options and 53 open, on the validation split.
 
 Data: LLaVA has none; the folder holds parquet files of ``lmms-lab/MMMU`` or ``MMMU/MMMU`` (``validation-*.parquet``,
-at any depth) to ask from, and the official ``answer_dict_val.json`` to score with; either is enough to score.
+at any depth) to ask from, and the official ``answer_dict_val.json`` (at any depth, too) to score with; either is
+enough to score.
 Prompt: that of the official LLaVA run. Only ``image_1`` is shown; ``<image 1>`` stays in the text as it is. (The
 official script means to leave out questions with several images as options, but looks for a marker that the data do
 not have, so that it asks them like all others. So does this.)
 Metric: the share of right answers among those given, over all subjects; open answers go through the official parser.
-Those with options do, too, where the options are known, that is, where there are parquet files
-(``main_parse_and_eval.py``). With ``answer_dict_val.json`` alone an answer must be the bare letter
-(``main_eval_only.py``: what it is given has been parsed, as the official example outputs have been).
+Those with options do, too, where the options are known (``main_parse_and_eval.py``): from parquet files, or from the
+answer's own field ``index2ans``, as the official ``output.json`` of each subject has it. With ``answer_dict_val.json``
+alone an answer must be the bare letter (``main_eval_only.py``: what it is given has been parsed, as the official
+``total_val_output.json`` has been).
 Where the parser finds no letter, it draws one at random. As in the official tool, the draws are those of
 ``random.seed(42)``, in the order of the subjects' names, and within a subject in that of the data.
 """
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.choices import LETTER, accuracies, accuracy, join, lettered
+from eval.matching import match, percent, percent_by, unreadable
+from eval.questions import LETTER, SHORT_ANSWER, lettered
 from eval.sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
 
 if TYPE_CHECKING:
@@ -94,7 +97,7 @@ def questions_of_tables(tables: Tables) -> list[Question]:
             options = "".join(f"({letter}) {option}\n" for letter, option in _options(row, rows.name).items())
             text = f"{text}\n\n{options}\n\n{LETTER}"
         else:
-            text = f"{text}\n\nAnswer the question using a single word or phrase."
+            text = f"{text}\n{SHORT_ANSWER}"
         asked.append(Question(row["id"], text, (rows.picture(index, "image_1"),), subject_of(row["id"])))
     return asked
 
@@ -135,27 +138,28 @@ def truth(folder: Path) -> dict[str, Gold]:
     Raises:
         FileNotFoundError: there are neither those nor ``answer_dict_val.json``.
     """
+    path = next(iter(sorted(folder.rglob(_ANSWERS), key=lambda path: len(path.parts))), None)
     try:
         parquet_files(folder, _TABLES["validation"])
     except FileNotFoundError as error:
-        if not (folder / _ANSWERS).is_file():
+        if path is None:
             raise FileNotFoundError(
                 f"there is no {folder / _ANSWERS} (https://github.com/MMMU-Benchmark/MMMU has it), and {error}"
             ) from error
-        return _official(folder)
+        return _official(path)
     known = truth_of_tables(Tables(_TABLES, folder))
-    if not (folder / _ANSWERS).is_file():
+    if path is None:
         return known
     return {
         name: replace(gold, options=known[name].options) if name in known else gold
-        for name, gold in _official(folder).items()
+        for name, gold in _official(path).items()
     }
 
 
-def _official(folder: Path) -> dict[str, Gold]:
+def _official(path: Path) -> dict[str, Gold]:
     gold = {}
-    for name, record in read_json(folder / _ANSWERS).items():
-        where = f"{name} in {folder / _ANSWERS}"
+    for name, record in read_json(path).items():
+        where = f"{name} in {path}"
         answer, kind = need(record, "ground_truth", where), need(record, "question_type", where)
         gold[name] = Gold(
             tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),), kind != "multiple-choice"
@@ -265,30 +269,39 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Gold], judge: Judge | N
     """Accuracy over all answers, in percent.
 
     As in the official tools, a question without an answer does not count. ``points`` are those of the answers.
+    No letter is drawn for an answer whose image could not be read: it is wrong.
 
     Raises:
         ValueError: no answer is to a question here.
     """
-    found, counts = join(answers, truth)
+    matched = match(answers, truth)
+    found = matched.answers
     generator = random.Random(_SEED)
     at_random = not_letters = 0
     right: dict[str, float] = {}
     for name in sorted((name for name in truth if name in found), key=subject_of):
-        text, gold = found[name].text, truth[name]
-        if gold.open:
-            right[name] = float(is_right(text, gold.answers))
+        answer, gold = found[name], truth[name]
+        options = gold.options or answer.extra.get("index2ans")
+        if unreadable(answer):
+            right[name] = 0.0
             continue
-        chosen = text if gold.options is None else letter(text, gold.options)
-        if chosen is None and gold.options is not None:
-            at_random += 1
-            chosen = generator.choice(list(gold.options))
-        not_letters += gold.options is None and not re.fullmatch("[A-Z]", text)
+        if gold.open:
+            right[name] = float(is_right(answer.text, gold.answers))
+            continue
+        if options:
+            chosen = letter(answer.text, options)
+            if chosen is None:
+                at_random += 1
+                chosen = generator.choice(list(options))
+        else:
+            chosen = answer.text
+            not_letters += not re.fullmatch("[A-Z]", chosen)
         right[name] = float(chosen in gold.answers)
-    subjects = accuracies((subject_of(name), point) for name, point in right.items())
-    found_domains = accuracies((_DOMAIN_OF.get(subject_of(name), "other"), point) for name, point in right.items())
+    subjects = percent_by((subject_of(name), point) for name, point in right.items())
+    found_domains = percent_by((_DOMAIN_OF.get(subject_of(name), "other"), point) for name, point in right.items())
     domains = {name: found_domains[name] for name in (*_DOMAINS, "other") if name in found_domains}
-    kinds = accuracies(("open" if truth[name].open else "multiple_choice", point) for name, point in right.items())
-    overall = accuracy(right.values())
+    kinds = percent_by(("open" if truth[name].open else "multiple_choice", point) for name, point in right.items())
+    overall = percent(right.values())
     details = {
         **kinds,
         "domains": domains,
@@ -296,7 +309,7 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Gold], judge: Judge | N
         "correct": int(sum(right.values())),
         "random": at_random,
         "not_letters": not_letters,
-        **counts,
+        **matched.counts,
     }
     return Score("accuracy", overall, details, domains, [right[name] for name in found])
 

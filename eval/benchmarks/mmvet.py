@@ -23,7 +23,9 @@ import numpy as np
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
 from eval.judge import Judge, Request, normalized_match
-from eval.sources import Tables, need, picture, read_json, read_jsonl, refuse_repeated
+from eval.matching import match, unreadable
+from eval.questions import EVAL_ZIP, read_questions
+from eval.sources import Tables, need, read_json, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order
@@ -83,14 +85,7 @@ class Item:
 
 def questions_from_folder(folder: Path) -> list[Question]:
     """The questions of LLaVA's file; ids are numbers."""
-    path = folder / _QUESTIONS
-    questions = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        where = f"line {number} of {path}"
-        image = picture(folder / "images" / need(row, "image", where))
-        questions.append(Question(need(row, "question_id", where), need(row, "text", where), (image,)))
-    refuse_repeated((question.id for question in questions), str(path))
-    return questions
+    return read_questions(folder / _QUESTIONS, folder / "images")
 
 
 def questions_from_tables(tables: Tables) -> list[Question]:
@@ -176,36 +171,42 @@ def matches(text: str, answer: str) -> bool:
 
 
 def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
-    """Grades of the answers; an item without answer has none, and an answer without a grade after five replies has 0.
+    """Grades of the answers; an item without answer has none.
+
+    An answer without a grade after five replies has 0, and so has one whose image could not be read, unasked.
 
     Raises:
-        ValueError: there is no judge, or it refuses.
+        ValueError: there is no judge or no answer, or the judge refuses.
         OSError: the judge cannot be reached.
     """
     if judge is None:
         raise ValueError(f"mmvet needs a judge: --judge {JUDGE_MODEL}, or --judge exact for the offline proxy")
-    texts = _texts(answers)
-    given = {name: texts[name] for name in truth if name in texts}  # of several answers to an item, the last
+    matched = match(answers, truth, lambda answer: _name(answer.question_id))
+    given = {name: matched.answers[name] for name in truth if name in matched.answers}
+    asked = {name: answer.text for name, answer in given.items() if not unreadable(answer)}
+    found: list[float | None]
     if judge.exact:
-        found = [float(matches(text, truth[name].answer)) for name, text in given.items()]
+        found = [float(matches(text, truth[name].answer)) for name, text in asked.items()]
         metric = "offline proxy (--judge exact), not GPT-4's score: % of texts with the answer's words in them"
     else:
-        requests = [request_of(truth[name], text) for name, text in given.items()]
+        requests = [request_of(truth[name], text) for name, text in asked.items()]
         found = judge.ask(requests, grade_of, asked_again, _ATTEMPTS)
         metric = f"score by the judge {judge.model}, 0 to 100"
-    by_name = {name: [grade or 0.0] for name, grade in zip(given, found, strict=True)}
-    result = _summary(by_name, {name: item.capabilities for name, item in truth.items()}, len(truth), metric)
-    each_once = len(answers) == len(given) == len(truth)
+    by_name = dict.fromkeys(given, 0.0) | {name: grade or 0.0 for name, grade in zip(asked, found, strict=True)}
+    result = _summary(
+        {name: [grade] for name, grade in by_name.items()},
+        {name: item.capabilities for name, item in truth.items()},
+        len(truth),
+        metric,
+    )
     details = {
         "judge": judge.model,
         "protocol_judge": JUDGE_MODEL,
         **result.details,
-        "unexpected": len(texts) - len(given),
-        "repeated": len(answers) - len(texts),
+        **matched.counts,
         "unparsable": found.count(None),
     }
-    points = [by_name[_name(answer.question_id)][0] for answer in answers] if each_once else None
-    return replace(result, details=details, points=points)
+    return replace(result, details=details, points=matched.in_order(by_name))
 
 
 def graded(path: Path, data: Path | None) -> Score:
@@ -229,7 +230,9 @@ def graded(path: Path, data: Path | None) -> Score:
     if items is not None and (unknown := [name for name in grades if name not in items]):
         raise ValueError(f"{path} has grades of {', '.join(unknown[:3])}, which {data / _ITEMS_FILE} does not have")
     capabilities = {name: item.capabilities for name, item in items.items()} if items else None
-    judge = ", ".join(sorted({str(one) for row in content.values() for one in row.get("model", [])})) or None
+    models = (row.get("model") or [] for row in content.values())
+    judges = {one for named in models for one in ([named] if isinstance(named, str) else named)}
+    judge = ", ".join(sorted(map(str, judges))) or None
     metric = f"score by {f'the judge {judge}' if judge else 'a graded file'}, 0 to 100"
     result = _summary(grades, capabilities, len(items) if items else _ITEMS, metric)
     return replace(result, details={"judge": judge, "protocol_judge": JUDGE_MODEL, **result.details})
@@ -239,16 +242,13 @@ def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
     """Write the answers as the official evaluator reads them; name the file after the model."""
     path = folder / "mmvet.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_texts(answers), indent=2), encoding="utf-8")
+    texts = {_name(answer.question_id): answer.text for answer in answers}
+    path.write_text(json.dumps(texts, indent=2), encoding="utf-8")
     return path
 
 
 def _name(question_id: str | int) -> str:
     return f"v1_{str(question_id).removeprefix('v1_')}"
-
-
-def _texts(answers: Sequence[Answer]) -> dict[str, str]:
-    return {_name(answer.question_id): answer.text for answer in answers}
 
 
 def _grades(row: Any, where: str) -> list[float]:
@@ -333,12 +333,7 @@ BENCHMARK = Benchmark(
     folder="mm-vet",
     max_new_tokens=1024,
     files=(
-        File(
-            _QUESTIONS,
-            "LLaVA's eval.zip: https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy, unzip it to "
-            "playground/data/eval",
-            "run",
-        ),
+        File(_QUESTIONS, EVAL_ZIP, "run"),
         File("images/", _ZIP, "run"),
         File(_ITEMS_FILE, _ZIP, "score"),
     ),

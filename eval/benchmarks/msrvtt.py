@@ -4,10 +4,10 @@ Data: Video-LLaVA's ``GPT_Zero_Shot_QA/MSRVTT_Zero_Shot_QA`` with ``test_q.json`
 the test set has 72,821 questions. There is no data set of lmms-lab. From a folder of parquet files
 (``data/test-*.parquet``) the columns are those of IG-VLM's ``MSRVTT_QA.csv``: video_name, question, answer,
 question_id, question_type; that file has the 12,278 questions of the validation set, ending in "?". The videos lie
-beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video.py``.
+beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video_qa.py``.
 """
 
-from eval.video import video_qa
+from eval.video_qa import video_qa
 
 BENCHMARK = video_qa(
     name="msrvtt",

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.sources import Tables, need, picture, read_jsonl, refuse_repeated
-from eval.vqa import EVAL_ZIP, SHORT_ANSWER, match
+from eval.matching import match, unreadable
+from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from eval.sources import Tables, need, read_jsonl
 
 _QUESTIONS = "llava_pope_test.jsonl"
 _FIRST_IDS = {"adversarial": 1, "popular": 20_000_001, "random": 10_000_001}
@@ -46,10 +47,11 @@ class Label:
 
 def from_folder(folder: Path) -> list[Question]:
     """The questions of ``llava_pope_test.jsonl``, about images in ``val2014``."""
-    return [
-        Question(row["question_id"], row["text"], (picture(folder / "val2014" / row["image"]),), row["category"])
-        for row in _rows(folder / _QUESTIONS)
-    ]
+    path = folder / _QUESTIONS
+    questions = read_questions(path, folder / "val2014")
+    if unknown := {question.category for question in questions} - set(_FIRST_IDS):
+        raise ValueError(f"{path} has questions of the category {min(unknown)!r}: known are {', '.join(_FIRST_IDS)}")
+    return questions
 
 
 def from_tables(tables: Tables) -> list[Question]:
@@ -64,7 +66,7 @@ def from_tables(tables: Tables) -> list[Question]:
 
 
 def truth_from_folder(folder: Path) -> dict[str, Label]:
-    """Labels by question id, from ``coco/coco_pope_*.json``.
+    """Labels by question id, from ``coco/coco_pope_*.json`` (or where these lie without that folder).
 
     The n-th label of a category is that of its n-th question; without ``llava_pope_test.jsonl``, of its n-th id.
 
@@ -74,11 +76,14 @@ def truth_from_folder(folder: Path) -> dict[str, Label]:
     """
     ids: dict[str, list[Any]] = {}
     if (folder / _QUESTIONS).is_file():
-        for row in _rows(folder / _QUESTIONS):
-            ids.setdefault(row["category"], []).append(row["question_id"])
+        for question in from_folder(folder):
+            ids.setdefault(question.category, []).append(question.id)
+    labels_folder = (
+        folder / "coco" if (folder / "coco").is_dir() or not any(folder.glob("coco_pope_*.json")) else folder
+    )
     truth = {}
     for category, first in _FIRST_IDS.items():
-        path = folder / "coco" / f"coco_pope_{category}.json"
+        path = labels_folder / f"coco_pope_{category}.json"
         labels = [
             Label(category, row.get("text", ""), need(row, "label", f"a line of {path}") != "no")
             for row in read_jsonl(path)
@@ -103,19 +108,11 @@ def truth_from_tables(tables: Tables) -> dict[str, Label]:
     return truth
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(path)
-    for row in rows:
-        for name in ("question_id", "image", "text", "category"):
-            need(row, name, f"a question of {path}")
-    refuse_repeated((row["question_id"] for row in rows), str(path))
-    if unknown := {row["category"] for row in rows} - set(_FIRST_IDS):
-        raise ValueError(f"{path} has questions of the category {min(unknown)!r}: known are {', '.join(_FIRST_IDS)}")
-    return rows
-
-
 def says_yes(text: str) -> bool:
-    """How an answer is read: no if the part before the first full stop has No, no or not as a word, else yes."""
+    """How an answer is read: no if the part before the first full stop has No, no or not as a word, else yes.
+
+    Source: LLaVA's ``eval_pope.py``.
+    """
     words = text.split(".", maxsplit=1)[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
@@ -124,24 +121,23 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Label], judge: object =
     """The mean of the categories' F1, in percent.
 
     A category's F1 is 0 where the official tool divides by zero (no right yes); one without any answer does not count.
+    Where an image could not be read, the answer is the wrong one, whatever the right one is.
 
     Raises:
         ValueError: there are no answers, or they are to other questions than the labels.
     """
     matched = match(answers, truth)
     known = [(matched.answers[name], label) for name, label in truth.items() if name in matched.answers]
-    if not known:
-        raise ValueError("there are no answers to score")
     categories = {}
     for category in _FIRST_IDS:
         own = [(answer, label) for answer, label in known if label.category == category]
         if own:
             categories[category] = {
-                **_confusion([(says_yes(answer.text), label.yes) for answer, label in own]),
+                **_confusion([_read(answer, label) for answer, label in own]),
                 "other_questions": _count_other_questions(own),
             }
     parts = {category: figures["f1"] for category, figures in categories.items()}
-    pooled = _confusion([(says_yes(answer.text), label.yes) for answer, label in known])
+    pooled = _confusion([_read(answer, label) for answer, label in known])
     return Score(
         metric="mean F1 of adversarial, popular and random, in percent",
         score=statistics.fmean(parts.values()),
@@ -153,6 +149,10 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Label], judge: object =
         },
         parts=parts,
     )
+
+
+def _read(answer: Answer, label: Label) -> tuple[bool, bool]:
+    return (not label.yes if unreadable(answer) else says_yes(answer.text)), label.yes
 
 
 def _confusion(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score
 from eval.judge import Judge
+from eval.matching import match, percent, percent_by
 from eval.sources import picture_of, refuse_repeated
 
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
@@ -61,26 +62,18 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def score(answers: Sequence[Answer], truth: Mapping[int, tuple[str, str]], judge: Judge | None = None) -> Score:
-    """The share of questions with the right word, of those that were answered."""
-    known = [answer for answer in answers if answer.question_id in truth]
-    points = [float(is_right(answer.text, truth[answer.question_id][1])) for answer in known]
-    types = [truth[answer.question_id][0] for answer in known]
-    parts = {}
-    for name in _TYPES:
-        if own := [point for point, type_ in zip(points, types, strict=True) if type_ == name]:
-            parts[name] = 100 * sum(own) / len(own)
-    return Score(
-        metric="exact match, %",
-        score=100 * sum(points) / max(1, len(points)),
-        details={
-            "questions": len(truth),
-            "answered": len(known),
-            "unknown_ids": len(answers) - len(known),
-            "by_type": parts,
-        },
-        parts=parts,
-        points=points,
-    )
+    """The share of questions with the right word, of those that were answered, in percent.
+
+    Raises:
+        ValueError: no answer is to a question here.
+    """
+    matched = match(answers, truth)
+    known = [(truth[name], answer) for name, answer in zip(matched.ids, answers, strict=True) if name is not None]
+    points = [float(is_right(answer.text, right)) for (_, right), answer in known]
+    found = percent_by((type_, point) for ((type_, _), _), point in zip(known, points, strict=True))
+    parts = {name: found[name] for name in _TYPES if name in found}
+    details = {**matched.counts, "answered": len(known), "by_type": parts}
+    return Score("exact match, %", percent(points), details, parts, points)
 
 
 BENCHMARK = Benchmark(

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.choices import accuracies, accuracy, ask, join, key
-from eval.sources import Tables, need, picture, read_json, read_jsonl, refuse_repeated
+from eval.matching import match, percent, percent_by
+from eval.questions import EVAL_ZIP, LETTER, listed, read_questions
+from eval.sources import Tables, need, read_json, refuse_repeated
 
 if TYPE_CHECKING:
     from eval.judge import Judge
@@ -38,14 +39,7 @@ class Gold:
 
 def questions(folder: Path) -> list[Question]:
     """The questions of LLaVA's file, in its order."""
-    path, asked = folder / _QUESTIONS, []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        name, image, text, category = (
-            need(row, field, f"line {number} of {path}") for field in ("question_id", "image", "text", "category")
-        )
-        asked.append(Question(name, text, (picture(folder / image),), category))
-    refuse_repeated((key(question.id) for question in asked), str(path))
-    return asked
+    return read_questions(folder / _QUESTIONS, folder)
 
 
 def questions_of_tables(tables: Tables) -> list[Question]:
@@ -58,8 +52,8 @@ def questions_of_tables(tables: Tables) -> list[Question]:
         if kind != "image":
             continue
         options = [need(row, option, where) for option in _OPTIONS]
-        asked.append(Question(name, ask(text, options), (rows.picture(index),), _type_name(row)))
-    refuse_repeated((key(question.id) for question in asked), rows.name)
+        asked.append(Question(name, f"{listed(text, options)}\n{LETTER}", (rows.picture(index),), _type_name(row)))
+    refuse_repeated((str(question.id) for question in asked), rows.name)
     return asked
 
 
@@ -79,8 +73,8 @@ def truth(folder: Path) -> dict[str, Gold]:
             need(row, field, f"question {number} of {path}")
             for field in ("question_id", "answer", "data_type", "question_type_id")
         )
-        gold[key(name)] = Gold(answer, kind, names.get(type_, f"type {type_}"))
-    refuse_repeated((key(row["question_id"]) for row in records), str(path))
+        gold[str(name)] = Gold(answer, kind, names.get(type_, f"type {type_}"))
+    refuse_repeated((str(row["question_id"]) for row in records), str(path))
     return gold
 
 
@@ -93,36 +87,35 @@ def truth_of_tables(tables: Tables) -> dict[str, Gold]:
             need(row, field, f"{rows.name} row {index}") for field in ("question_id", "answer", "data_type")
         )
         if kind == "image":
-            gold[key(name)] = Gold(answer, kind, _type_name(row))
+            gold[str(name)] = Gold(answer, kind, _type_name(row))
     return gold
 
 
 def score(answers: Sequence[Answer], truth: Mapping[str, Gold], judge: Judge | None = None) -> Score:
     """Accuracy over all questions, in percent, as LLaVA's ``convert_seed_for_submission.py`` prints it.
 
-    A question without an answer counts as wrong; so does ``A.`` for ``A``. ``points`` are the answers', then those of
-    the questions without one.
+    A question without an answer counts as wrong; so does ``A.`` for ``A``.
 
     Raises:
         ValueError: no answer is to a question here.
     """
-    found, counts = join(answers, truth)
-    right = {name: float(answer.text == truth[name].answer) for name, answer in found.items()}
-    right |= {name: 0.0 for name in truth if name not in right}
-    everything = accuracy(right.values())
-    kinds = accuracies((truth[name].kind, point) for name, point in right.items())
+    matched = match(answers, truth)
+    given = {name: answer.text for name, answer in matched.answers.items()}
+    right = {name: float(given.get(name) == gold.answer) for name, gold in truth.items()}
+    everything = percent(right.values())
+    kinds = percent_by((truth[name].kind, point) for name, point in right.items())
     parts = {kind: kinds[kind] for kind in ("image", "video") if kind in kinds} | {"all": everything}
-    types = accuracies((gold.type, right[name]) for name, gold in truth.items())
+    types = percent_by((gold.type, right[name]) for name, gold in truth.items())
     details = {
         **parts,
         "types": types,
         "image_questions": sum(gold.kind == "image" for gold in truth.values()),
         "video_questions": sum(gold.kind == "video" for gold in truth.values()),
         "correct": int(sum(right.values())),
-        "not_letters": sum(answer.text not in {"A", "B", "C", "D"} for answer in found.values()),
-        **counts,
+        "not_letters": sum(text not in {"A", "B", "C", "D"} for text in given.values()),
+        **matched.counts,
     }
-    return Score("accuracy", everything, details, parts, list(right.values()))
+    return Score("accuracy", everything, details, parts, matched.in_order(right))
 
 
 _SEED = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
@@ -133,12 +126,7 @@ BENCHMARK = Benchmark(
     summary="images and videos' middle frames, four options (accuracy; 19,242 questions, 14,233 of them about images)",
     folder="seed_bench",
     files=(
-        File(
-            _QUESTIONS,
-            "eval.zip of LLaVA (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view): unpack it "
-            "into playground/data/eval",
-            "run",
-        ),
+        File(_QUESTIONS, EVAL_ZIP, "run"),
         File("SEED-Bench-image/", f"{_SEED}: unpack SEED-Bench-image.zip", "run"),
         File(
             "SEED-Bench-video-image/",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.choices import LETTER, accuracy, join, key, listed
+from eval.matching import match, percent
+from eval.questions import EVAL_ZIP, LETTER, listed
 from eval.sources import Tables, need, picture, read_json, refuse_repeated
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def truth(folder: Path) -> dict[str, Problem]:
     """The problems of the test split, from ``pid_splits.json`` and ``problems.json``."""
     splits, problems = (read_json(folder / name) for name in ("pid_splits.json", "problems.json"))
     names = need(splits, "test", str(folder / "pid_splits.json"))
-    return {key(name): _problem(need(problems, name, "problems.json"), f"problem {name}") for name in names}
+    return {str(name): _problem(need(problems, name, "problems.json"), f"problem {name}") for name in names}
 
 
 def truth_of_tables(tables: Tables) -> dict[str, Problem]:
@@ -109,7 +110,8 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Problem], judge: Judge 
     Raises:
         ValueError: no answer is to a question here, or none was asked with an image.
     """
-    found, counts = join(answers, truth)
+    matched = match(answers, truth)
+    found = matched.answers
     chosen = {name: letter(answer.text) for name, answer in found.items()}
     right = {name: float(_is_right(chosen[name], truth[name])) for name in found}
     with_image = [right[name] for name, answer in found.items() if _IMAGE in answer.prompt]
@@ -119,16 +121,16 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Problem], judge: Judge 
             f"none of the {len(found)} answers has {_IMAGE} in its prompt, where LLaVA notes that there was an image: "
             "the headline is over those that have"
         )
-    image, everything = accuracy(with_image), sum(right.values()) / len(truth) * 100
+    image, everything = percent(with_image), sum(right.values()) / len(truth) * 100
     details = {
         "image": image,
         "all": everything,
-        **({"text": accuracy(without)} if without else {}),
+        **({"text": percent(without)} if without else {}),
         "image_questions": len(with_image),
         "image_correct": int(sum(with_image)),
         "correct": int(sum(right.values())),
         "failed": sum(each is None for each in chosen.values()),
-        **counts,
+        **matched.counts,
     }
     return Score("accuracy on questions with an image", image, details, {"IMG": image, "all": everything}, with_image)
 
@@ -146,12 +148,7 @@ BENCHMARK = Benchmark(
     summary="science questions with options, those with an image (accuracy; 4,241 questions, 2,017 with an image)",
     folder="scienceqa",
     files=(
-        File(
-            _QUESTIONS,
-            "eval.zip of LLaVA (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view): unpack it "
-            "into playground/data/eval",
-            "run",
-        ),
+        File(_QUESTIONS, EVAL_ZIP, "run"),
         File("images/test/", f"{_SCIENCEQA}: download test.zip as its README says, and unpack it into images/", "run"),
         File("pid_splits.json", _SCIENCEQA, "score"),
         File("problems.json", _SCIENCEQA, "score"),

@@ -18,8 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
+from eval.matching import match, percent, unreadable
+from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from eval.sources import Tables, need, read_json
-from eval.vqa import EVAL_ZIP, SHORT_ANSWER, match, percent, read_questions, ten, textvqa_accuracy
+from eval.vqa import ten, textvqa_accuracy
 
 _QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 _ANNOTATIONS = "TextVQA_0.5.1_val.json"
@@ -31,7 +33,7 @@ Truth = Mapping[Key, tuple[str, ...]]
 
 def from_folder(folder: Path) -> list[Question]:
     """Questions of LLaVA's file."""
-    return read_questions(folder / _QUESTIONS, folder / "train_images")
+    return read_questions(folder / _QUESTIONS, folder / "train_images", repeated=True)
 
 
 def from_tables(tables: Tables) -> list[Question]:
@@ -87,7 +89,7 @@ def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Scor
     """VQA accuracy in percent, over the answers that are there, as LLaVA's script prints it."""
     matched = match(answers, truth, _key)
     points = [
-        textvqa_accuracy(answer.text, truth[key])
+        0.0 if unreadable(answer) else textvqa_accuracy(answer.text, truth[key])
         for key, answer in zip(matched.ids, answers, strict=True)
         if key is not None
     ]

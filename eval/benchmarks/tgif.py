@@ -5,10 +5,10 @@ questions it has is not established: FrameQA has 13,691 about 7,132 GIFs, and Vi
 There is no data set of lmms-lab. From a folder of parquet files (``data/test-*.parquet``) the columns are those of
 IG-VLM's ``TGIF_FrameQA.csv``: video_id, video_name, question, answer, question_type; the id is video_id (FRAMEQA1159),
 because the column question_id there is shared by the questions about one GIF. IG-VLM's questions end in "?". The videos
-lie beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video.py``.
+lie beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video_qa.py``.
 """
 
-from eval.video import video_qa
+from eval.video_qa import video_qa
 
 BENCHMARK = video_qa(
     name="tgif",

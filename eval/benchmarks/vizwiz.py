@@ -17,18 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
+from eval.matching import match
+from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from eval.sources import Tables, need, read_json, read_jsonl, refuse_repeated
-from eval.vqa import (
-    EVAL_ZIP,
-    SHORT_ANSWER,
-    Annotation,
-    match,
-    normalise,
-    read_questions,
-    score_uploaded,
-    ten,
-    write_submission,
-)
+from eval.vqa import Annotation, normalise, score_uploaded, ten, write_submission
 
 _QUESTIONS = "llava_test.jsonl"
 _ANNOTATIONS = "val.json"
@@ -50,10 +42,7 @@ class Truth:
 
 def from_folder(folder: Path) -> list[Question]:
     """Questions of the test set."""
-    path = folder / _QUESTIONS
-    questions = read_questions(path, folder / "test")
-    refuse_repeated((question.id for question in questions), str(path))
-    return questions
+    return read_questions(folder / _QUESTIONS, folder / "test")
 
 
 def from_tables(tables: Tables) -> list[Question]:

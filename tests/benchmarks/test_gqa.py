@@ -94,6 +94,7 @@ def test_the_official_file_may_lie_as_its_zip_unpacks(folder: Path):
     name = "testdev_balanced_questions.json"
     (folder / "data" / name).rename(folder / "data" / "questions1.2" / name)
     assert BENCHMARK.truth_from_folder(folder) == truth
+    assert BENCHMARK.truth_from_folder(folder / "data" / "questions1.2") == truth
 
 
 def test_scoring_needs_the_official_file_alone(folder: Path):

@@ -183,8 +183,16 @@ def test_answers_that_are_missing_repeated_or_to_nothing(folder: Path, judge: Ju
     assert result.score == 75.0
     details = result.details
     assert (details["missing"], details["unexpected"], details["repeated"], details["reviews"]) == (3, 1, 1, 1)
-    with pytest.raises(ValueError, match="no reviews"):
+    with pytest.raises(ValueError, match="none of the 1 answers"):
         BENCHMARK.score([Answer(99, "?")], BENCHMARK.truth_from_folder(folder), judge)
+
+
+def test_images_that_could_not_be_read(folder: Path, judge: Judge, server: JudgeServer):
+    """0 beside GPT-4's 10 without asking the judge: (8, 6) and (10, 0) are 3 of 9, 33.3 %."""
+    answers = [Answer(0, "It is red ."), Answer(1, "", "", {"error": "there is no image"})]
+    result = BENCHMARK.score(answers, BENCHMARK.truth_from_folder(folder), judge)
+    assert result.score == 33.3
+    assert (result.details["unreadable"], result.details["unparsable"], len(server.asked)) == (1, 0, 1)
 
 
 def test_there_is_no_proxy(folder: Path):

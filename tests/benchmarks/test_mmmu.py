@@ -179,6 +179,25 @@ def test_bare_answers_where_options_are_not_known(tmp_path: Path):
     assert result.parts == {"Art and Design": 0, "Business": 100, "Science": 100, "Health and Medicine": 100}
 
 
+def test_raw_answers_that_bring_their_options(tmp_path: Path):
+    """The official output.json of a subject: parsed with its index2ans, though only the official truth is there."""
+    data.write_truth(tmp_path / "mmmu")
+    truth = BENCHMARK.truth_from_folder(tmp_path)  # at any depth
+    options = {"index2ans": {"A": "$6 unearned", "B": "$7 unearned", "C": "$8 unearned"}}
+    assert score([Answer("validation_Accounting_1", "The answer is (B).", "", options)], truth).score == 100
+    assert score([Answer("validation_Accounting_1", "The answer is (B).")], truth).score == 0
+    result = score([Answer("validation_Accounting_1", "?", "", options)], truth)
+    assert (result.details["random"], result.details["not_letters"]) == (1, 0)
+
+
+def test_images_that_could_not_be_read_are_wrong(folder: Path):
+    """Without a draw: the official seed's first of A, B and C would be right for a gold answer of C."""
+    truth = {"validation_Math_2": Gold((random.Random(42).choice("ABC"),), False, dict.fromkeys("ABC", "x"))}
+    assert score([Answer("validation_Math_2", "")], truth).score == 100
+    result = score([Answer("validation_Math_2", "", "", {"error": "there is no image"})], truth)
+    assert (result.score, result.details["random"], result.details["unreadable"]) == (0, 0, 1)
+
+
 def test_missing_answers_do_not_count(folder: Path):
     """The official tools divide by the answers that there are."""
     result = score(

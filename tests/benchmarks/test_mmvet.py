@@ -196,8 +196,18 @@ def test_answers_that_are_missing_repeated_or_to_nothing(folder: Path):
     assert result.score == 50.0 and result.points is None
     details = result.details
     assert (details["missing"], details["unexpected"], details["repeated"]) == (2, 1, 1)
-    nothing = BENCHMARK.score([], BENCHMARK.truth_from_folder(folder), exact_judge())
-    assert nothing.score == 0.0 and nothing.details["missing"] == 4
+    with pytest.raises(ValueError, match="there are no answers"):
+        BENCHMARK.score([], BENCHMARK.truth_from_folder(folder), exact_judge())
+
+
+def test_images_that_could_not_be_read(folder: Path, judged):
+    """0 without asking the judge; 50 = 100 * (1 + 0 + 1 + 0) / 4."""
+    server, judge = judged(lambda row, temperature: "1.0")
+    lost = {"error": "there is no image"}
+    answers = [Answer(0, "-1"), Answer(1, "", "", lost), Answer(2, "mantle"), Answer(3, "", "", lost)]
+    result = BENCHMARK.score(answers, BENCHMARK.truth_from_folder(folder), judge)
+    assert (result.score, result.points) == (50.0, [1.0, 0.0, 1.0, 0.0])
+    assert (result.details["unreadable"], result.details["unparsable"], len(server.asked)) == (2, 0, 2)
 
 
 def test_the_proxy(folder: Path):

@@ -168,6 +168,21 @@ def test_missing_answers_do_not_move_the_others(folder: Path):
     assert (result.details["missing"], result.details["unexpected"]) == (4, 1)
 
 
+def test_images_that_could_not_be_read_are_wrong(folder: Path):
+    """Whatever is right; an empty answer alone would be a yes."""
+    truth = BENCHMARK.truth_from_folder(folder)
+    lost = [dataclasses.replace(answer, text="", extra={"error": "there is no image"}) for answer in answered(TEXTS)]
+    result = BENCHMARK.score(lost, truth, None)
+    assert (result.score, result.details["accuracy"], result.details["unreadable"]) == (0, 0, 8)
+
+
+def test_labels_without_their_folder(folder: Path):
+    """As a download of POPE's ``output/coco`` alone has them."""
+    truth = BENCHMARK.truth_from_folder(folder)
+    (folder / "llava_pope_test.jsonl").rename(folder / "coco" / "llava_pope_test.jsonl")
+    assert BENCHMARK.truth_from_folder(folder / "coco") == truth
+
+
 def test_no_hit_is_an_f1_of_zero(folder: Path):
     """There the official tool stops with a division by zero."""
     result = BENCHMARK.score(answered(["No"] * 8), BENCHMARK.truth_from_folder(folder), None)

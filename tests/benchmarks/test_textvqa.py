@@ -56,7 +56,8 @@ def test_score(folder: Path, tables: Tables):
     assert of_folder.score == pytest.approx(100 * (0.3 + 0.6 + 0.9 + 0) / 4)
     assert of_folder.score == pytest.approx(data_textvqa.expected(["nous les gosses", "malt", "ten years", "x"]))
     assert of_folder.points == pytest.approx([0.3, 0.6, 0.9, 0])
-    assert of_folder.details == {"questions": 4, "answers": 4, "missing": 0, "unexpected": 0, "repeated": 0}
+    nothing = dict.fromkeys(("missing", "unexpected", "repeated", "unreadable"), 0)
+    assert of_folder.details == {"questions": 4, "answers": 4, **nothing}
     of_tables = BENCHMARK.score(answered(BENCHMARK.from_tables(tables)), BENCHMARK.truth_from_tables(tables), None)
     assert of_tables == of_folder
 

@@ -1,4 +1,4 @@
-"""Normalising open answers, VQA accuracy in its variants, and finding each answer's question."""
+"""Normalising open answers, and VQA accuracy in its variants."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmark import Answer
+from eval.matching import match
 from eval.vqa import (
     CONTRACTIONS,
     Annotation,
     lmms_accuracy,
-    match,
     normalise,
     normalise_on_server,
     score_uploaded,
@@ -66,6 +66,7 @@ def test_the_server_has_no_first_step():
     assert normalise_on_server("john's") == "john's"
     assert normalise_on_server("What?") == "what"  # nothing comes after the mark, so that a blank takes its place
     assert normalise_on_server("1,000 - 2-3") == "1000 23"  # a comma in a number: all marks are dropped
+    assert normalise_on_server("1,,000-2") == "10002"  # however many commas
     assert normalise_on_server("red,blue") == "red blue"
 
 
@@ -172,33 +173,6 @@ def test_ten_people_answer_each_question():
         ten(["yes"] * 9, "question 7")
 
 
-# Finding the questions
-
-
-def test_answers_are_found_by_number_or_digits():
-    matched = match([Answer("2", "two"), Answer(1, "one")], [1, 2, 3])
-    assert {name: answer.text for name, answer in matched.answers.items()} == {1: "one", 2: "two"}
-    assert matched.counts == {"questions": 3, "answers": 2, "missing": 1, "unexpected": 0, "repeated": 0}
-    assert matched.in_order({1: 0.1, 2: 0.2, 3: 0.3}) is None  # one is missing
-
-
-def test_of_two_answers_the_last_counts():
-    matched = match([Answer(1, "first"), Answer(9, "lost"), Answer(1, "last")], [1])
-    assert matched.answers[1].text == "last"
-    assert matched.counts == {"questions": 1, "answers": 3, "missing": 0, "unexpected": 1, "repeated": 1}
-
-
-def test_points_are_in_the_answers_order():
-    assert match([Answer(2, ""), Answer(1, "")], [1, 2]).in_order({1: 0.3, 2: 1}) == [1, 0.3]
-
-
-def test_answers_to_other_questions_are_refused():
-    with pytest.raises(ValueError, match="none of the 1 answers is to a question of this benchmark"):
-        match([Answer("n1", "")], ["n2"])
-    with pytest.raises(ValueError, match="there are no answers"):
-        match([], ["n2"])
-
-
 def test_the_score_of_uploaded_answers():
     annotations = {
         1: Annotation(("yes",) * 10, "yes/no"),
@@ -214,3 +188,13 @@ def test_the_score_of_uploaded_answers():
         {"official tool, answers as they are": 100 * (0 + 0.6 + 1) / 3, "lmms-eval": 100 * (1 + 0.6 + 1) / 3}
     )
     assert score.points is None
+
+
+def test_an_image_that_could_not_be_read_is_wrong():
+    """Also where people's own answers are empty once they are normalised."""
+    annotations = {1: Annotation(("a",) * 10), 2: Annotation(("yes",) * 10)}
+    answers = [Answer(1, "", "", {"error": "there is no image"}), Answer(2, "yes")]
+    score = score_uploaded(match(answers, annotations), annotations, "VQA accuracy, %")
+    assert score.score == 50
+    assert score.details["other_variants"]["lmms-eval"] == 50
+    assert score.details["unreadable"] == 1

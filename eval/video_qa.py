@@ -1,4 +1,4 @@
-"""Videos: their frames, and questions about them as Video-LLaVA asks and scores them (TGIF, MSVD, MSRVTT, ActivityNet).
+"""Questions about videos, as Video-LLaVA asks and scores them: TGIF-QA, MSVD-QA, MSRVTT-QA and ActivityNet-QA.
 
 Prompt: one ``<image>`` for each of 8 frames, a line break, the question as it is; template ``llava_v1``; greedy, up to
 1024 tokens. Score: GPT-3.5 says whether a prediction means the same as the answer; the accuracy is the share of "yes".
@@ -10,21 +10,17 @@ that are missing (here they are counted as wrong; ``details`` has the accuracy w
 from __future__ import annotations
 
 import ast
-import io
 import json
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from eval.frames import EXTENSIONS, FRAMES, clip, read_frames, videos_below
 from eval.judge import Request, normalized_match
+from eval.matching import match, unreadable
 from eval.sources import Rows, Tables, need, read_json
 
 if TYPE_CHECKING:
@@ -32,8 +28,6 @@ if TYPE_CHECKING:
 
     from eval.judge import Judge
 
-FRAMES = 8
-EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # Video-LLaVA looks for the first four, in this order
 _NAMED = 5  # ids and videos that details name; of the others they only have the number
 
 _SYSTEM = (
@@ -50,147 +44,6 @@ _INSTRUCTION = (
     "INTEGER, not STRING.DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary "
     "string. For example, your response should look like this: {'pred': 'yes', 'score': 4.8}."
 )
-
-
-# Frames
-
-
-def clip(path: Path, frames: int = FRAMES) -> Visual:
-    """A video file; it is read when its turn comes.
-
-    Args:
-        path: the file.
-        frames: how many of its frames the model gets, see :func:`read_frames`.
-    """
-    return Visual(str(path), partial(read_frames, path, str(path), frames), frames, path)
-
-
-def read_frames(source: Path | bytes, name: str, count: int = FRAMES) -> list[Image.Image]:
-    """RGB frames of a video, evenly spaced from the first to the last: ``np.linspace(0, n - 1, count, dtype=int)``.
-
-    The n frames are those that can be decoded, whatever the file says and however long each is shown; where there are
-    fewer than asked for, some come more than once. No more than ``count`` of them are held at a time.
-
-    Args:
-        source: the file, or what is in it: anything that ffmpeg reads.
-        name: for messages.
-        count: how many.
-
-    Returns:
-        ``count`` images of the video's size.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, it has no video, or the video has no frames; the message has the name.
-    """
-    import av  # noqa: PLC0415 - of the extra `eval`; listing benchmarks does without
-
-    try:
-        packets = _count_packets(source, name)
-        frames, total = _decode(source, name, _spread(packets, count), "AUTO")
-        if total != packets:
-            # A packet need not be a frame, as with edit lists. Or it is damaged: ffmpeg's threads may pass over that.
-            _, total = _decode(source, name, [], "NONE")
-            frames, _ = _decode(source, name, _spread(total, count), "NONE")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no video {name}") from None
-    except (av.error.FFmpegError, OSError) as error:  # OSError: ffmpeg seeks before the start of some
-        raise ValueError(f"{name} cannot be read as a video ({error.strerror}): fetch it again") from error
-    if not total:
-        raise ValueError(f"{name} has no frames: fetch it again")
-    return [frames[index] for index in _spread(total, count)]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return np.linspace(0, total - 1, count, dtype=int).tolist() if total else []
-
-
-def _count_packets(source: Path | bytes, name: str) -> int:
-    with _opened(source, name) as (container, stream):
-        return sum(packet.size > 0 for packet in container.demux(stream))
-
-
-def _decode(source: Path | bytes, name: str, wanted: Iterable[int], threads: str) -> tuple[dict[int, Image.Image], int]:
-    """The frames at some places, and how many frames there are."""
-    places, frames, total = set(wanted), {}, 0
-    with _opened(source, name) as (container, stream):
-        stream.thread_type = threads
-        for frame in container.decode(stream):
-            if total in places:
-                frames[total] = frame.to_image()
-            total += 1
-    return frames, total
-
-
-@contextmanager
-def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
-    import av  # noqa: PLC0415
-
-    # A file object: ffmpeg would take some names for patterns or protocols.
-    with (
-        source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file,
-        av.open(file, metadata_errors="ignore") as container,
-    ):
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError(f"{name} has no video stream: fetch it again")
-        yield container, stream
-
-
-# Videos by name
-
-
-def videos_below(folder: Path) -> dict[str, Visual]:
-    """All videos in a folder, in its subfolders and in zip archives there, by file name, with and without extension.
-
-    Of several with one name the first of :data:`EXTENSIONS` counts. Videos in archives need not be unpacked.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: an archive is damaged.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: `python -m eval prepare` says where it comes from")
-    found: list[tuple[int, str, str, Visual]] = []
-
-    def add(place: str, visual: Visual) -> None:
-        name = Path(place).name
-        if (suffix := Path(place).suffix.lower()) in EXTENSIONS and not name.startswith("._"):  # macOS writes those
-            found.append((EXTENSIONS.index(suffix), place, name, visual))
-
-    for path in folder.rglob("*"):
-        add(str(path), clip(path))
-        if path.suffix.lower() == ".zip":
-            for member in _members(path):
-                key = f"{path}/{member}"
-                add(key, Visual(key, partial(_read_member, path, member), FRAMES))
-    found.sort(key=lambda each: each[:2])
-    named: dict[str, Visual] = {}
-    for _, _, name, visual in found:
-        named.setdefault(Path(name).stem, visual)
-        named.setdefault(name, visual)
-    return named
-
-
-def _members(archive: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return file.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is damaged ({error}): fetch it again") from error
-
-
-def _read_member(archive: Path, member: str) -> list[Image.Image]:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            content = file.read(member)
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{member} in {archive} is damaged ({error}): fetch it again") from error
-    return read_frames(content, f"{archive}/{member}")
-
-
-def _missing(path: Path) -> list[Image.Image]:
-    raise FileNotFoundError(f"there is no video {path}, nor one that ends in {', '.join(EXTENSIONS[1:])}")
 
 
 # Questions and answers
@@ -335,8 +188,8 @@ def score(
     """Accuracy in percent, as ``eval_video_qa.py`` prints it (there as a fraction).
 
     As there: each id counts once, the last answer to it; answers whose verdict is neither yes nor no, or that the judge
-    gave none about, are not in the accuracy; nor are questions without an answer. Other than there: an answer that
-    says in its field ``error`` why the video could not be read is wrong, with score 0.
+    gave none about, are not in the accuracy; nor are questions without an answer. Other than there: an answer whose
+    video could not be read is wrong, with score 0.
 
     Args:
         answers: in any order.
@@ -349,10 +202,10 @@ def score(
     """
     if judge is None:
         raise ValueError("open answers about videos need a judge: give --judge, a model's name or exact")
-    given = {str(answer.question_id): answer for answer in answers}
-    known = {name: answer for name, answer in given.items() if name in truth}
-    broken = [name for name, answer in known.items() if answer.extra.get("error")]
-    asked = [name for name, answer in known.items() if not answer.extra.get("error")]
+    matched = match(answers, truth)
+    known = matched.answers
+    broken = [name for name, answer in known.items() if unreadable(answer)]
+    asked = [name for name in known if name not in set(broken)]
     if judge.exact:
         right = [normalized_match(known[name].text, truth[name].answer) for name in asked]
         judged: list[Verdict | None] = [Verdict(yes, 5 * yes) for yes in right]
@@ -373,21 +226,18 @@ def score(
     types = {kinds.get(kind, kind): by_kind[kind] for kind in sorted(by_kind)}
     videos = list(dict.fromkeys(truth[name].video for name in broken))
     unjudged = [name for name in asked if name not in found]
-    answered = [verdicts[name].yes for name in given if name in verdicts and verdicts[name].yes is not None]
+    points = {name: float(verdict.yes) for name, verdict in verdicts.items() if verdict.yes is not None}
     details = {
         "judge": judge.model,
         **_counts(list(verdicts.values())),
         "average_score": None if judge.exact else average_score(list(verdicts.values())),
         "types": {name: {"accuracy": accuracy(some), "questions": len(some)} for name, some in types.items()},
-        "missing_videos": len(videos),
-        "missing_video_names": videos[:_NAMED],
-        "questions_about_missing_videos": len(broken),
-        "accuracy_without_missing_videos": accuracy(found.values()),
+        "unreadable_videos": len(videos),
+        "unreadable_video_names": videos[:_NAMED],
+        "accuracy_without_unreadable_videos": accuracy(found.values()),
         "unjudged": len(unjudged),
         "unjudged_ids": unjudged[:_NAMED],
-        "missing_answers": len(truth) - len(known),
-        "unexpected_answers": len(given) - len(known),
-        "repeated_answers": len(answers) - len(given),
+        **matched.counts,
         "answers_with_another_truth": sum(
             str(answer.extra["answer"]) != truth[name].answer
             for name, answer in known.items()
@@ -401,7 +251,7 @@ def score(
         headline,
         details,
         {name: value for name, value in named.items() if value is not None},
-        [float(yes) for yes in answered] if len(answered) == len(answers) else None,
+        [points[name] for name in matched.ids] if len(points) == len(answers) else None,
     )
 
 
@@ -489,10 +339,9 @@ def _read_cell(rows: Rows, index: int, folder: Path, key: str) -> list[Image.Ima
 
 
 def _find(videos: Mapping[str, Visual], item: Item, prefix: str, folder: Path) -> Visual:
-    """A question's video among those of a folder; one that says what is missing where it is not there."""
+    """A question's video among those of a folder; where it is not there, one that says so when it is opened."""
     found = videos.get(f"{prefix}{item.video}") or videos.get(item.video)
-    path = folder / f"{prefix}{item.video}{EXTENSIONS[0]}"
-    return found or Visual(str(path), partial(_missing, path), FRAMES, path)
+    return found or clip(folder / f"{prefix}{item.video}{EXTENSIONS[0]}")
 
 
 # Benchmarks
