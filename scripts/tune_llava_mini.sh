@@ -25,8 +25,8 @@ for seed in 0 1 2; do
             --visionzip_dominant 13 --visionzip_contextual 3 --data_path "$OUT/scenes/instruct.json" \
             --image_folder "$OUT/scenes/images" --data_fraction 0.1 --data_seed "$seed" --seed "$seed" \
             --num_train_epochs 2 --per_device_train_batch_size 16 --learning_rate 5e-4 --warmup_steps 20 \
-            --lr_scheduler_type cosine --attn_implementation eager --bf16 True --use_cpu True --logging_steps 10 \
-            --save_steps 100 --save_total_limit 1 --report_to none
+            --lr_scheduler_type cosine --turns_apart True --attn_implementation eager --bf16 True --use_cpu True \
+            --logging_steps 10 --save_steps 100 --save_total_limit 1 --report_to none
     fi
     "$PYTHON" -m eval run scenes --model-path "$OUT/seed-$seed" --model-base checkpoints/llava-mini --method visionzip \
         --tokens 16 --output "$OUT/seed-$seed/test"
