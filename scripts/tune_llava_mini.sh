@@ -29,5 +29,5 @@ for seed in 0 1 2; do
             --logging_steps 10 --save_steps 100 --save_total_limit 1 --report_to none
     fi
     "$PYTHON" -m eval run scenes --model-path "$OUT/seed-$seed" --model-base checkpoints/llava-mini --method visionzip \
-        --tokens 16 --output "$OUT/seed-$seed/test"
+        --tokens 16 --batch-size 64 --output "$OUT/seed-$seed/test"
 done
