@@ -1,14 +1,39 @@
-"""Ways to a budget of T visual tokens per image: VisionZip, its ablations, and the controls that it has to beat."""
+"""Ways to a budget of T visual tokens per image: VisionZip, its ablations, and what it has to beat.
+
+FastV and SparseVLM prune inside the language model, so that "T tokens" has two meanings in the literature, and each of
+both methods two names here:
+
+* ``fastv`` and ``sparsevlm``: T tokens are left after the cut, recycled ones included. FastV cuts before layer 2, and
+  SparseVLM, as the only layer that it scores, after layer 2 (0 is the first): LightCompress's single-layer mode, whose
+  180, 114 and 48 kept tokens for 192, 128 and 64 follow from the count. These are the layers of models with 32 or
+  more; in a shallower one the cut lies at the same share of its depth, but after a layer at least.
+* ``fastv-average`` and ``sparsevlm-average``: T is the average over all layers, as the paper's tables count. FastV
+  keeps fewer than T after the same cut; SparseVLM has its released table of layers 2, 6 and 15, for 32 layers only.
+
+Counts are shares of the patches of an image or tile, so that they fit prompts with several.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from visionzip import unzip, visionzip
-from visionzip.baselines import average_pool, drop_cls_token, random_tokens, remove_control, uniform_tokens
+from visionzip.baselines import (
+    average_pool,
+    drop_cls_token,
+    fastv,
+    fastv_keep,
+    random_tokens,
+    remove_control,
+    remove_pruning,
+    sparsevlm,
+    uniform_tokens,
+)
+from visionzip.baselines.sparsevlm import COUNTS, LAYERS, single_layer_keep
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,11 @@ class Run:
         return "-".join(parts + ([] if self.seed is None else [f"seed{self.seed}"]))
 
     @property
+    def inside(self) -> bool:
+        """Whether its method prunes inside the language model."""
+        return METHODS[self.method].left is not None
+
+    @property
     def budget(self) -> tuple[int, int] | None:
         """K and M, None for methods that have none."""
         split_of = METHODS[self.method].budget
@@ -47,12 +77,15 @@ class Method:
         attach: put it on a model that has nothing on it, at the run's budget and seed.
         budget: K dominant tokens (CLS included) and M contextual ones of T; None where there are none.
         seeded: other seeds give other results, so that it is run with several.
+        left: for methods that prune inside the language model, the visual tokens that their T counts, of those that
+            each of its layers sees; None for those that prune before it.
     """
 
     summary: str
     attach: Callable[[Any, Run], Any]
     budget: Callable[[int], tuple[int, int]] | None = None
     seeded: bool = False
+    left: Callable[[Sequence[float]], float] | None = None
 
 
 def split(tokens: int) -> tuple[int, int]:
@@ -68,6 +101,42 @@ def _without_cls(model: Any, run: Run) -> None:
     dominant, contextual = run.budget
     visionzip(model, dominant + 1, contextual)
     drop_cls_token(model)
+
+
+def _patches(model: Any) -> int:
+    return model.get_vision_tower().num_patches_per_side ** 2
+
+
+def _depth(model: Any, layer: int) -> int:
+    """A layer of a model with 32, in one with fewer."""
+    return min(layer, round(layer * model.config.num_hidden_layers / 32))
+
+
+def _fastv(model: Any, run: Run) -> None:
+    fastv(model, max(1, _depth(model, 2)), run.tokens / _patches(model))
+
+
+def _fastv_average(model: Any, run: Run) -> None:
+    layer, patches = max(1, _depth(model, 2)), _patches(model)
+    fastv(model, layer, fastv_keep(run.tokens, patches, model.config.num_hidden_layers, layer) / patches)
+
+
+def _sparsevlm(model: Any, run: Run) -> None:
+    patches = _patches(model)
+    sparsevlm(model, [single_layer_keep(run.tokens, patches) / patches], [_depth(model, LAYERS[0])])
+
+
+def _sparsevlm_average(model: Any, run: Run) -> None:
+    published = {tokens / 576: [count / 576 for count in counts] for tokens, counts in COUNTS.items()}
+    patches, layers = _patches(model), model.config.num_hidden_layers
+    if layers != 32 or run.tokens / patches not in published:
+        budgets = ", ".join(f"{share * patches:g}" for share in published)
+        raise ValueError(
+            f"--method sparsevlm-average --tokens {run.tokens}: SparseVLM's numbers are published for 32 layers and, "
+            f"of {patches} patches, {budgets} tokens; this model has {layers} layers. Use sparsevlm, which counts what "
+            "is left after the cut"
+        )
+    sparsevlm(model, published[run.tokens / patches], LAYERS)
 
 
 METHODS: dict[str, Method] = {
@@ -97,6 +166,14 @@ METHODS: dict[str, Method] = {
     ),
     "uniform": Method("control: T evenly spaced patches", lambda model, run: uniform_tokens(model, run.tokens)),
     "pool": Method("control: the patches averaged to T cells", lambda model, run: average_pool(model, run.tokens)),
+    "fastv": Method("FastV: T tokens are left after the cut", _fastv, left=lambda seen: seen[-1]),
+    "fastv-average": Method("FastV: T tokens on average over the layers", _fastv_average, left=fmean),
+    "sparsevlm": Method(
+        "SparseVLM, pruning once: T tokens are left after the cut", _sparsevlm, left=lambda seen: seen[-1]
+    ),
+    "sparsevlm-average": Method(
+        "SparseVLM's published layers and numbers: T tokens on average over 32 layers", _sparsevlm_average, left=fmean
+    ),
 }
 
 
@@ -159,7 +236,7 @@ def attach(model: Any, run: Run) -> None:
     detach(model)
     if run.tokens is None:
         return
-    patches = model.get_vision_tower().num_patches_per_side ** 2
+    patches = _patches(model)
     if run.tokens > patches:
         raise ValueError(f"--tokens {run.tokens}: an image has only {patches} patches in this model; give fewer")
     METHODS[run.method].attach(model, run)
@@ -167,5 +244,6 @@ def attach(model: Any, run: Run) -> None:
 
 def detach(model: Any) -> None:
     """Take any method off a model."""
+    remove_pruning(model)
     remove_control(model)
     unzip(model)

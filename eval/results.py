@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.answers import Given
 from eval.benchmark import Score
-from eval.methods import Run, by_row
+from eval.methods import METHODS, Run, by_row
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 
@@ -47,13 +47,17 @@ def summarize(
     for row, own in runs.items():
         budget = own[0].budget
         visual = visual_tokens(answers, own)
+        length = prompt_length(cost["text_tokens"], visual)
+        # of the prompt whose prefill was timed
+        seen = [n - cost["text_tokens"] for n in cost["prefill"][prefill_name(own[0], length)]["lengths"]]
         entry: dict[str, Any] = {
             "method": row[0],
             "tokens": row[1],
             "dominant": budget[0] if budget else None,
             "contextual": budget[1] if budget else None,
             "seeds": [run.seed for run in own if run.seed is not None],
-            "visual_tokens": visual,
+            "visual_tokens": visual if (left := METHODS[row[0]].left) is None else left(seen),
+            "visual_tokens_by_layer": seen,
             "seconds": _seconds(answers, own),
         }
         if own[0] in scores:
@@ -74,7 +78,7 @@ def summarize(
                 },
                 "details": found[0].details,
             }
-        rows.append(entry | _cost_of(own[0], prompt_length(cost["text_tokens"], visual), answers, cost))
+        rows.append(entry | _cost_of(own[0], length, answers, cost))
     return {"rows": rows, "differences": _differences(points, resampled, columns)}
 
 
@@ -112,6 +116,11 @@ def prompt_length(text_tokens: int, visual: float) -> int:
     return text_tokens + round(visual)
 
 
+def prefill_name(run: Run, length: int) -> str:
+    """Of the prefill that is timed for a row: its prompt's length, or its run if that prunes inside the model."""
+    return run.name if run.inside else str(length)
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles."""
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
@@ -120,7 +129,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def _cost_of(run: Run, length: int, answers: Mapping[Run, Mapping[int, Given]], cost: dict[str, Any]) -> dict[str, Any]:
     """Of one row: FLOPs, and seconds with the speed-up over vanilla in the same rounds."""
-    prefill, vision = cost["prefill"][str(length)], cost["vision_seconds"].get(run.name)
+    prefill, vision = cost["prefill"][prefill_name(run, length)], cost["vision_seconds"].get(run.name)
     found: dict[str, Any] = {
         "prompt_tokens": length,
         "flops": prefill["flops"],

@@ -110,15 +110,23 @@ def facts(results: dict[str, Any]) -> str:
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
     limited = ", not all there are" if results["limited"] else ""
+    inside = sorted({row["method"] for row in results["rows"] if len(set(row.get("visual_tokens_by_layer", ()))) > 1})
     metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
     return (
         f"{results['questions']} questions{limited}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
+        f"{_INSIDE.format(', '.join(inside)) if inside else ''}"
         f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
         f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
     )
+
+
+_INSIDE = (
+    "{}: the first layers see all visual tokens; counted is what is left after the cut, or with -average the mean over "
+    "layers. "
+)
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:

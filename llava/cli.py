@@ -7,6 +7,14 @@ import sys
 
 from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
+from llava.efficiency.commands import (
+    add_generate_arguments,
+    add_memory_arguments,
+    add_prefill_arguments,
+    benchmark_generate,
+    benchmark_memory,
+    benchmark_prefill,
+)
 from llava.serve.cli import add_chat_arguments, chat
 from llava.visualize import add_visualize_arguments, visualize
 from visionzip import __version__
@@ -31,11 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     add_visualize_arguments(visualize_parser)
     visualize_parser.set_defaults(run=visualize)
 
-    benchmark_parser = commands.add_parser(
-        "benchmark", help="measure what compression costs and gains", description=benchmark.__doc__
+    benchmark_parser = commands.add_parser("benchmark", help="measure what compression costs and gains")
+    benchmarks = benchmark_parser.add_subparsers(dest="what", required=True)
+    tower_parser = benchmarks.add_parser(
+        "tower", help="the vision encoder with and without compression", description=benchmark.__doc__
     )
-    add_benchmark_arguments(benchmark_parser)
-    benchmark_parser.set_defaults(run=benchmark)
+    add_benchmark_arguments(tower_parser)
+    tower_parser.set_defaults(run=benchmark)
+    for what, summary, add_arguments, command in (
+        ("prefill", "from pixels to the first token", add_prefill_arguments, benchmark_prefill),
+        ("generate", "from pixels to the last token", add_generate_arguments, benchmark_generate),
+        ("memory", "peak memory and KV cache of a prefill", add_memory_arguments, benchmark_memory),
+    ):
+        each = benchmarks.add_parser(what, help=summary, description=command.__doc__)
+        add_arguments(each)
+        each.set_defaults(run=command)
 
     args = parser.parse_args(argv)
     return run_command(f"visionzip {args.command}", args.run, args)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -31,6 +32,7 @@ from llava.model.prompts import (
     padding_mask,
     refuse_sentinels_without_images,
     splice,
+    visual_positions,
 )
 from llava.model.tiles import Layout, lay_out_tiles, tile_layouts, unpad_image
 from visionzip.tiles import tile_order
@@ -68,6 +70,14 @@ class LlavaMetaModel:
     def get_vision_tower(self) -> VisionTower | None:
         """The vision tower, None for a model without one."""
         return getattr(self, "vision_tower", None)
+
+    def forward(self, *args: Any, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The backbone's own forward, to which visual tokens are tokens like others.
+
+        ``visual_mask`` (B, L), true where they are, is for what listens to this module: the baselines that prune them
+        inside the language model (:mod:`visionzip.baselines`).
+        """
+        return super().forward(*args, **kwargs)
 
 
 class LlavaMetaForCausalLM:
@@ -171,12 +181,13 @@ class LlavaMetaForCausalLM:
         output_hidden_states: bool | None = None,
         images: Images | None = None,
         image_sizes: Sizes | None = None,
+        visual_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward, with its arguments in LLaVA's order.
 
-        ``images`` and ``image_sizes`` are as in :meth:`generate`, and so is what is raised; the others as in
-        transformers.
+        ``images`` and ``image_sizes`` are as in :meth:`generate`, and so is what is raised; ``visual_mask`` (B, L)
+        says where ``inputs_embeds`` has visual tokens (only FastV and SparseVLM ask); the others as in transformers.
         """
         flags = {
             "use_cache": use_cache,
@@ -185,11 +196,10 @@ class LlavaMetaForCausalLM:
         }
         kwargs |= {name: value for name, value in flags.items() if value is not None}
         if inputs_embeds is None and (images is not None or past_key_values is None):
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
-                )
+            prepared, visual_mask = self._prepare(
+                input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
             )
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -197,6 +207,7 @@ class LlavaMetaForCausalLM:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
+            visual_mask=visual_mask,
             **kwargs,
         )
 
@@ -235,9 +246,12 @@ class LlavaMetaForCausalLM:
         pad = self.generation_config.pad_token_id
         if mask is None and len(inputs) > 1 and pad is not None and pad != self.generation_config.eos_token_id:
             mask = padding_mask(inputs, pad)
-        rows, _ = self._embed_prompts(inputs, mask, None, images, image_sizes)
+        rows, _, visual = self._embed_prompts(inputs, mask, None, images, image_sizes)
         embeds, mask, _, _ = pad_rows(rows, None, side="left")
-        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+        visual_mask = pad_sequence(visual, batch_first=True, padding_side="left")
+        return super().generate(
+            inputs_embeds=embeds, attention_mask=mask.long(), visual_mask=visual_mask.to(mask.device), **kwargs
+        )
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Visual tokens in the language model's width: (B, N, hidden_size) of images (B, 3, h, w).
@@ -280,20 +294,33 @@ class LlavaMetaForCausalLM:
             ValueError: the prompts and images do not fit together, or a pixel is not finite.
             TypeError: the images are not tensors.
         """
+        return self._prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)[0]
+
+    def _prepare(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Images | None,
+        image_sizes: Sizes | None,
+    ) -> tuple[Prepared, Tensor | None]:
+        """LLaVA's six values, and where the embeddings have visual tokens: (B, L') bool, None without embeddings."""
         check_prompts(input_ids)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         decoding = past > 0 and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+            return (input_ids, position_ids, attention_mask, past_key_values, None, labels), None
         past_mask = None
         if attention_mask is not None:
             past_mask, attention_mask = attention_mask[:, :past], attention_mask[:, past:]
-        rows, row_labels = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
+        rows, row_labels, visual = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
         side = getattr(self.config, "tokenizer_padding_side", "right")
         embeds, mask, positions, new_labels = pad_rows(rows, row_labels, side)
-        return (
+        prepared = (
             None,
             None if position_ids is None else positions,
             None if past_mask is None else torch.cat([past_mask, mask.to(past_mask)], dim=1),
@@ -301,6 +328,7 @@ class LlavaMetaForCausalLM:
             embeds,
             new_labels,
         )
+        return prepared, pad_sequence(visual, batch_first=True, padding_side=side).to(mask.device)
 
     def _embed_prompts(
         self,
@@ -309,8 +337,8 @@ class LlavaMetaForCausalLM:
         labels: Tensor | None,
         images: Images | None,
         image_sizes: Sizes | None,
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Embeddings (L', D) and labels (L',) of each prompt, padding removed, visual tokens in place."""
+    ) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
+        """Of each prompt, without padding: embeddings (L', D), labels (L',), and where visual tokens are (L',) bool."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_mask(input_ids, keep)
         prompts = [row[mask] for row, mask in zip(input_ids, keep, strict=True)]
@@ -328,7 +356,7 @@ class LlavaMetaForCausalLM:
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         remaining = iter(visual)
-        rows, new_labels = [], []
+        rows, new_labels, where = [], [], []
         for index, prompt in enumerate(prompts):
             own = [next(remaining) for _ in range(takes[index])]
             row, expanded = splice(prompt, own, embed, None if row_labels is None else row_labels[index])
@@ -338,7 +366,8 @@ class LlavaMetaForCausalLM:
                 )
             rows.append(row[:limit])
             new_labels.append(None if expanded is None else expanded[:limit])
-        return rows, None if labels is None else new_labels
+            where.append(visual_positions(prompt, own)[:limit])
+        return rows, None if labels is None else new_labels, where
 
     def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
         """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.

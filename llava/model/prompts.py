@@ -187,6 +187,20 @@ def splice(
     return torch.cat(pieces), None if labels is None else torch.cat(label_pieces)
 
 
+def visual_positions(prompt: Tensor, visual: list[Tensor]) -> Tensor:
+    """Where :func:`splice` puts visual tokens: (L',) bool.
+
+    Args:
+        prompt: (L,) token ids, without padding.
+        visual: visual tokens (n, D) for each sentinel, in order.
+    """
+    is_image = prompt == IMAGE_TOKEN_INDEX
+    repeats = torch.ones_like(prompt)
+    if is_image.any():
+        repeats[is_image] = torch.tensor([len(tokens) for tokens in visual], device=prompt.device)
+    return is_image.repeat_interleave(repeats)
+
+
 def pad_rows(
     rows: list[Tensor], labels: list[Tensor] | None, side: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

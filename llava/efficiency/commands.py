@@ -1,0 +1,223 @@
+"""The commands ``visionzip benchmark prefill``, ``generate`` and ``memory``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llava.arguments import positive
+from llava.benchmark import environment, measure_peak, peak_memory, write_results
+from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
+from llava.efficiency.methods import METHODS, split
+from llava.efficiency.report import make_rows, plot, print_table
+from llava.efficiency.shapes import SHAPES, build_model
+from llava.model.builder import load_pretrained_model
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def benchmark_prefill(args: argparse.Namespace) -> None:
+    """Time the way from pixels to the first token, phase by phase and method by method, in interleaved rounds.
+
+    "prefill" is the language model's forward alone, as the paper timed it; "first token" counts the vision tower, the
+    compression and the projector too. Below the table: the prefill's gain beside that of the bare language model
+    between the same two lengths.
+
+    Raises:
+        ValueError: a flag is not as it should be, or a method refuses the model, the budget or the batch.
+        OSError: the checkpoint cannot be read.
+    """
+    _time(args, new_tokens=1)
+
+
+def benchmark_generate(args: argparse.Namespace) -> None:
+    """Time whole answers, from pixels to the last token, phase by phase and method by method.
+
+    Raises:
+        ValueError: a flag is not as it should be, or a method refuses the model, the budget or the batch.
+        OSError: the checkpoint cannot be read.
+    """
+    _time(args, new_tokens=args.new_tokens)
+
+
+def benchmark_memory(args: argparse.Namespace) -> None:
+    """Measure the peak memory of weights and one prefill, and the KV cache after it, each way in a fresh process.
+
+    Raises:
+        ValueError: a flag is not as it should be.
+        OSError: the checkpoint cannot be read.
+        RuntimeError: a process failed.
+    """
+    ways = _check(args)
+    rows: list[dict[str, Any]] = []
+    shared = {name: getattr(args, name) for name in ("shape", "model_path", "device", "dtype", "text_tokens")}
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in args.batch_sizes:
+            for way in ways:
+                report = Path(folder, "report.json")
+                request = {**shared, "way": way.name, "asked": asdict(way), "batch": batch, "report": str(report)}
+                peak = peak_memory("llava.efficiency.commands", request)
+                facts = json.loads(report.read_text())
+                rows.append({"way": way.name, **asdict(way), "batch": batch, "memory_mib": peak, **facts})
+    whole = {row["batch"]: row for row in rows if row["way"] == "vanilla"}
+    table = Table(title=_title(args))
+    for column in ("batch", "way", "visual", "peak MiB", "ratio", "over weights MiB", "ratio", "KV MiB", "ratio"):
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for row in rows:
+        base = whole.get(row["batch"])
+        row["over_weights_mib"] = row["memory_mib"] - row["weights_mib"]
+        cells = [str(row["batch"]), row["way"], str(row["visual_tokens"])]
+        for key in ("memory_mib", "over_weights_mib", "kv_cache_mib"):
+            row[f"{key.removesuffix('_mib')}_ratio"] = None if base is None else row[key] / base[key]
+            cells += [f"{row[key]:.1f}", "" if base is None else f"{row[key] / base[key]:.3f}"]
+        table.add_row(*cells)
+    Console(width=max(Console().width, 110)).print(table)
+    _finish(args, {"setting": _setting(args), "results": rows})
+
+
+def _time(args: argparse.Namespace, new_tokens: int) -> None:
+    ways = _check(args)
+    if args.plot and Path(args.plot).suffix not in PLOTS:
+        raise ValueError(f"--plot {args.plot}: give a file that ends in {', '.join(PLOTS)}")
+    if args.plot:
+        import matplotlib  # noqa: F401, PLC0415 - an extra; its absence is said before the long work
+    torch.manual_seed(0)
+    model = _model(args)
+    rows = []
+    for batch in args.batch_sizes:
+        runner = Runner(model, make_prompt(model, args.text_tokens, batch), new_tokens)
+        timed, bare = time_ways(runner, ways, args.rounds, bare=new_tokens == 1)
+        rows += make_rows(model, runner.prompt, timed, bare)
+        report = {"setting": {**_setting(args), "new_tokens": new_tokens}, "results": [asdict(row) for row in rows]}
+        if args.output:  # after each batch size: a larger one may not fit
+            write_results(args.output, {**environment(args.device), **report})
+    print_table(rows, _title(args))
+    _finish(args, report)
+    if args.plot:
+        plot(rows, Path(args.plot), f"{_title(args)}, {environment(args.device)['device']}")
+
+
+def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    facts = environment(args.device)
+    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    if args.output:
+        write_results(args.output, {**facts, **report})
+
+
+def _check(args: argparse.Namespace) -> list[Way]:
+    """The ways to time; all that can be wrong is said here, before a model is built."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    if args.shape and args.model_path:
+        raise ValueError(f"--shape {args.shape} and --model-path {args.model_path}: give one of them")
+    args.shape = None if args.model_path else args.shape or "llava-next-7b"
+    if args.output and Path(args.output).is_dir():
+        raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
+    tokens = args.tokens
+    if args.shape:
+        shape = SHAPES[args.shape]
+        tokens = tokens or [32 * shape.tiles if shape.tiles > 1 else 64]
+        for number in tokens:
+            if "visionzip" in args.methods:
+                split(number, shape.tiles)
+            if number >= shape.visual_tokens:
+                raise ValueError(
+                    f"--tokens {number}: {args.shape} has {shape.visual_tokens} visual tokens per image; give fewer"
+                )
+    elif not tokens:
+        raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
+    ways = [Way(name, None) for name in ["vanilla"] if name in args.methods]
+    ways += [Way(name, number) for number in tokens for name in args.methods if name != "vanilla"]
+    if getattr(args, "compile", False):
+        if "visionzip" not in args.methods:
+            raise ValueError("--compile compiles VisionZip's prefill: have visionzip among --methods")
+        ways += [Way("visionzip", number, compiled=True) for number in tokens]
+    return list(dict.fromkeys(ways))
+
+
+def _model(args: argparse.Namespace) -> Any:
+    dtype = getattr(torch, args.dtype)
+    if args.shape:
+        return build_model(args.shape, args.device, dtype)
+    _, model, _, _ = load_pretrained_model(args.model_path, device=args.device, torch_dtype=dtype)
+    METHODS["visionzip"].detach(model)  # a tuned checkpoint comes zipped
+    return model
+
+
+def _title(args: argparse.Namespace) -> str:
+    what = f"{args.shape}, random weights" if args.shape else args.model_path
+    return f"{what}, {args.dtype}, {args.text_tokens} text tokens"
+
+
+def _setting(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("shape", "model_path", "methods", "dtype", "text_tokens", "rounds")
+    return {name: getattr(args, name, None) for name in names}
+
+
+@torch.inference_mode()
+def _prefill_once(request: dict[str, Any]) -> None:
+    """What the child process does: build the model, put one way on it, answer once."""
+    args = argparse.Namespace(**request)
+    torch.manual_seed(0)
+    model = _model(args)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    runner = Runner(model, make_prompt(model, args.text_tokens, args.batch), new_tokens=1)
+    runner.attach(Way(**args.asked))
+    timed = Timed()
+    runner.once(timed)
+    facts = {
+        "visual_tokens": timed.visual_tokens(runner.prompt),
+        "weights_mib": weights / 2**20,
+        "kv_cache_mib": timed.cache_bytes / 2**20,
+    }
+    Path(args.report).write_text(json.dumps(facts))
+
+
+def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip benchmark prefill``."""
+    _add_timing(parser)
+    parser.add_argument("--compile", action="store_true", help="time VisionZip under torch.compile too (needs g++)")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip benchmark generate``."""
+    _add_timing(parser)
+    parser.add_argument("--new-tokens", type=positive, default=32, help="tokens of an answer (32)")
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip benchmark memory``."""
+    parser.add_argument("--shape", choices=list(SHAPES), help="model of random weights (llava-next-7b)")
+    parser.add_argument("--model-path", help="a checkpoint instead: folder or hub name")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="(all)")
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", help="visual tokens per image, all tiles together (NeXT: 160, else 64)"
+    )
+    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (60)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="prompts at a time (1)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    default = "bfloat16" if torch.cuda.is_available() else "float32"
+    types = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, default=default, help=f"weights' type ({default})")
+    parser.add_argument("--output", help="also write the results to this JSON file")
+
+
+def _add_timing(parser: argparse.ArgumentParser) -> None:
+    add_memory_arguments(parser)
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (5)")
+    parser.add_argument("--plot", help=f"draw latency against visual tokens ({', '.join(PLOTS)})")
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(measure_peak(asked["device"], partial(_prefill_once, asked)))

@@ -1,0 +1,71 @@
+"""Which visual tokens to keep inside a language model: the attention that they get, and the best of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
+
+Keep = int | float
+
+
+def keep_top(scores: Tensor, candidates: Tensor, number: int) -> Tensor:
+    """The candidates of highest score; equal scores resolve to the lower index.
+
+    Args:
+        scores: (L,).
+        candidates: (L,) bool.
+        number: how many; all if there are fewer.
+
+    Returns:
+        (L,) bool.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    return torch.zeros_like(candidates).scatter(0, order[candidates[order]][:number], True)
+
+
+def number_to_keep(keep: Keep, visual: int) -> int:
+    """Of a prompt's visual tokens: a fraction of them, halves rounded up, or a number."""
+    return int(keep * visual + 0.5) if isinstance(keep, float) else keep
+
+
+def attention_received(
+    layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], queries: Tensor, real: Tensor
+) -> Tensor:
+    """Attention that all tokens get from some, in one decoder layer: mean over heads and over these.
+
+    Only the rows of the attention matrix that are asked for are computed.
+
+    Args:
+        layer: a decoder layer of a Llama, Mistral or Qwen2 model.
+        hidden: (B, S, D), what goes into it.
+        position_embeddings: cosines and sines, each (B or 1, S, Dh).
+        queries: (B, S) bool, the rows.
+        real: (B, S) bool, false for padding.
+
+    Returns:
+        (B, S) in float32; 0 everywhere for a prompt without queries.
+    """
+    attention = layer.self_attn
+    device = attention.k_proj.weight.device  # of a model that is spread over several
+    hidden = layer.input_layernorm(hidden.to(device))
+    cos, sin = (each.to(device).expand(len(hidden), -1, -1) for each in position_embeddings)
+    keys = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
+    keys = _rotated(keys, cos[:, :, None], sin[:, :, None])
+    places = torch.arange(hidden.shape[1], device=device)
+    received = []
+    for row in range(len(hidden)):  # prompts differ in their queries
+        own = queries[row].to(device).nonzero().flatten()
+        wanted = attention.q_proj(hidden[row, own]).unflatten(-1, (-1, attention.head_dim))
+        wanted = _rotated(wanted, cos[row, own, None], sin[row, own, None]).transpose(0, 1)  # (H, R, Dh)
+        its_keys = keys[row].transpose(0, 1).repeat_interleave(attention.num_key_value_groups, dim=0)
+        seen = real[row].to(device) & (places <= own[:, None])
+        with torch.autocast(device.type, enabled=False):
+            logits = wanted.float() @ its_keys.float().transpose(1, 2) * attention.scaling
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        received.append(weights.mean(dim=0).sum(dim=0) / max(1, len(own)))
+    return torch.stack(received)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return states * cos + rotate_half(states) * sin
