@@ -138,20 +138,26 @@ def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
             named = zip(WAYS, track(peaks, f"memory, batch {batch}", total=len(WAYS), console=_progress()), strict=True)
             memory = dict(named)
         for way in WAYS:
-            ratios = [mine / vanilla for mine, vanilla in zip(times[way], times["vanilla"], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            ratio, spread = time_ratio(times[way], times["vanilla"])
             results.append(
                 Measurement(
                     way=way,
                     batch=batch,
                     seconds=statistics.median(times[way]),
-                    time_ratio=statistics.median(ratios),
-                    time_spread=(quartiles[0], quartiles[2]),
+                    time_ratio=ratio,
+                    time_spread=spread,
                     memory_mib=memory[way],
                     memory_ratio=memory[way] / memory["vanilla"],
                 )
             )
     return results
+
+
+def time_ratio(times: list[float], base: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median over rounds of one way's time by another's in the same round, and the quartiles of that ratio."""
+    ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return statistics.median(ratios), (quartiles[0], quartiles[2])
 
 
 @torch.inference_mode()
@@ -221,33 +227,50 @@ def _synchronize(device: str | torch.device) -> None:
 
 
 def _peak_memory(args: argparse.Namespace, batch: int, way: str) -> float:
-    """Peak memory in MiB of weights and one forward, in a process of its own."""
     request = {key: getattr(args, key) for key in ("shape", "device", "dtype", "dominant", "contextual")}
+    return peak_memory("llava.benchmark", {**request, "way": way, "batch": batch})
+
+
+def peak_memory(module: str, request: dict[str, Any]) -> float:
+    """Peak memory in MiB of weights and work, in a process of its own.
+
+    Args:
+        module: what is run; it prints what :func:`measure_peak` returns.
+        request: for it, as JSON, in its first argument.
+
+    Raises:
+        RuntimeError: that process failed.
+    """
     # Large blocks go back to the system when freed, so that the peak is the program's and not the allocator's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "llava.benchmark", json.dumps({**request, "way": way, "batch": batch})],
+        [sys.executable, "-m", module, json.dumps(request)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {way!r} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the memory of {request['way']!r} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-@torch.inference_mode()
-def _measure_memory(request: dict[str, Any]) -> float:
-    """Peak memory in MiB since the libraries were loaded; runs in the child process."""
-    device, dtype = request["device"], getattr(torch, request["dtype"])
+def measure_peak(device: str, work: Callable[[], Any]) -> float:
+    """Peak memory in MiB that ``work`` adds to the libraries' own; for a process of its own (:func:`peak_memory`)."""
     on_cuda = device.startswith("cuda")
     before = 0.0 if on_cuda else _reset_memory_peak()
+    work()
+    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before
+
+
+@torch.inference_mode()
+def _run_once(request: dict[str, Any]) -> None:
+    """What the child process does: build one way's tower and run it."""
+    device, dtype = request["device"], getattr(torch, request["dtype"])
     tower = build_tower(request["shape"], device, dtype)
     forward = forward_of(request["way"], tower, request["dominant"], request["contextual"])
     edge = tower.config.image_size
     forward(torch.randn(request["batch"], 3, edge, edge, device=device, dtype=dtype))
-    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before
 
 
 def _reset_memory_peak() -> float:
@@ -308,16 +331,20 @@ def benchmark(args: argparse.Namespace) -> None:
         Console().print(f"{way}: {meaning}", style="dim")
     Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
     if args.output:
-        output = Path(args.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(output.name + ".partial")
-        unfinished.write_text(json.dumps({**facts, "results": [asdict(row) for row in results]}, indent=1))
-        unfinished.replace(output)
+        write_results(args.output, {**facts, "results": [asdict(row) for row in results]})
+
+
+def write_results(path: str, results: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    output = Path(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(output.name + ".partial")
+    unfinished.write_text(json.dumps(results, indent=1))
+    unfinished.replace(output)
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``visionzip benchmark``."""
-    parser.add_argument("what", choices=["tower"], help="tower: the vision encoder with and without compression")
+    """Flags of ``visionzip benchmark tower``."""
     parser.add_argument("--shape", choices=sorted(TOWERS), default="vit-l-14-336", help="size of the tower")
     parser.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[1, 5], help="images at a time (default: 1 5)"
@@ -331,4 +358,5 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    print(_measure_memory(json.loads(sys.argv[1])))
+    asked = json.loads(sys.argv[1])
+    print(measure_peak(asked["device"], partial(_run_once, asked)))

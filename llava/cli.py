@@ -7,6 +7,8 @@ import sys
 
 from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
+from llava.benchmark_tuning import add_tuning_arguments, benchmark_tuning
+from llava.merge import add_merge_arguments, merge
 from llava.serve.cli import add_chat_arguments, chat
 from llava.visualize import add_visualize_arguments, visualize
 from visionzip import __version__
@@ -31,11 +33,26 @@ def main(argv: list[str] | None = None) -> int:
     add_visualize_arguments(visualize_parser)
     visualize_parser.set_defaults(run=visualize)
 
-    benchmark_parser = commands.add_parser(
-        "benchmark", help="measure what compression costs and gains", description=benchmark.__doc__
+    benchmark_parser = commands.add_parser("benchmark", help="measure what compression costs and gains")
+    benchmarks = benchmark_parser.add_subparsers(dest="what", required=True)
+    tower_parser = benchmarks.add_parser(
+        "tower", help="the vision encoder with and without compression", description=benchmark.__doc__
     )
-    add_benchmark_arguments(benchmark_parser)
-    benchmark_parser.set_defaults(run=benchmark)
+    add_benchmark_arguments(tower_parser)
+    tower_parser.set_defaults(run=benchmark)
+    tuning_parser = benchmarks.add_parser(
+        "tuning",
+        help="a step of projector tuning, zipped, cached, both or neither",
+        description=benchmark_tuning.__doc__,
+    )
+    add_tuning_arguments(tuning_parser)
+    tuning_parser.set_defaults(run=benchmark_tuning)
+
+    merge_parser = commands.add_parser(
+        "merge", help="a tuned projector or LoRA and its base as one checkpoint", description=merge.__doc__
+    )
+    add_merge_arguments(merge_parser)
+    merge_parser.set_defaults(run=merge)
 
     args = parser.parse_args(argv)
     return run_command(f"visionzip {args.command}", args.run, args)
