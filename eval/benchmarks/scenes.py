@@ -1,8 +1,8 @@
 """Scenes: questions with one-word answers about synthetic images, the embedded model's own benchmark.
 
-Data: one parquet file with a row per question (``python -m playground.scenes test`` writes it; ``--data`` may name it or
-its folder), in the columns question_id, image_id, image {bytes, path}, type, question and answer. Prompt: the question
-as it is. Score: exact match, but for case, blanks around and a full stop; the mean over all questions.
+Data: one parquet file with a row per question (``python -m playground.scenes test`` writes it; ``--data`` may name it
+or its folder), in the columns question_id, image_id, image {bytes, path}, type, question and answer. Prompt: the
+question as it is. Score: exact match, but for case, blanks around and a full stop; the mean over all questions.
 """
 
 from __future__ import annotations
