@@ -44,7 +44,15 @@ setup(
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
         "flash": ["flash-attn>=2.7"],
-        "dev": ["pytest>=9", "hypothesis>=6", "ruff>=0.17", "build>=1.6", "peft>=0.21", "matplotlib>=3.10"],
+        "dev": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6",
+            "ruff>=0.17",
+            "build>=1.6",
+            "peft>=0.21",
+            "matplotlib>=3.10",
+        ],
     },
     entry_points={"console_scripts": ["visionzip = llava.cli:main"]},
 )

@@ -1,86 +1,123 @@
-"""Answers on disk: a file per run, to which a killed run goes on writing.
+"""Answers on disk: the parts that processes write while they answer, and the answers file that these are merged into.
 
-The first line says what the answers were made with; every other one is an answer. Lines are whole or they are not
+A part's first line says what the answers were made with; every other one is an answer. Lines are whole or they are not
 there: a last line without its end (the process was killed while it wrote) is cut off and answered again.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from eval.benchmark import Answer, Question
+
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answer.
+class Given:
+    """What a model gave for a question.
 
     Attributes:
-        id: of the question.
+        place: of the question in its benchmark, from 0.
         text: as the model gave it, without special tokens and blanks around.
         visual_tokens: visual tokens that reached the language model, counted there.
+        seconds: of vision tower and projector, prefill and decoding; of a batch, divided by its questions.
+        error: why nothing was asked (an image or video that cannot be read).
     """
 
-    id: str
+    place: int
     text: str
     visual_tokens: int
+    seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    error: str | None = None
 
 
-class AnswersFile:
-    """An open file of answers; see :func:`open_answers`.
+class Part:
+    """An open file of answers; see :func:`open_part`.
 
     Attributes:
-        answers: by question id, those of earlier processes included.
-        made: the facts that were noted when the file was begun.
+        given: by place, those of all parts of the run, earlier processes included.
+        made: the facts that were noted when the first part was begun.
     """
 
-    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any]) -> None:
+    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any], errors: bool) -> None:
         self._file = file
-        self.answers: dict[str, Answer] = {}
-        name = file.name
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-        lines = content[:whole].splitlines()
-        setting = json.loads(json.dumps(setting))  # as a file gives it back: lists for tuples
-        header = _parse(lines[0], name, 1) if lines else {"setting": setting, "made": made}
-        if not lines:
-            self._write([header])
-        self.made: dict[str, Any] = header.get("made", {})
-        _check_setting(header.get("setting", {}), setting, name)
-        for number, line in enumerate(lines[1:], start=2):
-            answer = Answer(**_parse(line, name, number))
-            if answer.id in self.answers:
-                raise ValueError(f"{name} answers question {answer.id} twice: delete it, to answer it all again")
-            self.answers[answer.id] = answer
+        self._errors = errors
+        self._setting = json.loads(json.dumps(setting))  # as a file gives it back: lists for tuples
+        if not _cut(file):
+            self._write([{"setting": self._setting, "made": made}])
+        self.given: dict[int, Given] = {}
+        self.made: dict[str, Any] = {}
+        self.read()
 
-    def append(self, answers: Sequence[Answer]) -> None:
+    def read(self) -> None:
+        """Read all parts of the run: what other processes have written meanwhile."""
+        own = Path(self._file.name)
+        self.given = {}
+        for path in sorted(own.parent.glob(f"{own.name.rsplit('.', 2)[0]}.*.jsonl"), key=lambda path: path != own):
+            self._read(path, self._setting)
+
+    def _read(self, path: Path, setting: dict[str, Any]) -> None:
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        if not lines:
+            return  # another process has just begun it
+        header = _parse(lines[0], str(path), 1)
+        _check_setting(header.get("setting", {}), setting, str(path))
+        self.made = self.made or header.get("made", {})
+        for number, line in enumerate(lines[1:], start=2):
+            record = _parse(line, str(path), number)
+            given = Given(**{**record, "seconds": tuple(record.get("seconds", (0, 0, 0)))})
+            if given.error and not self._errors:
+                continue
+            earlier = self.given.get(given.place)
+            if earlier and not earlier.error and not given.error:
+                raise ValueError(f"{path} answers question {given.place} twice: delete it, to answer it all again")
+            if earlier is None or earlier.error:
+                self.given[given.place] = given
+
+    def append(self, given: Sequence[Given]) -> None:
         """Write answers; once this returns, killing the process does not lose them."""
-        self._write([asdict(answer) for answer in answers])
-        self.answers |= {answer.id: answer for answer in answers}
+        self._write([asdict(one) for one in given])
+        self.given |= {one.place: one for one in given}
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
         self._file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode())
         self._file.flush()
 
 
+def _cut(file: IO[bytes]) -> int:
+    """Cut off a line without its end; the bytes that are left."""
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    return whole
+
+
+def part_path(folder: Path, run: str, rank: int) -> Path:
+    """Where a process writes its answers of a run."""
+    return folder / "answers" / "parts" / f"{run}.{rank}.jsonl"
+
+
 @contextmanager
-def open_answers(path: Path, setting: dict[str, Any], made: dict[str, Any]) -> Iterator[AnswersFile]:
-    """Open a run's answers, to go on with them or begin.
+def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors: bool = True) -> Iterator[Part]:
+    """Open a process's part of a run's answers, to go on with them or begin; all parts of the run are read.
 
     Args:
-        path: the file.
+        path: the file, see :func:`part_path`.
         setting: everything that decides the answers.
         made: further facts to note (versions, date); they may differ from those in the file.
+        errors: questions that could not be asked count as done; else they are asked again.
 
     Raises:
-        ValueError: the file's answers were made with another setting, or a line of it is damaged.
+        ValueError: a part's answers were made with another setting, or a line of it is damaged.
         BlockingIOError: another process writes to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +128,135 @@ def open_answers(path: Path, setting: dict[str, Any], made: dict[str, Any]) -> I
             raise BlockingIOError(
                 f"another process is writing to {path}: wait for it, or choose another --output"
             ) from error
-        yield AnswersFile(file, setting, made)
+        yield Part(file, setting, made, errors)
+
+
+def as_answers(questions: Sequence[Question], given: Mapping[int, Given]) -> list[Answer]:
+    """What was given to some questions, in their order, as a benchmark scores it."""
+    found = []
+    for place, question in enumerate(questions):
+        one = given[place]
+        extra = {**question.extra, **({"error": one.error} if one.error else {})}
+        found.append(
+            Answer(question.id, one.text, question.text if question.prompt is None else question.prompt, extra)
+        )
+    return found
+
+
+def answers_file(answers: Sequence[Answer], model: str, run: str) -> str:
+    """The content of an answers file in LLaVA's format, one line for each answer.
+
+    ``answer_id`` is a checksum where LLaVA draws one at random, so that the same answers give the same file.
+    """
+    lines = []
+    for place, answer in enumerate(answers):
+        name = hashlib.sha256(f"{model} {run} {place} {answer.text}".encode()).hexdigest()[:22]
+        error = {key: value for key, value in answer.extra.items() if key == "error"}
+        extra = {key: value for key, value in answer.extra.items() if key != "error"}
+        record = {
+            "question_id": answer.question_id,
+            "prompt": answer.prompt,
+            "text": answer.text,
+            "answer_id": name,
+            "model_id": model,
+            **extra,
+            "metadata": {"run": run, **error},
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+_NAMES = {
+    "question_id": ("question_id", "id"),
+    "text": ("text", "pred", "response"),
+    "prompt": ("prompt", "question"),
+}
+
+
+def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
+    """The answers in a file: LLaVA's or Video-LLaVA's (a json object on each line, or a list of them), or MMMU's.
+
+    MMMU's is one object, from id to text, or a folder with a list in each ``SUBJECT/output.json``.
+
+    Returns:
+        The answers in the file's order, and notes for the result's details: which models and runs they are of, and
+        whether a last line was half written and left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is damaged or no answer, there are none, or they are of several models or runs.
+    """
+    if path.is_dir() and (subjects := sorted(path.glob("*/output.json"))):
+        return [answer for subject in subjects for answer in read_answers(subject)[0]], {}
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no answers file {path}")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
+    whole = _single_value(content)
+    if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys():
+        return [Answer(name, str(text).strip()) for name, text in whole.items()], {}
+    notes: dict[str, Any] = {}
+    records, what = (whole, "entry") if isinstance(whole, list) else (_lines(content, str(path), notes), "line")
+    answers = [_answer(record, f"{what} {number} of {path}") for number, record in enumerate(records, start=1)]
+    if not answers:
+        raise ValueError(f"{path} has no answers: give the file that a run wrote")
+    made = {str(record["model_id"]): None for record in records if record.get("model_id")}
+    runs = {str(own["run"]): None for own in map(_metadata, records) if own.get("run") is not None}
+    for what, names in (("models", made), ("runs", runs)):
+        if len(names) > 1:
+            raise ValueError(
+                f"{path} has answers of several {what} ({', '.join(names)}): score each in a file of its own"
+            )
+        if names:
+            notes[what.removesuffix("s")] = next(iter(names))
+    return answers, notes
+
+
+def _lines(content: str, name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects on a file's lines. A last one that is half written is left out, and noted."""
+    records = []
+    lines = [line for line in content.split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(line.encode(), name, number))
+        except ValueError:
+            if number < len(lines) or content.endswith("\n"):
+                raise
+            notes["half_written_lines"] = 1
+    return records
+
+
+def _single_value(content: str) -> Any:
+    """The json value that the whole file is; None where it is none."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _metadata(record: dict[str, Any]) -> dict[str, Any]:
+    found = record.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
+def _answer(record: Any, where: str) -> Answer:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object with question_id, prompt and text")
+    values = {}
+    for field, names in _NAMES.items():
+        found = next((name for name in names if record.get(name) is not None), None)
+        if found is None and field != "prompt":
+            raise ValueError(f"{where} has no {names[0]!r}: an answer has question_id, prompt and text")
+        values[field] = record[found] if found else ""
+    if not isinstance(values["question_id"], str | int):
+        raise ValueError(f"{where} has the question_id {values['question_id']!r}: it must be a text or a whole number")
+    known = {"question_id", "text", "prompt", "answer_id", "model_id", "metadata", "id", "pred", "response"}
+    extra = {key: value for key, value in record.items() if key not in known}
+    if error := _metadata(record).get("error"):
+        extra["error"] = error
+    return Answer(values["question_id"], str(values["text"]), str(values["prompt"]), extra)
 
 
 def _parse(line: bytes, name: str, number: int) -> dict[str, Any]:

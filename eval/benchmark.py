@@ -1,54 +1,164 @@
-"""What a benchmark is: questions about images, how they are put to a model, and how an answer is scored."""
+"""What a benchmark is: where its data lies, how it asks, how answers are scored. Each is a file in eval/benchmarks/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+if TYPE_CHECKING:
+    from eval.judge import Judge
+    from eval.sources import Tables
+
 
 @dataclass(frozen=True)
-class Sample:
-    """One question.
+class Visual:
+    """An image or a video that a question is about, opened when its turn comes.
 
     Attributes:
-        id: unique in its benchmark.
-        images: RGB images, in the order of the prompt; questions about one image share the object, which is then
-            prepared and encoded once.
-        question: as the data has it.
-        answer: the right one.
-        category: which of the benchmark's categories it counts in.
+        key: the same for the same image: questions about it then share its visual tokens. A path, or a row's name.
+        open: the RGB images that the model gets: one, or a video's frames. Raises ValueError or OSError with its name.
+        count: how many they are.
+        path: the file, where it is one; it is looked for before any work starts.
     """
 
-    id: str
-    images: tuple[Image.Image, ...]
-    question: str
-    answer: str
-    category: str
+    key: str
+    open: Callable[[], list[Image.Image]]
+    count: int = 1
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it is put to the model.
+
+    Attributes:
+        id: ``question_id`` in the answers file, of the data's own type. Some benchmarks repeat it (MME, TextVQA).
+        text: the user's turn with its instruction. Where it has no ``<image>``, one for each image goes in front.
+        visuals: what it is about; empty for text only.
+        category: of the benchmark's own categories.
+        prompt: what the answers file says was asked, as LLaVA's scripts write it; None: the text.
+        extra: further fields of its line in the answers file.
+    """
+
+    id: str | int
+    text: str
+    visuals: tuple[Visual, ...] = ()
+    category: str = "default"
+    prompt: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of an answers file.
+
+    Attributes:
+        question_id: of the question.
+        text: the model's, without special tokens and blanks around.
+        prompt: what the file says was asked.
+        extra: its further fields.
+    """
+
+    question_id: str | int
+    text: str
+    prompt: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A result.
+
+    Attributes:
+        metric: what the score is, in words.
+        score: the headline, as the official tool prints it (not rounded more than that).
+        details: subtasks, splits, counts and failures, ready for JSON.
+        parts: the columns of a table: name to score, in the headline's unit.
+        points: 0 to 1 for each of what is counted (questions; MMBench's base questions), in the data's order, where
+            the headline is 100 times their mean; standard errors come from it. None for other metrics.
+    """
+
+    metric: str
+    score: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    points: Sequence[float] | None = None
+
+
+class ScoredByServerError(ValueError):
+    """The answers are to be scored by a server: there is no truth here. The message says where to send them."""
+
+
+@dataclass(frozen=True)
+class File:
+    """Something that LLaVA's folder layout holds.
+
+    Attributes:
+        path: below the benchmark's folder; a directory ends in ``/``.
+        source: where it comes from: a URL, and what to do with it.
+        needed: to ``"run"`` (questions and images), to ``"score"``, or ``"both"``.
+    """
+
+    path: str
+    source: str
+    needed: str = "both"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows on the Hugging Face hub, for ``datasets.load_dataset(dataset, config, split=split)``."""
+
+    dataset: str
+    split: str
+    config: str | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Data, prompt and score, and nothing else.
+    """Data, prompt, metric and submission, and nothing else.
+
+    The data comes from LLaVA's folder or from the hub (or a local copy of its parquet files). Either way gives the same
+    kind of questions, and the same kind of truth, whatever ``score`` wants to have.
 
     Attributes:
         name: how commands call it.
-        summary: one line about it.
-        source: file that the data comes from, relative to the repository's root.
-        load: the questions in a file like ``source``; raises OSError or ValueError, with the cure.
-        prompt: the user's turn for a question; ``<image>`` goes in front where it does not say where.
-        score: 0 to 1 for a question and the model's text. The result is the mean, of each category and of all.
-        categories: in the order of the table's columns.
-        max_new_tokens: limit on an answer's length.
+        title: how tables call it.
+        summary: one line about it: metric and size.
+        folder: LLaVA's folder, below the data root (``playground/data/eval``).
+        files: what that folder holds.
+        tables: on the hub, by the names that ``from_tables`` uses.
+        from_folder: the questions, in the order of the official answers file.
+        from_tables: the questions.
+        truth_from_folder: what ``score`` compares with; images need not be there.
+        truth_from_tables: the same.
+        score: of answers in any order; answers that are missing, or to no question, are counted as the official tool
+            does, and reported in the details. The judge is None unless ``judged``.
+        max_new_tokens: limit on an answer's length, LLaVA's.
+        conv_mode: template that the protocol fixes; None: that of the model (``vicuna_v1`` for LLaVA-1.5).
+        judged: a language model scores: ``score`` needs its judge.
+        proxy: a comparison of strings can stand in for it (``--judge exact``).
+        graded: the score of a file that the official judge has graded already.
+        submit: for a server: write the answers in its format into a folder; returns the file.
     """
 
     name: str
+    title: str
     summary: str
-    source: Path
-    load: Callable[[Path], list[Sample]]
-    prompt: Callable[[Sample], str]
-    score: Callable[[Sample, str], float]
-    categories: tuple[str, ...]
+    folder: str
     max_new_tokens: int
+    from_folder: Callable[[Path], list[Question]]
+    truth_from_folder: Callable[[Path], Any]
+    score: Callable[[Sequence[Answer], Any, Judge | None], Score] | None
+    files: tuple[File, ...] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    from_tables: Callable[[Tables], list[Question]] | None = None
+    truth_from_tables: Callable[[Tables], Any] | None = None
+    conv_mode: str | None = None
+    judged: bool = False
+    proxy: bool = True
+    graded: Callable[[Path, Path | None], Score] | None = None
+    submit: Callable[[Sequence[Answer], Any, Path], Path] | None = None

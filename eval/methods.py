@@ -12,18 +12,45 @@ from visionzip.baselines import average_pool, drop_cls_token, random_tokens, rem
 
 
 @dataclass(frozen=True)
+class Run:
+    """One pass over a benchmark: a method at T tokens per image or tile (None: all), with a seed (None: it has none).
+
+    Attributes:
+        split: K and M where they are not the paper's share of T.
+    """
+
+    method: str
+    tokens: int | None = None
+    seed: int | None = None
+    split: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its answers' file: ``vanilla``, ``visionzip-48``, ``visionzip-17-15+2``, ``random-48-seed0``."""
+        parts = [self.method, *(str(part) for part in (self.tokens,) if part is not None)]
+        parts += [f"{self.split[0]}+{self.split[1]}"] if self.split else []
+        return "-".join(parts + ([] if self.seed is None else [f"seed{self.seed}"]))
+
+    @property
+    def budget(self) -> tuple[int, int] | None:
+        """K and M, None for methods that have none."""
+        split_of = METHODS[self.method].budget
+        return None if split_of is None else self.split or split_of(self.tokens)
+
+
+@dataclass(frozen=True)
 class Method:
     """One way; :func:`attached` takes it off again.
 
     Attributes:
         summary: one line about it.
-        attach: put it on a model that has nothing on it: (model, tokens, seed).
+        attach: put it on a model that has nothing on it, at the run's budget and seed.
         budget: K dominant tokens (CLS included) and M contextual ones of T; None where there are none.
         seeded: other seeds give other results, so that it is run with several.
     """
 
     summary: str
-    attach: Callable[[Any, int, int], Any]
+    attach: Callable[[Any, Run], Any]
     budget: Callable[[int], tuple[int, int]] | None = None
     seeded: bool = False
 
@@ -37,27 +64,27 @@ def split(tokens: int) -> tuple[int, int]:
     return tokens - contextual, contextual
 
 
-def _without_cls(model: Any, tokens: int, seed: int) -> None:
-    dominant, contextual = split(tokens)
+def _without_cls(model: Any, run: Run) -> None:
+    dominant, contextual = run.budget
     visionzip(model, dominant + 1, contextual)
     drop_cls_token(model)
 
 
 METHODS: dict[str, Method] = {
-    "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
+    "vanilla": Method("all visual tokens", lambda model, run: model),
     "visionzip": Method(
         "K dominant tokens (CLS included) and M contextual ones, 27 to 5",
-        lambda model, tokens, seed: visionzip(model, *split(tokens)),
+        lambda model, run: visionzip(model, *run.budget),
         split,
     ),
     "dominant-only": Method(
         "ablation: T dominant tokens (CLS included), the rest dropped",
-        lambda model, tokens, seed: visionzip(model, tokens, 0),
+        lambda model, run: visionzip(model, *run.budget),
         lambda tokens: (tokens, 0),
     ),
     "contextual-only": Method(
         "ablation: CLS and T - 1 contextual tokens",
-        lambda model, tokens, seed: visionzip(model, 1, tokens - 1),
+        lambda model, run: visionzip(model, *run.budget),
         lambda tokens: (1, tokens - 1),
     ),
     "no-cls": Method(
@@ -65,51 +92,41 @@ METHODS: dict[str, Method] = {
         _without_cls,
         split,
     ),
-    "random": Method("control: T patches at random", random_tokens, seeded=True),
-    "uniform": Method("control: T evenly spaced patches", lambda model, tokens, seed: uniform_tokens(model, tokens)),
-    "pool": Method("control: the patches averaged to T cells", lambda model, tokens, seed: average_pool(model, tokens)),
+    "random": Method(
+        "control: T patches at random", lambda model, run: random_tokens(model, run.tokens, run.seed), seeded=True
+    ),
+    "uniform": Method("control: T evenly spaced patches", lambda model, run: uniform_tokens(model, run.tokens)),
+    "pool": Method("control: the patches averaged to T cells", lambda model, run: average_pool(model, run.tokens)),
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One pass over a benchmark: a method at T tokens per image (None: all), with a seed (None: it has none)."""
-
-    method: str
-    tokens: int | None = None
-    seed: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Of its answers' file: ``vanilla``, ``visionzip-48``, ``random-48-seed0``."""
-        tokens = "" if self.tokens is None else f"-{self.tokens}"
-        return f"{self.method}{tokens}" + ("" if self.seed is None else f"-seed{self.seed}")
-
-    @property
-    def budget(self) -> tuple[int, int] | None:
-        """K and M, None for methods that have none."""
-        split_of = METHODS[self.method].budget
-        return None if split_of is None else split_of(self.tokens)
-
-
-def plan(methods: Sequence[str], tokens: Sequence[int], seeds: int) -> list[Run]:
+def plan(
+    methods: Sequence[str], tokens: Sequence[int], seeds: int, explicit: tuple[int, int] | None = None
+) -> list[Run]:
     """The runs of some methods at some budgets: vanilla once, the others once per budget, random with each seed.
 
     Args:
         methods: keys of :data:`METHODS`.
         tokens: T, visual tokens per image.
         seeds: how many seeds, from 0.
+        explicit: K and M of another budget, of T = K + M.
 
     Raises:
         ValueError: a method needs a budget and there is none.
     """
     methods, tokens = list(dict.fromkeys(methods)), list(dict.fromkeys(tokens))
+    splits: dict[int, tuple[int, int] | None] = dict.fromkeys(tokens)
+    if explicit:
+        splits[sum(explicit)] = None if split(sum(explicit)) == explicit else explicit
     at_a_budget = [method for method in methods if method != "vanilla"]
-    if at_a_budget and not tokens:
-        raise ValueError(f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens per image")
+    if at_a_budget and not splits:
+        raise ValueError(
+            f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens per image, or --dominant and "
+            "--contextual"
+        )
     return [Run("vanilla")] * ("vanilla" in methods) + [
-        Run(method, budget, seed)
-        for budget in tokens
+        Run(method, budget, seed, own if method == "visionzip" else None)
+        for budget, own in splits.items()
         for method in at_a_budget
         for seed in (range(seeds) if METHODS[method].seeded else [None])
     ]
@@ -145,7 +162,7 @@ def attach(model: Any, run: Run) -> None:
     patches = model.get_vision_tower().num_patches_per_side ** 2
     if run.tokens > patches:
         raise ValueError(f"--tokens {run.tokens}: an image has only {patches} patches in this model; give fewer")
-    METHODS[run.method].attach(model, run.tokens, run.seed or 0)
+    METHODS[run.method].attach(model, run)
 
 
 def detach(model: Any) -> None:

@@ -1,8 +1,21 @@
-"""The benchmarks by name. A new one is a file with a ``BENCHMARK``, and its line here."""
+"""The benchmarks by name: every file in eval/benchmarks/ with a ``BENCHMARK`` (or ``BENCHMARKS``, several)."""
 
 from __future__ import annotations
 
-from eval import scenes
+import importlib
+import pkgutil
+
+from eval import benchmarks
 from eval.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (scenes.BENCHMARK,)}
+
+def _found() -> dict[str, Benchmark]:
+    modules = [
+        importlib.import_module(f"{benchmarks.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(benchmarks.__path__)
+    ]
+    each = [one for module in modules for one in getattr(module, "BENCHMARKS", [getattr(module, "BENCHMARK", None)])]
+    return {benchmark.name: benchmark for benchmark in each if benchmark is not None}
+
+
+BENCHMARKS: dict[str, Benchmark] = _found()

@@ -1,4 +1,4 @@
-"""From answers to figures: accuracy with its standard error, what is kept of vanilla's, and what the tokens cost."""
+"""From answers to figures: scores with their standard errors, what is kept of vanilla's, and what the tokens cost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.answers import Answer
-from eval.benchmark import Benchmark, Sample
+from eval.answers import Given
+from eval.benchmark import Score
 from eval.methods import Run, by_row
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
@@ -18,98 +18,93 @@ Row = tuple[str, int | None]  # method and T: a line of the table, over all seed
 
 
 def summarize(
-    benchmark: Benchmark, samples: Sequence[Sample], answers: Mapping[Run, Mapping[str, Answer]], cost: dict[str, Any]
+    scores: Mapping[Run, Score], answers: Mapping[Run, Mapping[int, Given]], cost: dict[str, Any]
 ) -> dict[str, Any]:
     """The rows of the table and the differences between methods at the same budget.
 
     Args:
-        benchmark: what was asked.
-        samples: the questions that count.
-        answers: of each run, by question id.
+        scores: of each run; empty where nothing can be scored here.
+        answers: of each run, by the place of the question.
         cost: see :func:`eval.cost.measure_cost`.
 
     Returns:
-        ``rows`` and ``differences``, ready for JSON; accuracies are from 0 to 1.
+        ``rows`` and ``differences``, ready for JSON, in the unit of the scores. Standard errors are None where a score
+        is no mean over questions.
     """
     runs = by_row(answers)
-    scores = {
-        row: np.mean(
-            [[benchmark.score(sample, answers[run][sample.id].text) for sample in samples] for run in own], axis=0
-        )
+    # (Q,) of each row: what it has of each question, the mean over its seeds
+    points = {
+        row: np.mean([scores[run].points for run in own], axis=0)
         for row, own in runs.items()
+        if all(run in scores and scores[run].points for run in own)
     }
-    of_category = {
-        category: np.array([sample.category == category for sample in samples]) for category in benchmark.categories
-    }
-    every = np.ones(len(samples), dtype=bool)
-    resampled = bootstrap(np.stack(list(scores.values()), axis=1), [every, *of_category.values()])
-    columns = {row: number for number, row in enumerate(runs)}
-    vanilla = scores.get(("vanilla", None))
-
-    def mean_and_error(row: Row, part: int, mask: np.ndarray) -> dict[str, float] | None:
-        if not mask.any():
-            return None
-        spread = np.nanstd(resampled[:, part, columns[row]], ddof=1)
-        return {"mean": float(scores[row][mask].mean()), "standard_error": float(spread)}
-
+    if len({len(own) for own in points.values()}) > 1:  # of other questions: they cannot be compared one by one
+        points = {}
+    resampled = bootstrap(np.stack(list(points.values()), axis=1)) if points else np.empty((0, 0))
+    columns = {row: number for number, row in enumerate(points)}
+    vanilla = scores.get(Run("vanilla"))
     rows = []
     for row, own in runs.items():
-        overall = mean_and_error(row, 0, every)
         budget = own[0].budget
-        visual = visual_tokens(answers, own, samples)
-        rows.append(
-            {
-                "method": row[0],
-                "tokens": row[1],
-                "dominant": budget[0] if budget else None,
-                "contextual": budget[1] if budget else None,
-                "visual_tokens": visual,
-                "accuracy": {
-                    category: mean_and_error(row, part, mask)
-                    for part, (category, mask) in enumerate(of_category.items(), start=1)
+        visual = visual_tokens(answers, own)
+        entry: dict[str, Any] = {
+            "method": row[0],
+            "tokens": row[1],
+            "dominant": budget[0] if budget else None,
+            "contextual": budget[1] if budget else None,
+            "seeds": [run.seed for run in own if run.seed is not None],
+            "visual_tokens": visual,
+            "seconds": _seconds(answers, own),
+        }
+        if own[0] in scores:
+            found = [scores[run] for run in own]
+            mean = statistics.fmean(score.score for score in found)
+            error = 100 * float(resampled[:, columns[row]].std(ddof=1)) if row in columns else None
+            entry |= {
+                "metric": found[0].metric,
+                "score": mean,
+                "standard_error": error,
+                "score_by_seed": {
+                    str(run.seed): score.score for run, score in zip(own, found, strict=True) if run.seed is not None
                 },
-                "overall": overall,
-                "overall_by_seed": {
-                    str(run.seed): statistics.fmean(benchmark.score(s, answers[run][s.id].text) for s in samples)
-                    for run in own
-                    if run.seed is not None
+                "of_vanilla": mean / vanilla.score if vanilla is not None and vanilla.score else None,
+                "parts": {
+                    name: statistics.fmean(score.parts[name] for score in found if name in score.parts)
+                    for name in found[0].parts
                 },
-                "of_vanilla": (
-                    float(overall["mean"] / vanilla.mean()) if vanilla is not None and vanilla.any() else None
-                ),
-                **_cost_of(own[0], prompt_length(cost["text_tokens"], visual), answers, samples, cost),
+                "details": found[0].details,
             }
-        )
-    return {"rows": rows, "differences": _differences(scores, resampled[:, 0], columns)}
+        rows.append(entry | _cost_of(own[0], prompt_length(cost["text_tokens"], visual), answers, cost))
+    return {"rows": rows, "differences": _differences(points, resampled, columns)}
 
 
-def bootstrap(scores: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+def bootstrap(points: np.ndarray) -> np.ndarray:
     """Means over questions drawn again and again, with replacement.
 
-    All columns and masks are taken from the same draws, so that differences between them are paired.
+    All columns are taken from the same draws, so that differences between them are paired.
 
     Args:
-        scores: (Q, R) of Q questions in R rows of the table.
-        masks: P masks (Q,) of the questions that count in each part.
+        points: (Q, R) of Q questions in R rows of the table.
 
     Returns:
-        (RESAMPLES, P, R) means; NaN where a draw has no question of a part.
+        (RESAMPLES, R) means.
     """
     rng = np.random.default_rng(0)
-    questions = len(scores)
-    means = np.full((RESAMPLES, len(masks), scores.shape[1]), np.nan)
-    for draw in means:
-        counts = np.bincount(rng.integers(questions, size=questions), minlength=questions)
-        for part, mask in enumerate(masks):
-            weights = counts * mask
-            if weights.any():
-                draw[part] = weights @ scores / weights.sum()
-    return means
+    questions = len(points)
+    draws = (np.bincount(rng.integers(questions, size=questions), minlength=questions) for _ in range(RESAMPLES))
+    return np.stack([counts @ points / questions for counts in draws])
 
 
-def visual_tokens(answers: Mapping[Run, Mapping[str, Answer]], runs: Sequence[Run], samples: Sequence[Sample]) -> float:
-    """Mean number of visual tokens that reached the language model in some runs."""
-    return statistics.fmean(answers[run][sample.id].visual_tokens for run in runs for sample in samples)
+def visual_tokens(answers: Mapping[Run, Mapping[int, Given]], runs: Sequence[Run]) -> float:
+    """Mean number of visual tokens that reached the language model in some runs, of the questions with any."""
+    counted = [given.visual_tokens for run in runs for given in answers[run].values() if given.visual_tokens]
+    return statistics.fmean(counted) if counted else 0.0
+
+
+def _seconds(answers: Mapping[Run, Mapping[int, Given]], runs: Sequence[Run]) -> dict[str, float]:
+    """Of all questions together, mean over the seeds: vision tower and projector, prefill, decoding."""
+    totals = np.array([given.seconds for run in runs for given in answers[run].values()]).sum(axis=0) / len(runs)
+    return dict(zip(("vision", "prefill", "decode"), totals.tolist(), strict=True))
 
 
 def prompt_length(text_tokens: int, visual: float) -> int:
@@ -123,13 +118,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
 
 
-def _cost_of(
-    run: Run,
-    length: int,
-    answers: Mapping[Run, Mapping[str, Answer]],
-    samples: Sequence[Sample],
-    cost: dict[str, Any],
-) -> dict[str, Any]:
+def _cost_of(run: Run, length: int, answers: Mapping[Run, Mapping[int, Given]], cost: dict[str, Any]) -> dict[str, Any]:
     """Of one row: FLOPs, and seconds with the speed-up over vanilla in the same rounds."""
     prefill, vision = cost["prefill"][str(length)], cost["vision_seconds"].get(run.name)
     found: dict[str, Any] = {
@@ -140,7 +129,7 @@ def _cost_of(
         "vision_seconds": vision and spread(vision),
     }
     if (vanilla := Run("vanilla")) in answers:
-        whole = prompt_length(cost["text_tokens"], visual_tokens(answers, [vanilla], samples))
+        whole = prompt_length(cost["text_tokens"], visual_tokens(answers, [vanilla]))
         whole_seconds = cost["prefill"][str(whole)]["seconds"]
         ratios = [slow / fast for slow, fast in zip(whole_seconds, prefill["seconds"], strict=True)]
         found["prefill_speed_up"] = spread(ratios)
@@ -151,21 +140,21 @@ def _cost_of(
 
 
 def _differences(
-    scores: Mapping[Row, np.ndarray], resampled: np.ndarray, columns: Mapping[Row, int]
+    points: Mapping[Row, np.ndarray], resampled: np.ndarray, columns: Mapping[Row, int]
 ) -> list[dict[str, Any]]:
-    """VisionZip minus every other method of the same budget, question by question."""
+    """VisionZip minus every other method of the same budget, question by question, in points of 100."""
     found = []
-    for method, tokens in scores:
+    for method, tokens in points:
         own = ("visionzip", tokens)
-        if method == "visionzip" or own not in scores:
+        if method == "visionzip" or own not in points:
             continue
         paired = resampled[:, columns[own]] - resampled[:, columns[method, tokens]]
         found.append(
             {
                 "tokens": tokens,
                 "minus": method,
-                "difference": float((scores[own] - scores[method, tokens]).mean()),
-                "standard_error": float(paired.std(ddof=1)),
+                "difference": 100 * float((points[own] - points[method, tokens]).mean()),
+                "standard_error": 100 * float(paired.std(ddof=1)),
             }
         )
     return found

@@ -1,7 +1,9 @@
 """Runs a benchmark: each method at each budget over all questions, with one loaded model; then what the tokens cost.
 
-Everything lies in one folder: ``answers/`` with a file per run, ``cost.json`` with the timings, ``results.json`` and
-``table.md``. Run again, it does what is not there yet, and a killed run goes on where it was.
+Everything lies in one folder: ``answers/`` with a file per run in LLaVA's format (and what each process wrote, in
+``parts/``), ``cost.json`` with the timings, ``results.json`` and ``table.md``. Run again, it does what is not there
+yet, and a killed run goes on where it was. Started by ``torchrun`` or ``accelerate launch``, the processes share the
+batches.
 """
 
 from __future__ import annotations
@@ -9,117 +11,208 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import visionzip
-from eval.answers import Answer, AnswersFile, open_answers
-from eval.benchmark import Benchmark, Sample
-from eval.cost import covers, measure_cost, read_cost
+from eval.answers import Part, answers_file, as_answers, open_part, part_path
+from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
+from eval.benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
+from eval.cost import covers, read_cost
+from eval.data import check_files, data_of, judge_of
+from eval.judge import Judge
 from eval.methods import Run, attached, plan
 from eval.registry import BENCHMARKS
 from eval.results import summarize
 from eval.table import write_atomically, write_table
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import conv_mode_for, new_conversation
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.conversation import conv_mode_for
+from llava.mm_utils import get_model_name_from_path
 from llava.model.loading import find_file
-from llava.serve.chat import with_image_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A question, ready for the model.
-
-    Attributes:
-        sample: the question.
-        ids: (L,) token ids with the image sentinel.
-        images: its images; questions about one image share the tensor.
-        sizes: (width, height) of each image.
-    """
-
-    sample: Sample
-    ids: Tensor
-    images: tuple[Tensor, ...]
-    sizes: tuple[tuple[int, int], ...]
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens that are not an image's."""
-        return int((self.ids != IMAGE_TOKEN_INDEX).sum())
-
-
 def run(args: argparse.Namespace) -> None:
-    """Answer a benchmark's questions with each method at each budget, and write a table of accuracy and cost.
+    """Answer a benchmark's questions with each method at each budget, and write a table of scores and cost.
 
     Raises:
         ValueError: a flag, the data or the model is not as it should be, or the output folder has answers of another
             setting. Whatever can be known before the model is loaded is said before.
         OSError: a file is missing or damaged.
     """
-    benchmark = BENCHMARKS[args.benchmark]
-    runs = plan(args.method, args.tokens, args.seeds)
-    data = Path(args.data or ROOT / benchmark.source)
-    samples = benchmark.load(data)[: args.limit]
-    args.conv_mode = args.conv_mode or template_for(args.model_path)
+    benchmark, own = BENCHMARKS[args.benchmark], world()
+    config = config_of(args.model_path)
+    runs = plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
+    data = data_of(benchmark, args)
+    every = data.questions()
+    questions = every[: args.limit]
+    if not args.skip_bad:
+        check_files(questions)
+    args.conv_mode = args.conv_mode or benchmark.conv_mode or template_for(args.model_path)
+    if own.size > 1 and args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     folder, facts = Path(args.output), {**environment(_device(args)), "git_commit": git_commit()}
-    setting = setting_of(args, benchmark, data, samples[0])
+    judge = judge_of(benchmark, args.judge, folder / "judged")
+    truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
+    setting = setting_of(args, benchmark, config, every)
     with ExitStack() as stack:
-        files = {}
+        parts = {}
         for each in runs:
-            own = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
-            path = folder / "answers" / f"{each.name}.jsonl"
-            files[each] = stack.enter_context(open_answers(path, {**setting, **own}, facts))
-        answers = {each: file.answers for each, file in files.items()}
-        if earlier := {str(file.made.get("git_commit")) for file in files.values()} - {str(facts["git_commit"])}:
-            print(
-                f"{folder} has answers of other code (commit {', '.join(sorted(earlier))}), which stay: delete it to "
-                "answer all again",
-                file=sys.stderr,
-            )
+            its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
+            path = part_path(folder, each.name, own.rank)
+            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, errors=args.skip_bad))
+        _report_other_code(folder, parts, facts)
+        load = _Loader(args, questions, runs)
+        if not all(place in part.given for part in parts.values() for place in range(len(questions))):
+            answer_all(load(), benchmark, parts, args.batch_size, own)
+        own.wait()
+        if own.rank > 0:
+            return
+        for part in parts.values():
+            part.read()
+        given = {each: {place: part.given[place] for place in range(len(questions))} for each, part in parts.items()}
         cost = read_cost(folder / "cost.json", setting)
-        complete = all(sample.id in given for given in answers.values() for sample in samples)
-        if not complete or cost is None or not covers(cost, answers, samples):
-            tokenizer, model, image_processor, _ = load_from_arguments(args, vanilla=True)
-            for each in runs:  # what a method refuses, it refuses before the long work
-                with attached(model, each):
-                    pass
-            prompts = prepare(benchmark, samples, tokenizer, image_processor, model.config, args.conv_mode)
-            answer_all(model, tokenizer, benchmark, prompts, files, args.batch_size)
-            cost = measure_cost(model, prompts, answers)
+        if cost is None or not covers(cost, given):
+            cost = load().measure(given)
             write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1))
+        made = {each.name: part.made for each, part in parts.items()}
+    model_name = get_model_name_from_path(args.model_path)
+    answers = {each: as_answers(questions, found) for each, found in given.items()}
+    for each, found in answers.items():
+        write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
+    if benchmark.submit is not None and len(questions) == len(every):  # a server wants all answers
+        submit_all(benchmark, answers, truth, folder / "submissions")
+    scores = score_all(benchmark, answers, truth, judge)
+    errors = {
+        each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
+        for each, found in given.items()
+    }
+    if any(errors.values()):
+        name, own_errors = max(errors.items(), key=lambda item: len(item[1]))
+        first = "{question_id}: {error}".format(**own_errors[0])
+        print(
+            f"{name}: {len(own_errors)} questions could not be asked and count as wrong, the first is {first} (without "
+            "--skip-bad they are asked again)",
+            file=sys.stderr,
+        )
     results = {
         "benchmark": benchmark.name,
-        "model": get_model_name_from_path(args.model_path),
+        "model": model_name,
         "model_path": str(args.model_path),
-        "data": str(data),
-        "questions": len(samples),
+        "model_base": args.model_base,
+        "tuned": getattr(config, "visionzip", None) is not None,
+        "data": data.name,
+        "questions": len(questions),
+        "limited": len(questions) < len(every),
+        "not_asked": errors,
         "conv_mode": args.conv_mode,
+        "batch_size": args.batch_size,
+        "processes": own.size,
+        "judge": None if judge is None else judge.model,
         "setting": setting,
         "environment": facts,
         "visionzip": visionzip.__version__,
-        **summarize(benchmark, samples, answers, cost),
+        **summarize(scores, given, cost),
         "cost": cost,
-        "answers_made": {each.name: file.made for each, file in files.items()},
+        "answers_made": made,
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
     write_table(folder)
+
+
+class _Loader:
+    """Loads the model when it is asked for the first time."""
+
+    def __init__(self, args: argparse.Namespace, questions: Sequence[Question], runs: Sequence[Run]) -> None:
+        self._arguments = args, questions, runs
+        self._ready: Asked | None = None
+
+    def __call__(self) -> Asked:
+        args, questions, runs = self._arguments
+        if self._ready is None:
+            plain = argparse.Namespace(**{**vars(args), "dominant": None, "contextual": None})  # they are in the runs
+            tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
+            for each in runs:  # what a method refuses, it refuses before the long work
+                with attached(model, each):
+                    pass
+            prompts = prepare(questions, tokenizer, model.config, args.conv_mode)
+            self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model.config, args.skip_bad))
+        return self._ready
+
+
+def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:
+    """Why answers are written, but not scored; None where they are."""
+    if benchmark.score is None:
+        return "its server scores"
+    if not benchmark.judged or judge is not None:
+        return None
+    return f"give --judge MODEL{', or --judge exact for a proxy,' if benchmark.proxy else ''} to score it"
+
+
+def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[str, Any]) -> None:
+    if earlier := {str(part.made.get("git_commit")) for part in parts.values()} - {str(facts["git_commit"])}:
+        print(
+            f"{folder} has answers of other code (commit {', '.join(sorted(earlier))}), which stay: delete it to "
+            "answer all again",
+            file=sys.stderr,
+        )
+
+
+def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, folder: Path) -> None:
+    """Write what a server wants of some runs, each into a folder of its own."""
+    for run, own in answers.items():
+        (folder / run.name).mkdir(parents=True, exist_ok=True)
+        print(f"for the server: {benchmark.submit(own, truth, folder / run.name)}", file=sys.stderr)
+
+
+def score_all(
+    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None
+) -> dict[Run, Score]:
+    """Scores of some runs, as far as they can be had here."""
+    scores = {}
+    for run, own in answers.items():
+        if why := unscored(benchmark, judge):
+            print(f"{run.name}: answers are written, not scored: {why}", file=sys.stderr)
+            continue
+        try:
+            scores[run] = benchmark.score(own, truth, judge)
+        except ScoredByServerError as error:
+            print(f"{run.name}: answers are written, not scored: {error}", file=sys.stderr)
+    return scores
+
+
+def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | None:
+    """K and M of ``--dominant`` and ``--contextual``, else, without ``--tokens``, the checkpoint's own.
+
+    Raises:
+        ValueError: only one of the two is given, or no method that has a budget.
+    """
+    given = args.dominant, args.contextual
+    if given != (None, None):
+        if None in given:
+            raise ValueError(
+                f"--dominant {given[0]} --contextual {given[1]}: give both, or --tokens for the paper's split"
+            )
+        if args.method == ["vanilla"]:
+            raise ValueError(
+                f"--method vanilla keeps all visual tokens, but --dominant {given[0]} --contextual {given[1]} were "
+                "given too: choose one"
+            )
+        visionzip.VisionZipConfig(*given)  # checks them
+        return given
+    own = getattr(config, "visionzip", None)
+    return (own["dominant"], own["contextual"]) if own and not args.tokens else None
 
 
 def template_for(model_path: str) -> str:
@@ -135,30 +228,40 @@ def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def setting_of(args: argparse.Namespace, benchmark: Benchmark, data: Path, first: Sample) -> dict[str, Any]:
-    """Everything that decides the answers of all runs; it is written into their files and must not change in them.
+def config_of(model_path: str) -> Any:
+    """A checkpoint's ``config.json``.
 
     Raises:
-        OSError: a file of the model is missing.
+        FileNotFoundError: it has none.
     """
-    config = find_file(args.model_path, "config.json")
+    config = find_file(model_path, "config.json")
     if config is None:
-        raise FileNotFoundError(
-            f"--model-path {args.model_path} has no config.json: give a checkpoint's folder or hub name"
-        )
-    values = SimpleNamespace(**json.loads(Path(config).read_text(encoding="utf-8")))
-    tower = getattr(values, "mm_vision_tower", None)
+        raise FileNotFoundError(f"--model-path {model_path} has no config.json: give a checkpoint's folder or hub name")
+    return SimpleNamespace(**json.loads(Path(config).read_text(encoding="utf-8")))
+
+
+def setting_of(
+    args: argparse.Namespace, benchmark: Benchmark, config: Any, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """Everything that decides the answers of all runs; it is written into their files and must not change in them."""
+    tower = getattr(config, "mm_vision_tower", None)
     # Where the tower has no folder, its weights are in the checkpoint, or its name (in the config) says enough.
     parts = [args.model_path, args.model_base, tower if tower and Path(tower).is_dir() else None]
     return {
         "benchmark": benchmark.name,
-        "data": sha256(data),
         "model": fingerprint(*filter(None, parts)),
         "bits": 8 if args.load_8bit else 4 if args.load_4bit else None,
         "device": _device(args).split(":")[0],
-        "first_prompt": prompt_of(benchmark, first, values, args.conv_mode),
+        "first_prompt": prompt_of(questions[0], config, args.conv_mode),
         "max_new_tokens": benchmark.max_new_tokens,
+        "data": checksum_of(questions),
     }
+
+
+def checksum_of(questions: Sequence[Question]) -> str:
+    """A checksum of what some questions ask, and of the names of their images."""
+    facts = [[q.id, q.text, [Path(visual.key).name for visual in q.visuals]] for q in questions]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def fingerprint(*paths: str) -> str:
@@ -187,100 +290,3 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def prompt_of(benchmark: Benchmark, sample: Sample, config: Any, conv_mode: str) -> str:
-    """The whole prompt for a question, in a template."""
-    conversation = new_conversation(conv_mode)
-    text = with_image_tokens(benchmark.prompt(sample), len(sample.images), config)
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
-
-
-def prepare(
-    benchmark: Benchmark, samples: Sequence[Sample], tokenizer: Any, image_processor: Any, config: Any, conv_mode: str
-) -> list[Prompt]:
-    """Prompts and pixels of all questions, once for all runs; questions about one image come together."""
-    images = {id(image): image for sample in samples for image in sample.images}
-    pixels = dict(
-        zip(images, process_images(list(images.values()), image_processor, config) if images else [], strict=True)
-    )
-    places = {identity: place for place, identity in enumerate(images)}
-    together = sorted(samples, key=lambda sample: [places[id(image)] for image in sample.images])
-    return [
-        Prompt(
-            sample,
-            tokenizer_image_token(prompt_of(benchmark, sample, config, conv_mode), tokenizer, return_tensors="pt"),
-            tuple(pixels[id(image)] for image in sample.images),
-            tuple(image.size for image in sample.images),
-        )
-        for sample in together
-    ]
-
-
-def answer_all(
-    model: Any,
-    tokenizer: Any,
-    benchmark: Benchmark,
-    prompts: Sequence[Prompt],
-    files: Mapping[Run, AnswersFile],
-    batch_size: int,
-) -> None:
-    """Answer what is not answered yet, and append it to the files, batch by batch.
-
-    Batches are cut before what is answered is left out: a run that was killed answers as one that was not.
-    """
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    done = sum(prompt.sample.id in file.answers for file in files.values() for prompt in prompts)
-    with tqdm(total=len(prompts) * len(files), initial=done, unit="question", smoothing=0.05) as progress:
-        for run, file in files.items():
-            progress.set_description(run.name)
-            with attached(model, run):
-                for batch in batches:
-                    missing = [prompt.sample.id not in file.answers for prompt in batch]
-                    if any(missing):
-                        answers = answer(model, tokenizer, batch, benchmark.max_new_tokens)
-                        file.append([one for one, wanted in zip(answers, missing, strict=True) if wanted])
-                        progress.update(sum(missing))
-
-
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, batch: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to a batch of prompts."""
-    device = model.get_input_embeddings().weight.device
-    ids = [prompt.ids for prompt in batch]
-    pad = model.generation_config.pad_token_id
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-    images = [image for prompt in batch for image in prompt.images]
-    with _prompt_lengths(model) as lengths:
-        output = model.generate(
-            pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device),
-            attention_mask=mask.to(device),
-            images=images or None,
-            image_sizes=[size for prompt in batch for size in prompt.sizes] or None,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [
-        Answer(prompt.sample.id, text.strip(), length - prompt.text_tokens)
-        for prompt, text, length in zip(batch, texts, lengths, strict=True)
-    ]
-
-
-@contextmanager
-def _prompt_lengths(model: Any) -> Iterator[list[int]]:
-    """Collects the length of each prompt, visual tokens included, as the language model gets it."""
-    lengths: list[int] = []
-
-    def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (embeds := kwargs.get("inputs_embeds")) is not None:  # the prefill; later calls have a token each
-            mask = kwargs.get("attention_mask")  # none where there is no padding
-            lengths.extend([embeds.shape[1]] * len(embeds) if mask is None else mask.sum(dim=1).tolist())
-
-    handle = model.register_forward_pre_hook(listen, with_kwargs=True)
-    try:
-        yield lengths
-    finally:
-        handle.remove()

@@ -62,21 +62,23 @@ _ABOVE_DIFFERENCES = (
 
 
 def main_table(results: dict[str, Any]) -> list[list[str]]:
-    """Header and rows: accuracy in per cent by category and overall, and what the tokens cost."""
-    categories = list(results["rows"][0]["accuracy"])
+    """Header and rows: scores, those of the parts first, and what the tokens cost."""
+    categories = list(results["rows"][0].get("parts", {}))
     header = ["method", "visual tokens", *categories, "overall", "% of vanilla", "prefill ms (speed-up)", "GFLOPs"]
     lines = [header]
     for row in results["rows"]:
         budget = "" if row["dominant"] is None else f" {row['dominant']}+{row['contextual']}"
-        means = [row["accuracy"][category] for category in categories]
+        means = [row.get("parts", {}).get(category) for category in categories]
+        score = _MISSING if "score" not in row else _with_error(row["score"], row["standard_error"])
+        of_vanilla = row.get("of_vanilla")
         speed_up = f" ({row['prefill_speed_up']['median']:.1f}x)" if "prefill_speed_up" in row else ""
         lines.append(
             [
                 row["method"] + budget,
                 f"{row['visual_tokens']:.4g}",
-                *(_MISSING if mean is None else f"{100 * mean['mean']:.1f}" for mean in means),
-                _with_error(row["overall"]["mean"], row["overall"]["standard_error"]),
-                _MISSING if row["of_vanilla"] is None else f"{100 * row['of_vanilla']:.1f}",
+                *(_MISSING if mean is None else f"{mean:.1f}" for mean in means),
+                score,
+                _MISSING if of_vanilla is None else f"{100 * of_vanilla:.1f}",
                 f"{1e3 * row['prefill_seconds']['median']:.1f}{speed_up}",
                 f"{row['flops'] / 1e9:.3g}",
             ]
@@ -106,9 +108,11 @@ def facts(results: dict[str, Any]) -> str:
     """What the figures are and how they came about, in a few sentences."""
     where = results["environment"]
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
-    seeds = max((len(row["overall_by_seed"]) for row in results["rows"]), default=0)
+    seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
+    limited = ", not all there are" if results["limited"] else ""
+    metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
     return (
-        f"{results['questions']} questions, accuracy in %, ± standard error by bootstrap over questions"
+        f"{results['questions']} questions{limited}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
@@ -117,5 +121,5 @@ def facts(results: dict[str, Any]) -> str:
     )
 
 
-def _with_error(value: float, error: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")

@@ -21,7 +21,7 @@ OUTPUT="${OUTPUT:-results/quickstart}"
 
 say "accuracy and cost, vanilla and at 48, 32 and 16 of 144 visual tokens"
 "$PYTHON" -m eval run scenes --model-path "$MODEL_PATH" --output "$OUTPUT" \
-    --method vanilla visionzip random uniform pool --tokens 48 32 16 "$@"
+    --method vanilla visionzip random uniform pool --tokens 48 32 16 --batch-size 64 "$@"
 
 say "what VisionZip keeps and merges of one image"
 "$PYTHON" - "$OUTPUT" <<'PYTHON'
@@ -32,7 +32,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 folder = Path(sys.argv[1])
-data = json.loads((folder / "results.json").read_text())["data"]
+data = Path(json.loads((folder / "results.json").read_text())["data"]) / "test.parquet"
 (folder / "scene.jpg").write_bytes(pq.read_table(data, columns=["image"])["image"][0].as_py()["bytes"])
 PYTHON
 "$PYTHON" -m llava.cli visualize --model-path "$MODEL_PATH" --dominant 13 --contextual 3 \

@@ -1,0 +1,278 @@
+"""LLaVA-Bench (in the wild): 60 open questions about 24 images; GPT-4 rates the answers beside text-only GPT-4's own.
+
+Data: LLaVA's ``llava-bench-in-the-wild`` (questions, context, GPT-4's answers, images; a clone of the hub's
+liuhaotian/llava-bench-in-the-wild), or the hub's ``lmms-lab/llava-bench-in-the-wild``, whose only split is called
+train and which has an image for each question. Prompt: the bare question, greedy. Judge: gpt-4-0314 at temperature 0.2;
+it sees a description of the image, GPT-4's answer as that of assistant 1, the model's as that of assistant 2, and gives
+both 1 to 10. Metric: the model's mean over GPT-4's, each rounded to three digits, in percent, rounded to one. A review
+whose first line is not two numbers counts as (-1, -1). The judge's noise is about two points: published numbers are
+means of three runs. There is nothing that strings could be compared with, hence no proxy, and nothing to submit.
+
+Source: LLaVA's eval_gpt_review_bench.py, table/rule.json and summarize_gpt_review.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
+from eval.judge import Judge, Request
+from eval.matching import match, unreadable
+from eval.sources import Tables, need, picture, read_jsonl, refuse_repeated
+
+JUDGE_MODEL = "gpt-4-0314"
+_CATEGORIES = ("conv", "detail", "complex")
+_PREFIX = "llava_bench_"  # of the categories in LLaVA's reviews
+_NO_RATING = (-1.0, -1.0)
+_UNREADABLE = (10.0, 0.0)  # of GPT-4's answer and of the model's, where the model could not be asked
+_QUESTIONS, _CONTEXT, _REFERENCE = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+RULE = (
+    "We would like to request your feedback on the performance of two AI assistants in response to the user question "
+    "displayed above. The user asks the question on observing an image. For your reference, the visual content in the "
+    "image is represented with a few sentences describing the image. \n"
+    "Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
+    "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\n"
+    "Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, "
+    "respectively. The two scores are separated by a space.\n"
+    "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
+    "bias and ensuring that the order in which the responses were presented does not affect your judgment."
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the judge sees beside the model's answer.
+
+    Attributes:
+        question: as it was asked.
+        context: a description of the image.
+        reference: GPT-4's answer.
+        category: ``conv``, ``detail`` or ``complex``.
+    """
+
+    question: str
+    context: str
+    reference: str
+    category: str
+
+
+def questions_from_folder(folder: Path) -> list[Question]:
+    """The questions of LLaVA's file."""
+    return [
+        Question(row["question_id"], row["text"], (picture(folder / "images" / row["image"]),), row["category"])
+        for row in _questions(folder / _QUESTIONS)
+    ]
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        for name in ("question_id", "text", "image", "category"):
+            need(row, name, f"line {number} of {path}")
+        _check_category(row["category"], f"line {number} of {path}")
+    refuse_repeated((row["question_id"] for row in rows), str(path))
+    return rows
+
+
+def _check_category(category: str, where: str) -> None:
+    if category not in _CATEGORIES:
+        raise ValueError(f"{where} has the category {category!r}: known are {', '.join(_CATEGORIES)}")
+
+
+def questions_from_tables(tables: Tables) -> list[Question]:
+    """The questions of the hub's table."""
+    rows = tables["train"]
+    columns = [rows.column(name) for name in ("question_id", "question", "category")]
+    refuse_repeated(columns[0], rows.name)
+    return [
+        Question(_as_in_files(id_), text, (rows.picture(place),), category)
+        for place, (id_, text, category) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def _as_in_files(question_id: str | int) -> str | int:
+    """LLaVA's ids are numbers; a table may have them as strings."""
+    return int(question_id) if str(question_id).isdecimal() else question_id
+
+
+def truth_from_folder(folder: Path) -> dict[str, Item]:
+    """The items by their id, as a string."""
+    captions = _by(folder / _CONTEXT, "image", "caption")
+    references = _by(folder / _REFERENCE, "question_id", "text")
+    items = {}
+    for row in _questions(folder / _QUESTIONS):
+        name = str(row["question_id"])
+        context = need(captions, str(row["image"]), str(folder / _CONTEXT))
+        reference = need(references, name, str(folder / _REFERENCE))
+        items[name] = Item(row["text"], _joined(context), reference, row["category"])
+    return items
+
+
+def _by(path: Path, key: str, value: str) -> dict[str, Any]:
+    rows = enumerate(read_jsonl(path), start=1)
+    return {
+        str(need(row, key, f"line {line} of {path}")): need(row, value, f"line {line} of {path}") for line, row in rows
+    }
+
+
+def _joined(caption: str | Sequence[str]) -> str:
+    return caption if isinstance(caption, str) else "\n".join(caption)
+
+
+def truth_from_tables(tables: Tables) -> dict[str, Item]:
+    """The same, of the hub's table."""
+    rows = tables["train"]
+    names = ("question_id", "question", "caption", "gpt_answer", "category")
+    items = {}
+    for id_, question, caption, reference, category in zip(*(rows.column(name) for name in names), strict=True):
+        _check_category(category, f"{rows.name}, question {id_},")
+        items[str(id_)] = Item(question, _joined(caption), reference, category)
+    return items
+
+
+def request_of(item: Item, text: str) -> Request:
+    """What the judge is asked about an answer."""
+    content = (
+        f"[Context]\n{item.context}\n\n"
+        f"[Question]\n{item.question}\n\n"
+        f"[Assistant 1]\n{item.reference}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n"
+        f"[System]\n{RULE}\n\n"
+    )
+    messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": content})
+    return Request(messages, temperature=0.2, max_tokens=1024)
+
+
+def rating_of(review: str) -> tuple[float, float] | None:
+    """The two numbers in a review's first line; None if it is anything else, even with one blank too many."""
+    numbers = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
+    if len(numbers) != 2:
+        return None
+    try:
+        of_reference, of_model = float(numbers[0]), float(numbers[1])
+    except ValueError:
+        return None
+    return (of_reference, of_model) if math.isfinite(of_reference) and math.isfinite(of_model) else None
+
+
+def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
+    """Ratings of the answers that there are; every review is asked for once, as the official tool does.
+
+    An answer whose image could not be read is not reviewed: it has 0, where GPT-4's has 10.
+
+    Raises:
+        ValueError: there is no judge or no answer, the judge is the proxy, or it refuses.
+        OSError: the judge cannot be reached.
+    """
+    if judge is None:
+        raise ValueError(f"llavabench needs a judge: --judge {JUDGE_MODEL}")
+    if judge.exact:
+        raise ValueError(
+            "llavabench has no answers to compare strings with, hence no --judge exact: name a language model, as in "
+            f"--judge {JUDGE_MODEL}, or score a file of reviews with --graded"
+        )
+    matched = match(answers, truth)
+    given = {name: matched.answers[name] for name in truth if name in matched.answers}
+    asked = {name: answer.text for name, answer in given.items() if not unreadable(answer)}
+    found = judge.ask([request_of(truth[name], text) for name, text in asked.items()], rating_of, attempts=1)
+    ratings = dict.fromkeys(given, _UNREADABLE) | {
+        name: rating or _NO_RATING for name, rating in zip(asked, found, strict=True)
+    }
+    reviews = [(truth[name].category, rating) for name, rating in ratings.items()]
+    return _summary(reviews, judge.model, matched.counts)
+
+
+def graded(path: Path, data: Path | None = None) -> Score:
+    """The score of a file of reviews, as summarize_gpt_review.py prints it.
+
+    Args:
+        path: jsonl with ``category`` (``llava_bench_conv`` …) and ``tuple``, the two ratings. Lines without category
+            count for all only.
+        data: not needed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has no ratings, or the ratings have no ratio.
+    """
+    reviews = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"line {number} of {path}"
+        category = str(row["category"]).removeprefix(_PREFIX) if "category" in row else None
+        rating = need(row, "score" if category is None and "tuple" not in row else "tuple", where)
+        if not isinstance(rating, list) or len(rating) != 2 or not all(isinstance(one, int | float) for one in rating):
+            raise ValueError(f"{where} has the ratings {rating!r}, where two numbers are expected")
+        reviews.append((category, (rating[0], rating[1])))
+    return _summary(reviews, None, {})
+
+
+def _summary(
+    reviews: Sequence[tuple[str | None, tuple[float, float]]], model: str | None, further: Mapping[str, Any]
+) -> Score:
+    if not reviews:
+        raise ValueError("llavabench has no reviews to summarize: give the file that eval_gpt_review_bench.py wrote")
+    categories = sorted({category for category, _ in reviews if category is not None})
+    groups = {
+        "all": [ratings for _, ratings in reviews],
+        **{name: [ratings for category, ratings in reviews if category == name] for name in categories},
+    }
+    printed = {name: _printed(name, ratings) for name, ratings in groups.items()}
+    return Score(
+        metric=f"rating relative to GPT-4's answers, by {f'the judge {model}' if model else 'a file of reviews'}, %",
+        score=printed["all"]["relative"],
+        details={
+            "judge": model,
+            "protocol_judge": JUDGE_MODEL,
+            "reviews": len(reviews),
+            "unparsable": sum(tuple(ratings) == _NO_RATING for _, ratings in reviews),
+            **further,
+            "categories": printed,
+        },
+        parts={name: values["relative"] for name, values in printed.items() if name != "all"},
+    )
+
+
+def _printed(name: str, ratings: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The three numbers that the official tool prints of some reviews: the ratio, and ten times either mean."""
+    of_reference, of_model = (round(mean, 3) for mean in np.asarray(ratings).mean(0).tolist())
+    if of_reference == 0:
+        raise ValueError(f"the reviews of {name!r} rate GPT-4's answers 0 on average: nothing can be relative to that")
+    return {
+        "relative": round(of_model / of_reference * 100, 1),
+        "gpt4": round(of_reference * 10, 1),
+        "model": round(of_model * 10, 1),
+        "reviews": len(ratings),
+    }
+
+
+_HUB = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild: put its content here"
+
+BENCHMARK = Benchmark(
+    name="llavabench",
+    title="LLaVA-Bench",
+    summary=f"60 open questions in the wild (rating relative to GPT-4's answers, by {JUDGE_MODEL})",
+    folder="llava-bench-in-the-wild",
+    max_new_tokens=1024,
+    files=(
+        File(_QUESTIONS, _HUB),
+        File("images/", _HUB, "run"),
+        File(_CONTEXT, _HUB, "score"),
+        File(_REFERENCE, _HUB, "score"),
+    ),
+    tables={"train": Table("lmms-lab/llava-bench-in-the-wild", "train")},
+    from_folder=questions_from_folder,
+    truth_from_folder=truth_from_folder,
+    score=score,
+    from_tables=questions_from_tables,
+    truth_from_tables=truth_from_tables,
+    judged=True,
+    proxy=False,
+    graded=graded,
+)

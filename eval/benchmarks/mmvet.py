@@ -1,0 +1,349 @@
+"""MM-Vet: 218 open questions that need several capabilities at once, graded from 0 to 1 by GPT-4.
+
+Data: LLaVA's ``mm-vet`` (``llava-mm-vet.jsonl``; ``mm-vet.json`` and ``images`` of mm-vet.zip), or the hub's
+``lmms-lab/MMVet``, whose ids are ``v1_0`` where LLaVA's are 0, and whose capabilities are one string with commas; both
+become LLaVA's. Prompt: the bare question, greedy (lmms-eval puts a chain of thought in front and samples: other
+numbers). Metric: 100 times the sum of the grades over the number of items (218), for each capability and for each set
+of capabilities too. Judge: gpt-4-0613, one row of a table with seven examples. Submission: ``{"v1_0": text, …}`` for
+mm-vet_evaluator.py or the space MM-Vet_Evaluator, which call the model as the file is called.
+
+Source: https://github.com/yuweihao/MM-Vet, mm-vet_evaluator.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
+from eval.judge import Judge, Request, normalized_match
+from eval.matching import match, unreadable
+from eval.questions import EVAL_ZIP, read_questions
+from eval.sources import Tables, need, read_json, refuse_repeated
+
+JUDGE_MODEL = "gpt-4-0613"
+_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order
+_ITEMS = 218
+_ATTEMPTS = 5
+_QUESTIONS, _ITEMS_FILE = "llava-mm-vet.jsonl", "mm-vet.json"
+
+_EQUATION = "What is x in the equation? | -1 <AND> -5"
+_MEME = (
+    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
+    "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland "
+    "is mostly covered in ice and snow. The meme is saying that the person has trust issues because the names of these "
+    "countries do not accurately represent their landscapes."
+)
+PROMPT = "\n".join(
+    [
+        "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> "
+        "in the ground truth means it is totally right only when all elements in the ground truth are present in the "
+        "prediction, and <OR> means it is totally right when any one element in the ground truth is present in the "
+        "prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 "
+        "(totally right). Just complete the last space of the correctness score.",
+        "",
+        "Question | Ground truth | Prediction | Correctness",
+        "--- | --- | --- | ---",
+        f"{_EQUATION} | x = 3 | 0.0",
+        f"{_EQUATION} | x = -1 | 0.5",
+        f"{_EQUATION} | x = -5 | 0.5",
+        f"{_EQUATION} | x = -5 or 5 | 0.5",
+        f"{_EQUATION} | x = -1 or x = -5 | 1.0",
+        f"{_MEME} | The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is "
+        "not very icy and Greenland isn't very green. | 0.4",
+        f"{_MEME} | The meme is using humor to point out the misleading nature of Iceland's and Greenland's names. "
+        "Iceland, despite its name, has lush green landscapes while Greenland is mostly covered in ice and snow. The "
+        "text 'This is why I have trust issues' is a playful way to suggest that these contradictions can lead to "
+        "distrust or confusion. The humor in this meme is derived from the unexpected contrast between the names of "
+        "the countries and their actual physical characteristics. | 1.0",
+        "",
+    ]
+)
+_ONCE_MORE = "\nPredict the correctness of the answer (digit): "
+
+
+@dataclass(frozen=True)
+class Item:
+    """What an answer is compared with.
+
+    Attributes:
+        question: as it was asked.
+        answer: the ground truth, with ``<AND>`` and ``<OR>`` between its elements.
+        capabilities: that the question needs.
+    """
+
+    question: str
+    answer: str
+    capabilities: tuple[str, ...]
+
+
+def questions_from_folder(folder: Path) -> list[Question]:
+    """The questions of LLaVA's file; ids are numbers."""
+    return read_questions(folder / _QUESTIONS, folder / "images")
+
+
+def questions_from_tables(tables: Tables) -> list[Question]:
+    """The questions of the hub's table, with LLaVA's ids."""
+    rows = tables["test"]
+    ids = [_number(name, rows.name) for name in rows.column("question_id")]
+    refuse_repeated(ids, rows.name)
+    texts = rows.column("question")
+    return [
+        Question(id_, text, (rows.picture(place),)) for place, (id_, text) in enumerate(zip(ids, texts, strict=True))
+    ]
+
+
+def _number(name: str, where: str) -> int:
+    try:
+        return int(name.removeprefix("v1_"))
+    except ValueError:
+        raise ValueError(f"{where} has the question_id {name!r}, where v1_ and a number are expected") from None
+
+
+def truth_from_folder(folder: Path) -> dict[str, Item]:
+    """The items of ``mm-vet.json`` by their names, ``v1_0`` and so on."""
+    path = folder / _ITEMS_FILE
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is {type(content).__name__}, not an object with an entry for each item: fetch it again"
+        )
+    items = {}
+    for name, row in content.items():
+        where = f"{name} in {path}"
+        items[name] = Item(
+            need(row, "question", where), need(row, "answer", where), tuple(need(row, "capability", where))
+        )
+    return items
+
+
+def truth_from_tables(tables: Tables) -> dict[str, Item]:
+    """The same, of the hub's table."""
+    rows = tables["test"]
+    columns = (rows.column(name) for name in ("question_id", "question", "answer", "capability"))
+    return {
+        f"v1_{_number(name, rows.name)}": Item(question, answer, tuple(one.strip() for one in capability.split(",")))
+        for name, question, answer, capability in zip(*columns, strict=True)
+    }
+
+
+def request_of(item: Item, text: str) -> Request:
+    """What the judge is asked about an answer."""
+    wanted = item.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    content = f"{PROMPT}\n{item.question} | {wanted} | {text} | "
+    return Request(({"role": "user", "content": content},), temperature=0.0, max_tokens=3)
+
+
+def asked_again(request: Request, attempt: int) -> Request:
+    """The request after a reply without a grade: its end says what is wanted, and from the third time on it is warmer.
+
+    The official tool raises the temperature after it has asked again, not before: 0, 0, 0.5, 1, 1.5.
+    """
+    (message,) = request.messages
+    return replace(
+        request,
+        messages=({**message, "content": message["content"] + _ONCE_MORE},),
+        temperature=0.5 * (attempt - 1),
+    )
+
+
+def grade_of(reply: str) -> float | None:
+    """The grade that a reply begins with; None if it does not."""
+    try:
+        grade = float(reply.split(" ", maxsplit=1)[0].strip())
+    except ValueError:
+        return None
+    return grade if 0 <= grade <= 1 else None
+
+
+def matches(text: str, answer: str) -> bool:
+    """The proxy for the judge: any alternative of the ground truth, with all its elements, is in the answer."""
+    return any(
+        all(normalized_match(text, element) for element in alternative.split("<AND>"))
+        for alternative in answer.split("<OR>")
+    )
+
+
+def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
+    """Grades of the answers; an item without answer has none.
+
+    An answer without a grade after five replies has 0, and so has one whose image could not be read, unasked.
+
+    Raises:
+        ValueError: there is no judge or no answer, or the judge refuses.
+        OSError: the judge cannot be reached.
+    """
+    if judge is None:
+        raise ValueError(f"mmvet needs a judge: --judge {JUDGE_MODEL}, or --judge exact for the offline proxy")
+    matched = match(answers, truth, lambda answer: _name(answer.question_id))
+    given = {name: matched.answers[name] for name in truth if name in matched.answers}
+    asked = {name: answer.text for name, answer in given.items() if not unreadable(answer)}
+    found: list[float | None]
+    if judge.exact:
+        found = [float(matches(text, truth[name].answer)) for name, text in asked.items()]
+        metric = "offline proxy (--judge exact), not GPT-4's score: % of texts with the answer's words in them"
+    else:
+        requests = [request_of(truth[name], text) for name, text in asked.items()]
+        found = judge.ask(requests, grade_of, asked_again, _ATTEMPTS)
+        metric = f"score by the judge {judge.model}, 0 to 100"
+    by_name = dict.fromkeys(given, 0.0) | {name: grade or 0.0 for name, grade in zip(asked, found, strict=True)}
+    result = _summary(
+        {name: [grade] for name, grade in by_name.items()},
+        {name: item.capabilities for name, item in truth.items()},
+        len(truth),
+        metric,
+    )
+    details = {
+        "judge": judge.model,
+        "protocol_judge": JUDGE_MODEL,
+        **result.details,
+        **matched.counts,
+        "unparsable": found.count(None),
+    }
+    return replace(result, details=details, points=matched.in_order(by_name))
+
+
+def graded(path: Path, data: Path | None) -> Score:
+    """The score of a file that mm-vet_evaluator.py has graded, ``{"v1_0": {"model", "content", "score"}, …}``.
+
+    Args:
+        path: the file. ``score`` has a grade for each run of the judge; the result is the mean of those that all items
+            have.
+        data: LLaVA's folder; with its ``mm-vet.json`` there are scores of the capabilities. Without it there are 218
+            items.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or of other items than those of ``mm-vet.json``.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'{path} has no graded items: expected is {{"v1_0": {{"score": [0.5, …], …}}, …}}')
+    grades = {name: _grades(row, f"{name} in {path}") for name, row in content.items()}
+    items = truth_from_folder(data) if data is not None and (data / _ITEMS_FILE).is_file() else None
+    if items is not None and (unknown := [name for name in grades if name not in items]):
+        raise ValueError(f"{path} has grades of {', '.join(unknown[:3])}, which {data / _ITEMS_FILE} does not have")
+    capabilities = {name: item.capabilities for name, item in items.items()} if items else None
+    models = (row.get("model") or [] for row in content.values())
+    judges = {one for named in models for one in ([named] if isinstance(named, str) else named)}
+    judge = ", ".join(sorted(map(str, judges))) or None
+    metric = f"score by {f'the judge {judge}' if judge else 'a graded file'}, 0 to 100"
+    result = _summary(grades, capabilities, len(items) if items else _ITEMS, metric)
+    return replace(result, details={"judge": judge, "protocol_judge": JUDGE_MODEL, **result.details})
+
+
+def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
+    """Write the answers as the official evaluator reads them; name the file after the model."""
+    path = folder / "mmvet.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {_name(answer.question_id): answer.text for answer in answers}
+    path.write_text(json.dumps(texts, indent=2), encoding="utf-8")
+    return path
+
+
+def _name(question_id: str | int) -> str:
+    return f"v1_{str(question_id).removeprefix('v1_')}"
+
+
+def _grades(row: Any, where: str) -> list[float]:
+    grades = row.get("score") if isinstance(row, dict) else None
+    if not isinstance(grades, list) or not grades:
+        raise ValueError(f"{where} has no grades: grade it to the end with mm-vet_evaluator.py")
+    for grade in grades:
+        if not isinstance(grade, int | float) or not 0 <= grade <= 1:
+            raise ValueError(f"{where} has the grade {grade!r}, where a number from 0 to 1 is expected")
+    return grades
+
+
+def _summary(
+    grades: Mapping[str, Sequence[float]],
+    capabilities: Mapping[str, Sequence[str]] | None,
+    items: int,
+    metric: str,
+) -> Score:
+    """The mean of the judge's runs, in total and of the items that need something.
+
+    Args:
+        grades: of each item, one for each run, in the order in which they are added up.
+        capabilities: of each item, graded or not; None if that is not known.
+        items: how many there are.
+        metric: what the score is.
+    """
+    needs = capabilities or {}
+    single = {name: tuple(set(needed)) for name, needed in needs.items()}
+    together = {name: (_set_name(needed),) for name, needed in needs.items()}
+    of_one, of_set = (Counter(group for groups in of.values() for group in groups) for of in (single, together))
+    runs = min((len(of_item) for of_item in grades.values()), default=1)
+
+    def shares(groups: Mapping[str, Sequence[str]], counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+        sums = {group: np.zeros(runs) for group in counts}
+        for name, of_item in grades.items():
+            for group in groups.get(name, ()):
+                sums[group] += of_item[:runs]
+        return {group: of_group / counts[group] * 100 for group, of_group in sums.items()}  # official order of rounding
+
+    total = shares(dict.fromkeys(grades, ("total",)), {"total": items})["total"]
+    by_one = {name: float(values.mean()) for name, values in shares(single, of_one).items()}
+    by_one = {name: by_one[name] for name in sorted(by_one, key=_place)}
+    by_set = {name: float(values.mean()) for name, values in shares(together, of_set).items()}
+    details = {
+        "items": items,
+        "missing": items - len(grades),
+        "runs": total.tolist(),
+        "std": float(total.std()),
+        "capabilities": by_one,
+        "capability_sets": {name: by_set[name] for name, _ in of_set.most_common()},
+        "items_by_capability": {name: of_one[name] for name in by_one},
+        "items_by_capability_set": dict(of_set.most_common()),
+        "printed": {  # with the official tool's decimals
+            **{name: _rounded(share) for name, share in by_one.items()},
+            "total": _rounded(total.mean()),
+            "std": _rounded(total.std()),
+            "runs": [_rounded(share) for share in total],
+        },
+    }
+    return Score(metric=metric, score=float(total.mean()), details=details, parts=by_one)
+
+
+def _rounded(value: float) -> float:
+    return float(np.round(value, 1))
+
+
+def _place(capability: str) -> tuple[int, str]:
+    known = capability in _CAPABILITIES
+    return (_CAPABILITIES.index(capability) if known else len(_CAPABILITIES)), capability
+
+
+def _set_name(capabilities: Sequence[str]) -> str:
+    return "_".join(sorted(set(capabilities), key=_place))
+
+
+_ZIP = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip: unzip it in playground/data/eval"
+
+BENCHMARK = Benchmark(
+    name="mmvet",
+    title="MM-Vet",
+    summary=f"218 open questions that need several capabilities (score from 0 to 100 by {JUDGE_MODEL})",
+    folder="mm-vet",
+    max_new_tokens=1024,
+    files=(
+        File(_QUESTIONS, EVAL_ZIP, "run"),
+        File("images/", _ZIP, "run"),
+        File(_ITEMS_FILE, _ZIP, "score"),
+    ),
+    tables={"test": Table("lmms-lab/MMVet", "test")},
+    from_folder=questions_from_folder,
+    truth_from_folder=truth_from_folder,
+    score=score,
+    from_tables=questions_from_tables,
+    truth_from_tables=truth_from_tables,
+    judged=True,
+    graded=graded,
+    submit=submit,
+)

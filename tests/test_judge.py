@@ -1,0 +1,469 @@
+"""The judge: what it sends, what it pays for, and a server that misbehaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.judge import Judge, Request, api_judge, exact_judge, normalized_match
+
+ROOT = Path(__file__).resolve().parents[1]
+Reply = str | tuple[int, dict[str, str], bytes]
+HELLO = Request(({"role": "user", "content": "hello"},))
+
+
+class JudgeServer:
+    """An OpenAI-compatible endpoint on this machine; other tests use it too.
+
+    Attributes:
+        asked: the bodies of the requests, in the order in which they came.
+        most: requests that were under way together, at most.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any], int], Reply]) -> None:
+        """``reply``: of a request's body and how many there were before; a text, or status, headers and body."""
+        self.asked: list[dict[str, Any]] = []
+        self.authorization: set[str | None] = set()
+        self.most = 0
+        self._under_way = 0
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer._lock:
+                    number = len(outer.asked)
+                    outer.asked.append(body)
+                    outer.authorization.add(self.headers["Authorization"])
+                    outer._under_way += 1
+                    outer.most = max(outer.most, outer._under_way)
+                assert self.path == "/v1/chat/completions"
+                answer = reply(body, number)
+                status, headers, content = (200, {}, completion(answer)) if isinstance(answer, str) else answer
+                with outer._lock:
+                    outer._under_way -= 1
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # the client did not wait
+                    super().handle()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> JudgeServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def completion(content: str | None, model: str = "gpt-4-0613") -> bytes:
+    """A response as the chat API gives it."""
+    message = {"role": "assistant", "content": content, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+    whole = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice]}
+    return json.dumps({**whole, "usage": usage}).encode()
+
+
+def failure(status: int, message: str, **headers: str) -> Reply:
+    """An error as the API gives it."""
+    error = {"message": message, "type": "error", "param": None, "code": None}
+    return (
+        status,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+        json.dumps({"error": error}).encode(),
+    )
+
+
+def ask_of(*words: str) -> list[Request]:
+    return [Request(({"role": "user", "content": word},)) for word in words]
+
+
+def word_of(body: dict[str, Any]) -> str:
+    return body["messages"][-1]["content"]
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's waits and ours, a hundred times shorter; a key, and no proxy in between."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("eval.judge._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("eval.judge._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("eval.judge._RETRIES", 3)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., JudgeServer]]:
+    """Starts an endpoint, to which OPENAI_BASE_URL points then."""
+    running = []
+
+    def start(reply: Callable[[dict[str, Any], int], Reply]) -> JudgeServer:
+        running.append(JudgeServer(reply).__enter__())
+        monkeypatch.setenv("OPENAI_BASE_URL", running[-1].url)
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__()
+
+
+# What is asked, and what is kept
+
+
+def test_replies_come_in_the_requests_order(serve, tmp_path: Path):
+    """Concurrently, not more than so many at a time, with the settings that are given and no others."""
+    words = [str(number) for number in range(20)]
+
+    def reply(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.002 * (7 * number % 5))
+        return f"<{word_of(body)}>"
+
+    server = serve(reply)
+    judge = api_judge("gpt-4-0613", tmp_path / "cache", workers=4)
+    assert (judge.model, judge.exact) == ("gpt-4-0613", False)
+    assert judge.ask(ask_of(*words), str) == [f"<{word}>" for word in words]
+    assert 2 <= server.most <= 4
+    assert server.authorization == {"Bearer sk-test"}
+    assert server.asked[0].keys() == {"model", "messages"} and server.asked[0]["model"] == "gpt-4-0613"
+
+    judge.ask([replace(HELLO, temperature=0.0, max_tokens=3)], str)
+    assert server.asked[-1] == {
+        "model": "gpt-4-0613",
+        "messages": [{"role": "user", "content": "hello"}],
+        "temperature": 0.0,
+        "max_tokens": 3,
+    }
+
+
+def test_nothing_is_paid_for_twice(serve, tmp_path: Path, capsys):
+    """Neither in another process nor within a call; another model or setting is another request."""
+    server = serve(lambda body, number: f"reply {number}")
+    cache = tmp_path / "cache"
+    first = api_judge("gpt-4-0613", cache, workers=1).ask(ask_of("a", "b", "a"), str)
+    assert first == ["reply 0", "reply 1", "reply 0"] and len(server.asked) == 2
+    capsys.readouterr()
+    assert api_judge("gpt-4-0613", cache).ask(ask_of("b", "a", "c"), str) == ["reply 1", "reply 0", "reply 2"]
+    assert "judge gpt-4-0613" in (bar := capsys.readouterr().err) and "cached=2" in bar and "3/3" in bar
+    assert api_judge("gpt-4o", cache).ask(ask_of("a"), str) == ["reply 3"]
+    assert api_judge("gpt-4o", cache).ask([replace(ask_of("a")[0], temperature=0.5)], str) == ["reply 4"]
+
+    files = sorted(cache.iterdir())
+    assert len(files) == 5 and all(len(file.stem) == 64 and file.suffix == ".json" for file in files)
+    kept = [json.loads(file.read_text()) for file in files]
+    assert {"request", "reply", "model"} == kept[0].keys()
+    assert sorted(entry["reply"] for entry in kept) == [f"reply {number}" for number in range(5)]
+
+
+def test_what_is_cached_needs_no_server(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    serve(lambda body, number: "yes")
+    api_judge("gpt-4-0613", tmp_path).ask(ask_of("a"), str)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert api_judge("gpt-4-0613", tmp_path).ask(ask_of("a"), str) == ["yes"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"reply": "ye', b"[]", b'{"reply": 3}', b"\xff"])
+def test_a_damaged_file_of_the_cache_is_asked_again(serve, tmp_path: Path, content: bytes):
+    server = serve(lambda body, number: f"reply {number}")
+    judge = api_judge("gpt-4-0613", tmp_path)
+    judge.ask(ask_of("a"), str)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert judge.ask(ask_of("a"), str) == judge.ask(ask_of("a"), str) == ["reply 1"]
+    assert len(server.asked) == 2
+
+
+def test_a_killed_run_goes_on(serve, tmp_path: Path):
+    """With kill -9 in the middle: what had come is not asked again, and the rest is."""
+    killed = threading.Event()
+
+    def reply(body: dict[str, Any], number: int) -> str:
+        if number >= 3:
+            killed.wait(20)
+        return word_of(body).upper()
+
+    server = serve(reply)
+    code = (
+        "import sys; from pathlib import Path; from eval.judge import Request, api_judge\n"
+        "requests = [Request(({'role': 'user', 'content': word},)) for word in 'abcdef']\n"
+        "print(api_judge('gpt-4-0613', Path(sys.argv[1]), workers=1).ask(requests, str))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    killed.set()
+    assert process.returncode == -signal.SIGKILL
+    assert [word_of(body) for body in server.asked] == [*"abcd"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == str([*"ABCDEF"]) and "cached=3" in done.stderr
+    assert [word_of(body) for body in server.asked[4:]] == [*"def"]
+
+
+# Replies that do not parse
+
+
+def number_in(reply: str) -> int | None:
+    return int(reply) if reply.isdecimal() else None
+
+
+def test_what_does_not_parse_is_asked_again(serve, tmp_path: Path):
+    """As ``retry`` changes the first request; only what did not parse; at last None; all of it from the cache."""
+    server = serve(lambda body, number: "7" if word_of(body) in ("good", "late!!") else "hm")
+
+    def retry(request: Request, attempt: int) -> Request:
+        (message,) = request.messages
+        longer = {**message, "content": message["content"] + "!" * attempt}
+        return Request((longer,), temperature=0.5 * attempt)
+
+    judge = api_judge("gpt-4-0613", tmp_path, workers=1)
+    for _ in range(2):
+        assert judge.ask(ask_of("good", "late", "bad"), number_in, retry, attempts=4) == [7, 7, None]
+    assert [(word_of(body), body.get("temperature")) for body in server.asked] == [
+        *[("good", None), ("late", None), ("bad", None)],
+        *[("late!", 0.5), ("bad!", 0.5)],
+        *[("late!!", 1.0), ("bad!!", 1.0)],
+        ("bad!!!", 1.5),
+    ]
+
+
+def test_the_same_request_can_be_tried_again(serve, tmp_path: Path):
+    """Without ``retry``: an attempt's reply is not the reply of the one before."""
+    server = serve(lambda body, number: "hm" if number < 2 else "5")
+    judge = api_judge("gpt-3.5-turbo", tmp_path)
+    assert judge.ask([HELLO], number_in) == [5] and len(server.asked) == 3
+    assert judge.ask([HELLO], number_in) == [5] and len(server.asked) == 3
+    assert judge.ask([HELLO], number_in, attempts=2) == [None] and len(server.asked) == 3
+
+
+def test_a_refusal_is_an_empty_reply(serve, tmp_path: Path):
+    """The API gives null for the content then; it has been paid for, and counts as a reply that does not parse."""
+    server = serve(lambda body, number: (200, {}, completion(None)))
+    assert api_judge("gpt-4-0613", tmp_path).ask([HELLO], number_in, attempts=2) == [None]
+    assert len(server.asked) == 2
+
+
+def test_nothing_to_judge(tmp_path: Path):
+    assert api_judge("gpt-4-0613", tmp_path).ask([], str) == []
+
+
+# A server that misbehaves
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        failure(429, "slow down"),
+        failure(429, "slow down", Retry_After="0.01"),
+        failure(429, "slow down", retry_after_ms="10"),
+        failure(500, "oh no"),
+        (502, {"Content-Type": "text/html"}, b"<html>Bad gateway</html>"),
+        failure(503, "overloaded"),
+        (200, {}, b"{ this is no json"),
+        (200, {"Content-Type": "text/html"}, b"<html>captive portal</html>"),
+        (200, {}, b"\xff\xfe\x00"),
+        (200, {}, b""),
+        (200, {}, b"null"),
+        (200, {}, b'{"choices": []}'),
+        (200, {}, b'{"choices": null}'),
+        (200, {}, b'{"choices": [{"message": {"content": ["parts"]}}]}'),
+        (200, {}, b'{"error": {"message": "overloaded", "code": 502}}'),
+    ],
+    ids=lambda bad: f"{bad[0]} {[*bad[1].values()]} {bad[2][:20]}",
+)
+def test_faults_that_pass_are_waited_for(serve, tmp_path: Path, bad: Reply):
+    """Every request gets such an answer twice; none of these is kept."""
+    seen: dict[str, int] = {}
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        seen[word_of(body)] = seen.get(word_of(body), 0) + 1
+        return bad if seen[word_of(body)] <= 2 else word_of(body).upper()
+
+    server = serve(reply)
+    assert api_judge("gpt-4-0613", tmp_path, workers=3).ask(ask_of("a", "b", "c"), str) == ["A", "B", "C"]
+    assert len(server.asked) == 9 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_retry_after_is_obeyed(serve, tmp_path: Path):
+    times = []
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        times.append(time.monotonic())
+        return "yes" if number else failure(429, "slow down", retry_after_ms="300")
+
+    serve(reply)
+    assert api_judge("gpt-4-0613", tmp_path).ask([HELLO], str) == ["yes"]
+    assert times[1] - times[0] >= 0.29
+
+
+def test_a_slow_server_is_asked_again(serve, tmp_path: Path):
+    done = threading.Event()
+
+    def reply(body: dict[str, Any], number: int) -> str:
+        if number == 0:
+            done.wait(5)
+        return "yes"
+
+    server = serve(reply)
+    assert api_judge("gpt-4-0613", tmp_path, timeout=0.2).ask([HELLO], str) == ["yes"]
+    done.set()
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_stays_silent(serve, tmp_path: Path):
+    done = threading.Event()
+    serve(lambda body, number: str(done.wait(5)))
+    with pytest.raises(OSError, match=r"1 of 1 replies of the judge gpt-4-0613 are missing.*timed out"):
+        api_judge("gpt-4-0613", tmp_path, timeout=0.05).ask([HELLO], str)
+    done.set()
+
+
+def test_nothing_is_lost_when_the_server_goes_down(serve, tmp_path: Path):
+    """What came is kept, the message says what is missing, and the same call goes on with that."""
+    broken = {"c", "e"}
+    server = serve(lambda body, number: failure(500, "out of memory") if word_of(body) in broken else word_of(body))
+    judge = api_judge("gpt-4-0613", tmp_path, workers=4)
+    with pytest.raises(OSError, match=r"2 of 5 .* HTTP 500: .*out of memory.*the same command goes on") as raised:
+        judge.ask(ask_of(*"abcde"), str)
+    assert str(tmp_path) in str(raised.value) and server.url in str(raised.value)
+    asked = len(server.asked)
+    assert asked == 3 + 2 * 4  # once, and three times again
+    broken.clear()
+    assert judge.ask(ask_of(*"abcde"), str) == [*"abcde"]
+    assert sorted(word_of(body) for body in server.asked[asked:]) == ["c", "e"]
+
+
+def test_a_server_that_is_down_for_all_is_not_asked_for_all(serve, tmp_path: Path):
+    """Each request waits as long as the retries take: a few tell enough."""
+    server = serve(lambda body, number: failure(503, "maintenance"))
+    with pytest.raises(OSError, match=r"200 of 200 .*maintenance"):
+        api_judge("gpt-4-0613", tmp_path, workers=2).ask(ask_of(*map(str, range(200))), str)
+    assert len({word_of(body) for body in server.asked}) < 20
+
+
+def test_garbage_without_end(serve, tmp_path: Path):
+    server = serve(lambda body, number: (200, {}, b"<html>login</html>"))
+    with pytest.raises(OSError, match=r"no chat completion \('<html>login</html>'\)"):
+        api_judge("gpt-4-0613", tmp_path).ask([HELLO], str)
+    assert len(server.asked) == 4 and not list(tmp_path.iterdir())
+
+
+def test_a_port_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+    with pytest.raises(OSError, match=rf"2 of 2 .*127\.0\.0\.1:{port}/v1/ cannot be reached .*refused"):
+        api_judge("gpt-4-0613", tmp_path).ask(ask_of("a", "b"), str)
+
+
+@pytest.mark.parametrize(
+    ("status", "cure"),
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--judge.*OPENAI_BASE_URL"), (400, "--judge")],
+)
+def test_what_retrying_cannot_cure_is_said_at_once(serve, tmp_path: Path, status: int, cure: str):
+    """Without asking for the rest, and without losing what came before."""
+    server = serve(lambda body, number: word_of(body) if number < 3 else failure(status, "no way"))
+    judge = api_judge("gpt-4-0613", tmp_path, workers=1)
+    with pytest.raises(ValueError, match=rf"{server.url}.*HTTP {status}: .*no way.*{cure}") as raised:
+        judge.ask(ask_of(*map(str, range(100))), str)
+    assert "\n" not in str(raised.value) and "sk-test" not in str(raised.value)
+    assert len(server.asked) < 10 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for value in (None, " "):
+        monkeypatch.delenv("OPENAI_API_KEY") if value is None else monkeypatch.setenv("OPENAI_API_KEY", value)
+        with pytest.raises(ValueError, match="gpt-4-0613 needs a key: set OPENAI_API_KEY"):
+            api_judge("gpt-4-0613", tmp_path)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'visionzip\[eval\]'"):
+        api_judge("gpt-4-0613", tmp_path)
+
+
+# The proxy
+
+
+def test_the_proxy_asks_nobody(tmp_path: Path):
+    judge = exact_judge()
+    assert isinstance(judge, Judge) and (judge.model, judge.exact) == ("exact", True)
+    with pytest.raises(ValueError, match="no language model"):
+        judge.ask([HELLO], str)
+    with pytest.raises(ValueError, match="offline proxy"):
+        api_judge("exact", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "same"),
+    [
+        ("Dog", "dog", True),
+        ("The dog.", "a dog", True),
+        ("A man is playing the guitar on stage.", "guitar", True),
+        ("playing guitar", "play", False),
+        ("two men", "man", False),
+        ("hot dog", "dog hot", False),
+        ("It is a hot, small dog", "hot dog", False),
+        ("x = -1 or x = -5", "-5", True),
+        ("x = 5", "-5", False),
+        ("It costs $1,000.50!", "1000.50", True),
+        ("13.5", "3.5", False),
+        ("10-5", "5", True),
+        ("the man's hat", "mans hat", True),
+        ("T-shirt", "t shirt", True),
+        ("on the left side of the table", "left side of table", True),
+        ("", "dog", False),
+        ("dog", "", False),
+        ("A", "a", True),
+        ("?", "!", False),
+    ],
+)
+def test_normalized_match(prediction: str, answer: str, same: bool):
+    assert normalized_match(prediction, answer) is same
+
+
+words = st.lists(st.sampled_from(["dog", "red", "two", "3.5", "-5", "jump", "blue"]), min_size=1, max_size=4)
+
+
+@given(words, words, words)
+def test_a_run_of_words_is_found_wherever_it_is(before: list[str], answer: list[str], after: list[str]):
+    text = f"The {' '.join(before)}, {' the '.join(answer).upper()}; {' '.join(after)}!"
+    assert normalized_match(text, " ".join(answer))
+    assert normalized_match(" ".join(answer), text) is False
