@@ -241,7 +241,7 @@ class VisionTower(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """What :class:`EncodedImage` holds, of images (B, 3, h, w): tokens (B, N, D) and indices (B, K) or None."""
         if self.visionzip is None:
-            return self.forward(images), None
+            return self(images), None  # as a call, so that hooks (controls) are run
         compressed = self.compress(images)
         return compressed.tokens, compressed.dominant_indices
 
