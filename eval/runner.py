@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     answers = {each: as_answers(questions, found) for each, found in given.items()}
     for each, found in answers.items():
         write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
-    scores = score_all(benchmark, answers, truth, judge, folder)
+    if benchmark.submit is not None and len(questions) == len(every):  # a server wants all answers
+        submit_all(benchmark, answers, truth, folder / "submissions")
+    scores = score_all(benchmark, answers, truth, judge)
     errors = {
         each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
         for each, found in given.items()
@@ -167,16 +169,19 @@ def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[s
         )
 
 
+def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, folder: Path) -> None:
+    """Write what a server wants of some runs, each into a folder of its own."""
+    for run, own in answers.items():
+        (folder / run.name).mkdir(parents=True, exist_ok=True)
+        print(f"for the server: {benchmark.submit(own, truth, folder / run.name)}", file=sys.stderr)
+
+
 def score_all(
-    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None, folder: Path
+    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None
 ) -> dict[Run, Score]:
-    """Scores of some runs, as far as they can be had here; submissions are written into ``folder/submissions/RUN``."""
+    """Scores of some runs, as far as they can be had here."""
     scores = {}
     for run, own in answers.items():
-        if benchmark.submit is not None:
-            place = folder / "submissions" / run.name
-            place.mkdir(parents=True, exist_ok=True)
-            print(f"for the server: {benchmark.submit(own, truth, place)}", file=sys.stderr)
         if why := unscored(benchmark, judge):
             print(f"{run.name}: answers are written, not scored: {why}", file=sys.stderr)
             continue

@@ -7,6 +7,7 @@ import sys
 
 from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
+from llava.benchmark_tuning import add_tuning_arguments, benchmark_tuning
 from llava.efficiency.commands import (
     add_generate_arguments,
     add_memory_arguments,
@@ -15,6 +16,7 @@ from llava.efficiency.commands import (
     benchmark_memory,
     benchmark_prefill,
 )
+from llava.merge import add_merge_arguments, merge
 from llava.serve.cli import add_chat_arguments, chat
 from llava.visualize import add_visualize_arguments, visualize
 from visionzip import __version__
@@ -54,6 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         each = benchmarks.add_parser(what, help=summary, description=command.__doc__)
         add_arguments(each)
         each.set_defaults(run=command)
+    tuning_parser = benchmarks.add_parser(
+        "tuning",
+        help="a step of projector tuning, zipped, cached, both or neither",
+        description=benchmark_tuning.__doc__,
+    )
+    add_tuning_arguments(tuning_parser)
+    tuning_parser.set_defaults(run=benchmark_tuning)
+
+    merge_parser = commands.add_parser(
+        "merge", help="a tuned projector or LoRA and its base as one checkpoint", description=merge.__doc__
+    )
+    add_merge_arguments(merge_parser)
+    merge_parser.set_defaults(run=merge)
 
     args = parser.parse_args(argv)
     return run_command(f"visionzip {args.command}", args.run, args)

@@ -4,7 +4,7 @@ A scene is a patterned background with a few coloured shapes, letters and digits
 one patch. Everything follows from (split, seed, index): the same numbers give the same pixels and words.
 
     python -m playground.scenes test                      the test set, playground/data/eval/scenes/test.parquet
-    python -m playground.scenes test --seed 7 --out seven/test.parquet     another one, of another seed
+    python -m playground.scenes test --seed 7 --out seven.parquet    another one, of another seed
     python -m playground.scenes train --images 30000 --out DIR       training data, in LLaVA's format
 """
 

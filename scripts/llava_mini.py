@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
-from llava.train.data import render
+from llava.train.labels import render
 from llava.train.run import plot_losses
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then

@@ -3,30 +3,26 @@
 #
 #   bash scripts/tune_llava_mini.sh [OUT]      OUT: where it works (results/tuned)
 #
-# The smallest budget of the quickstart (13 + 3 tokens), three seeds of data and order; language model and vision tower stay
-# as they are. Prints the table of the quickstart for each. What is done is not done again.
+# Through scripts/finetune_visionzip.sh, at the smallest budget of the quickstart (13 + 3 tokens), with three seeds of data and
+# order. Prints the table of the quickstart for each. What is done is not done again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment eval,figures
+use_environment eval,figures,train
 cd "$ROOT"
 OUT="${1:-results/tuned}"
 IMAGES="${IMAGES:-30000}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export DEVICE=cpu PROCESSES=2 DOMINANT=13 CONTEXTUAL=3 GLOBAL_BATCH=32 MICRO_BATCH=16 LEARNING_RATE=5e-4
+export MODEL_PATH=checkpoints/llava-mini DATA_PATH="$OUT/scenes/instruct.json" IMAGE_FOLDER="$OUT/scenes/images"
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 mkdir -p "$OUT"
-if [[ ! -e "$OUT/scenes/instruct.json" ]]; then
-    "$PYTHON" -m playground.scenes train --out "$OUT/scenes" --images "$IMAGES"
-fi
+[[ -e "$DATA_PATH" ]] || "$PYTHON" -m playground.scenes train --out "$OUT/scenes" --images "$IMAGES"
 for seed in 0 1 2; do
     if [[ ! -e "$OUT/seed-$seed/mm_projector.safetensors" ]]; then
         say "projector, seed $seed"
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 -m llava.train.train \
-            --model_name_or_path checkpoints/llava-mini --output_dir "$OUT/seed-$seed" --tune_mm_mlp_adapter True \
-            --visionzip_dominant 13 --visionzip_contextual 3 --data_path "$OUT/scenes/instruct.json" \
-            --image_folder "$OUT/scenes/images" --data_fraction 0.1 --data_seed "$seed" --seed "$seed" \
-            --num_train_epochs 2 --per_device_train_batch_size 16 --learning_rate 5e-4 --warmup_steps 20 \
-            --lr_scheduler_type cosine --turns_apart True --attn_implementation eager --bf16 True --use_cpu True \
-            --logging_steps 10 --save_steps 100 --save_total_limit 1 --report_to none
+        DATA_SEED="$seed" OUTPUT="$OUT/seed-$seed" bash scripts/finetune_visionzip.sh --seed "$seed" --num_train_epochs 2 \
+            --turns_apart True --attn_implementation eager --bf16 True \
+            --activation_checkpointing False --dataloader_num_workers 0
     fi
     "$PYTHON" -m eval run scenes --model-path "$OUT/seed-$seed" --model-base checkpoints/llava-mini --method visionzip \
         --tokens 16 --batch-size 64 --output "$OUT/seed-$seed/test"

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from transformers import PreTrainedModel
+from training import turns
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from checkpoints import edit_config, write_checkpoint
+from checkpoints import (
+    CLIP,
+    LANGUAGE_MODEL,
+    edit_config,
+    picture,
+    scale_up,
+    write_checkpoint,
+    write_tokenizer,
+    write_tower,
+)
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.tokenizer import load_tokenizer
+from llava.train.data import InstructionData, read_records
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
 
@@ -81,3 +103,68 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(model, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(guarded))
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
+    """LLaVA's kind of tokenizer, by its ``legacy`` setting."""
+    made = {}
+    for legacy in (False, True):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        write_tokenizer(folder, legacy=legacy)
+        made[legacy] = load_tokenizer(folder)
+    return made
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What training starts from: a language model in ``base``, a vision tower in ``tower``, ``images``, ``data.json``.
+
+    Records 0 to 7 have an image, 8 and 9 are text only.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    own = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
+    LlamaForCausalLM(LlamaConfig(**own)).save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    encoder = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+    scale_up(encoder)
+    weights = {f"vision_model.{key}": value for key, value in encoder.state_dict().items()}
+    write_tower(folder / "tower", CLIP, weights)
+    (folder / "images").mkdir()
+    records = []
+    for index in range(8):
+        picture(index).save(folder / "images" / f"{index}.png")
+        said = turns("<image>\nWhat is it?", f"the {index}", "And then?", "nothing")
+        records.append({"id": f"seen-{index}", "image": f"{index}.png", "conversations": said})
+    records += [{"id": f"read-{index}", "conversations": turns("What is left?", f"{index}")} for index in (8, 9)]
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture
+def dataset(world: Path, tokenizers, tmp_path: Path) -> Callable[..., InstructionData]:
+    """``InstructionData`` of the world's records or of others."""
+
+    def make(
+        records: Any = None,
+        data_path: Path = world / "data.json",
+        image_folder: Path | None = world / "images",
+        processor: Any = True,
+        aspect_ratio: str = "pad",
+        version: str = "v1",
+        skipped: Path | None = None,
+        **options: Any,
+    ) -> InstructionData:
+        if records is not None:
+            data_path = tmp_path / "other.json"
+            data_path.write_text(json.dumps(records))
+        folder = image_folder and str(image_folder)
+        options |= {"has_tower": processor is not None, "skip_bad": skipped is not None}
+        kept = read_records(str(data_path), folder, version, **options).kept
+        if processor is True:
+            processor = CLIPImageProcessorPil.from_pretrained(world / "tower")
+        config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[56, 112], [112, 56]])
+        return InstructionData(kept, folder, tokenizers[False], version, processor, config, skipped=skipped)
+
+    return make

@@ -169,8 +169,8 @@ def test_answers_of_another_setting_are_not_mixed(run, copied, data: Path, tmp_p
     assert eval_command(command) == 0
     answers = tmp_path / "out" / "answers" / "parts" / "vanilla.0.jsonl"
     before = answers.read_bytes()
-    other_data = tmp_path / "other"
-    write_parquet(list(make_test_set(seed=6, per_type=40)), other_data / "test.parquet")
+    other_data = tmp_path / "other.parquet"  # the file itself will do, too
+    write_parquet(list(make_test_set(seed=6, per_type=40)), other_data)
     for more, changed in (
         (["--conv-mode", "llava_v1"], r"first_prompt was .*curious user.*, is .*curious human"),
         (["--data", str(other_data)], "data was"),

@@ -1,8 +1,8 @@
 """Scenes: questions with one-word answers about synthetic images, the embedded model's own benchmark.
 
-Data: one parquet file with a row per question (``python -m playground.scenes test`` writes it), in the columns
-question_id, image_id, image {bytes, path}, type, question and answer. Prompt: the question as it is. Score: exact
-match, but for case, blanks around and a full stop; the mean over all questions.
+Data: one parquet file with a row per question (``python -m playground.scenes test`` writes it; ``--data`` may name it
+or its folder), in the columns question_id, image_id, image {bytes, path}, type, question and answer. Prompt: the
+question as it is. Score: exact match, but for case, blanks around and a full stop; the mean over all questions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; listing benchmarks does without
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    path = folder / _FILE
+    path = folder if folder.suffix == ".parquet" else folder / _FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: make it with `python -m playground.scenes test`")
     try:
@@ -47,7 +47,7 @@ def questions(folder: Path) -> list[Question]:
     """The questions in a folder's file."""
     images = {}
     for row in (rows := _rows(folder)):
-        images.setdefault(row["image_id"], picture_of(row["image"], f"image {row['image_id']} of {folder / _FILE}"))
+        images.setdefault(row["image_id"], picture_of(row["image"], f"image {row['image_id']} of {folder}"))
     return [Question(row["question_id"], row["question"], (images[row["image_id"]],), row["type"]) for row in rows]
 
 

@@ -59,8 +59,9 @@ def load_pretrained_model(
         model_name: as LLaVA has it; here the checkpoint's config decides, and this is a hint where that is silent.
         load_8bit: quantise the language model to 8 bits (needs bitsandbytes).
         load_4bit: the same to 4 bits (NF4, double quantisation).
-        device_map: for accelerate; ``"auto"`` spreads the model over the GPUs.
-        device: ``"cuda"``, ``"cpu"``, …; None takes CUDA if there is any. Anything but CUDA overrides ``device_map``.
+        device_map: for accelerate; ``"auto"`` spreads the model over the GPUs, None leaves it where it is read, for
+            someone else to move it (training).
+        device: ``"cuda"``, ``"cpu"``, …; None takes CUDA if there is any. Anything but CUDA overrides a ``device_map``.
         use_flash_attn: short for ``attn_implementation="flash_attention_2"``.
         **kwargs: for ``from_pretrained``. ``torch_dtype`` (or ``dtype``) holds for the vision tower too; it defaults to
             float16 on CUDA and float32 elsewhere. ``attn_implementation`` holds for the tower too.
@@ -79,7 +80,7 @@ def load_pretrained_model(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for but this machine has no CUDA: use device='cpu'")
     options = {
-        "device_map": device_map if device == "cuda" else {"": device},
+        "device_map": device_map if device == "cuda" or device_map is None else {"": device},
         "dtype": _dtype(kwargs, device),
         **kwargs,
     }
@@ -89,8 +90,8 @@ def load_pretrained_model(
         options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
 
     # All that can be wrong is looked at before the weights are fetched and read, which takes minutes.
-    model_class, config = _read_config(model_path, model_name)
-    adapter, extra_file = _parts(model_path, model_base)
+    model_class, config = read_config(model_path, model_name)
+    adapter, extra_file = checkpoint_parts(model_path, model_base)
     tokenizer = load_tokenizer(model_base or model_path)
     with torch.device("meta"):
         tower = build_vision_tower(config, delay_load=True)
@@ -141,8 +142,12 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype | str) ->
     )
 
 
-def _parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
-    """What is in ``model_path``: whether a LoRA adapter, and the file of weights that go over those of the base."""
+def checkpoint_parts(model_path: str, model_base: str | None) -> tuple[bool, str | None]:
+    """What is in ``model_path``: whether a LoRA adapter, and the file of weights that go over those of the base.
+
+    Raises:
+        ValueError: it needs ``model_base`` and there is none, or the other way round.
+    """
     is_local = Path(model_path).is_dir()
     adapter = find_file(model_path, "adapter_config.json") is not None
     complete = is_local and has_weights(model_path)
@@ -167,8 +172,17 @@ def _first_file(path: str, names: tuple[str, ...]) -> str | None:
     return next(filter(None, (find_file(path, name) for name in names)), None)
 
 
-def _read_config(model_path: str, model_name: str | None) -> tuple[type, PretrainedConfig]:
-    """The model's class and its config. Older uploads have a model_type that is transformers' own now."""
+def read_config(model_path: str, model_name: str | None = None) -> tuple[type, PretrainedConfig]:
+    """A LLaVA's class and its config. Older uploads have a model_type that is transformers' own now.
+
+    Args:
+        model_path: folder or hub name.
+        model_name: a hint where the config is silent.
+
+    Raises:
+        OSError: the config is missing or damaged.
+        ValueError: it is not an original LLaVA's.
+    """
     if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
     try:

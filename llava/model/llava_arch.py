@@ -19,7 +19,7 @@ from transformers.utils import logging
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.loading import NEWLINE, check_weights, no_load_report, settle_weights, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompts import (
     as_tiles,
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 # Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
 _OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
 
-Images = Tensor | Sequence[Tensor]
+Images = Tensor | Sequence[Tensor] | Sequence[EncodedImage]
 Sizes = Sequence[tuple[int, int]]
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
 
@@ -373,8 +373,8 @@ class LlavaMetaForCausalLM:
         """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.
 
         Args:
-            images: as in :meth:`generate`. A tensor that is in a list several times (questions about one image) is
-                encoded once.
+            images: as in :meth:`generate`, or a list of what the tower has made of each (:class:`EncodedImage`), with
+                which it is not run. What is in a list several times (questions about one image) is encoded once.
             image_sizes: (width, height) of each image, needed for tiles.
 
         Raises:
@@ -386,23 +386,29 @@ class LlavaMetaForCausalLM:
             return list(self.encode_images(images))
         tower = self.get_vision_tower()
         images = list(images)  # holds them: an object's id is its own only while it lives
-        tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
+        encoded = [image for image in images if isinstance(image, EncodedImage)]
+        if encoded and len(encoded) < len(images):
+            raise TypeError(f"{len(encoded)} of {len(images)} images are EncodedImage: give either these or tensors")
+        tiles = [image.tokens for image in encoded]
+        if not encoded:
+            tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
         layouts = self._layouts([len(image) for image in tiles], image_sizes)
         first = _first_places(images, image_sizes)
         # 0 for an image that came before, so that the messages of check_finite still count all of them
         counts = [
             len(image) if place == index else 0 for index, (image, place) in enumerate(zip(tiles, first, strict=True))
         ]
-        batch = torch.cat([image.to(tower.device) for image, count in zip(tiles, counts, strict=True) if count])
-        check_finite(batch, counts)
-        batch = batch.to(tower.dtype)  # the tower returns the type that it is given
-        if tower.visionzip is None:
-            tokens = self._project(tower(batch))
-            kept: Sequence[Tensor | None] = [None] * len(tiles)
+        used = [index for index, count in enumerate(counts) if count]
+        if encoded:
+            tokens = torch.cat([tiles[index] for index in used])
+            zipped = encoded[0].dominant_indices is not None
+            indices = torch.cat([encoded[index].dominant_indices for index in used]) if zipped else None
         else:
-            compressed = tower.compress(batch)
-            tokens = self._project(compressed.tokens)
-            kept = compressed.dominant_indices.split(counts)
+            batch = torch.cat([tiles[index].to(tower.device) for index in used])
+            check_finite(batch, counts)
+            tokens, indices = tower.encode(batch.to(tower.dtype))  # it returns the type that it is given
+        tokens = self._project(tokens)
+        kept: Sequence[Tensor | None] = [None] * len(tiles) if indices is None else indices.split(counts)
         merged = {
             index: self._merge_tiles(image, indices, layout)
             for index, (image, indices, layout) in enumerate(zip(tokens.split(counts), kept, layouts, strict=True))

@@ -1,4 +1,4 @@
-"""LLaVA's training data: a json list of conversations about images, as token ids and labels.
+"""LLaVA's training data: a json list of conversations about images.
 
 A record has ``id``, ``image`` (a file; without it the record is text only) and ``conversations``: turns ``{"from":
 "human", "value": "<image> …"}`` and ``{"from": "gpt", "value": …}``.
@@ -6,194 +6,160 @@ A record has ``id``, ``image`` (a file; without it the record is text only) and 
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, new_conversation
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import new_conversation
 from llava.mm_utils import load_image, process_images, processor_resolution
+from llava.train.labels import Turns, render, tokenize, tokenize_apart, usable_turns
+from llava.train.token_store import CachedImages
 
-_SPEAKERS = ("human", "gpt")
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+# What damaged images and records lead to; Pillow has errors of several kinds.
+_UNUSABLE = (ValueError, OSError, KeyError, SyntaxError, Image.DecompressionBombError)
 
 
-def render(turns: Sequence[dict[str, str]], version: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text that a conversation is trained on, and where in it the model speaks.
+@dataclass(frozen=True)
+class Records:
+    """What of a json file is trained on.
 
-    Args:
-        turns: ``{"from": "human" or "gpt", "value": text}``, in turn, the human first.
-        version: key of ``conv_templates``; ``"plain"`` drops the human's text except ``<image>``, as LLaVA's
-            pretraining does.
-
-    Returns:
-        The prompt, and (start, end) of each stretch of characters to learn: answers with the separator that ends them.
-
-    Raises:
-        ValueError: the turns are not human, gpt, human, gpt, …
+    Attributes:
+        kept: the records.
+        left_out: ``{"id", "why"}`` of those that cannot be used.
     """
-    speakers = [turn["from"] for turn in turns]
-    if len(turns) < 2 or len(turns) % 2 or speakers != list(_SPEAKERS) * (len(turns) // 2):
-        raise ValueError(f"the turns are from {', '.join(speakers) or 'nobody'}; they must be human, gpt, human, gpt …")
-    conversation = new_conversation(version)
-    if conversation.sep_style is SeparatorStyle.PLAIN:
-        image = DEFAULT_IMAGE_TOKEN if DEFAULT_IMAGE_TOKEN in turns[0]["value"] else ""
-        prompt = image + turns[1]["value"] + conversation.sep
-        return prompt, [(len(image), len(prompt))]
-    spans = []
-    for index in range(0, len(turns), 2):
-        conversation.append_message(conversation.roles[0], _image_first(turns[index]["value"]))
-        conversation.append_message(conversation.roles[1], None)
-        start = len(conversation.get_prompt())
-        conversation.messages[-1][1] = turns[index + 1]["value"]
-        spans.append((start, len(conversation.get_prompt())))
-    return conversation.get_prompt(), spans
+
+    kept: list[Record]
+    left_out: list[dict[str, Any]]
 
 
-def _image_first(text: str) -> str:
-    if DEFAULT_IMAGE_TOKEN not in text:
-        return text
-    return f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+def read_records(
+    data_path: str,
+    image_folder: str | None,
+    version: str,
+    *,
+    fraction: float = 1.0,
+    seed: int = 42,
+    has_tower: bool = True,
+    skip_bad: bool = False,
+) -> Records:
+    """Read a json file in LLaVA's format, draw a sample, and check all of it but the images' content.
 
-
-def tokenize(prompt: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids of a prompt, with the image sentinel, and its labels.
-
-    Args:
-        prompt: from :func:`render`, as are the spans.
-        spans: stretches of characters to learn.
-        tokenizer: a fast tokenizer (it must know where its tokens come from).
-
-    Returns:
-        input_ids (L,) and labels (L,): the same where a token reaches into a span, else ignored.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    offset = 0
-    for number, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
-        if number:
-            ids.append(IMAGE_TOKEN_INDEX)
-            labels.append(IGNORE_INDEX)
-            offset += len(DEFAULT_IMAGE_TOKEN)
-        encoded = tokenizer(chunk, return_offsets_mapping=True)
-        for position, (token, (start, end)) in enumerate(
-            zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ):
-            if position == 0 and token == tokenizer.bos_token_id and number:
-                continue  # it stays once, at the front
-            ids.append(token)
-            # Tokens without characters (the first of all) are never learnt; the blank before an answer belongs to its
-            # first token, so what counts is where a token ends.
-            learn = end > start and any(first < offset + end <= last for first, last in spans)
-            labels.append(token if learn else IGNORE_INDEX)
-        offset += len(chunk)
-    return torch.tensor(ids), torch.tensor(labels)
-
-
-def tokenize_apart(
-    conversation: Sequence[dict[str, str]], version: str, tokenizer: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A conversation as prompts of one question each, which are written after one another but for their common start.
-
-    Args:
-        conversation: as for :func:`render`; an image is shown with every question.
-        version: key of ``conv_templates``.
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        input_ids (L,), labels (L,) and turns (L,): 0 in the common start (system prompt and image), then 1, 2, ….
-    """
-    has_image = any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in conversation)
-    alone = []
-    render(conversation, version)  # checks the speakers
-    for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
-        text = question["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-        asked = {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{text}" if has_image else text}
-        alone.append(tokenize(*render([asked, answer], version), tokenizer))
-    start = 0
-    while all(start < len(ids) and ids[start] == alone[0][0][start] for ids, _ in alone):
-        start += 1
-    parts = [tuple(part[:start] for part in alone[0]), *(tuple(part[start:] for part in one) for one in alone)]
-    turns = [torch.full((len(ids),), number) for number, (ids, _) in enumerate(parts)]
-    return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts]), torch.cat(turns)
-
-
-def attention_apart(turns: Tensor) -> tuple[Tensor, Tensor]:
-    """What keeps the turns of :func:`tokenize_apart` from seeing each other.
-
-    Args:
-        turns: (B, L) numbers of turns, -1 for padding on the right.
-
-    Returns:
-        An additive mask (B, 1, L, L), where a token sees what came before it in the common start and in its own turn,
-        and positions (B, L), which every turn counts on from the end of the common start.
-    """
-    same = turns[:, :, None] == turns[:, None, :]
-    visible = (same | (turns[:, None, :] == 0)).tril()
-    mask = torch.zeros(visible.shape, device=turns.device).masked_fill(~visible, torch.finfo(torch.bfloat16).min)
-    index = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
-    first = torch.where(same, index[:, None, :], turns.shape[1]).amin(dim=2)  # of each token's turn
-    common = (turns == 0).sum(dim=1, keepdim=True)
-    return mask[:, None], torch.where(turns > 0, index - first + common, index)
-
-
-class InstructionData(Dataset):
-    """Conversations of a json file, tokenized when they are asked for.
+    This takes seconds, so that what is wrong with the data is known before a model is loaded.
 
     Args:
         data_path: the json file.
+        image_folder: where the images are.
+        version: key of ``conv_templates``.
+        fraction: take this share of the records, a uniform sample.
+        seed: of the sample.
+        has_tower: without a vision tower, records with an image are not taken.
+        skip_bad: leave out what cannot be used.
+
+    Raises:
+        FileNotFoundError: there is no such json file or folder.
+        ValueError: it is not a list of records, some cannot be used (the message names them), none is left, the
+            fraction is not in (0, 1], or there is no such template.
+    """
+    new_conversation(version)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data_fraction={fraction} is not in (0, 1]: 0.1 takes a tenth of the records")
+    if not Path(data_path).is_file():
+        raise FileNotFoundError(f"no training data at {data_path}: data_path names a json file in LLaVA's format")
+    try:
+        records = json.loads(Path(data_path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{data_path} is no json: {error}") from error
+    is_list = isinstance(records, list) and bool(records)
+    if not is_list or not all(isinstance(record, dict) and "conversations" in record for record in records):
+        raise ValueError(f"{data_path} is not a list of records with 'conversations' (LLaVA's format)")
+    if fraction < 1:
+        number = max(1, round(len(records) * fraction))
+        chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:number]
+        records = [records[index] for index in sorted(chosen.tolist())]
+    if not has_tower:
+        records = [record for record in records if "image" not in record]
+        if not records:
+            raise ValueError(f"{data_path} has no record without an image to train a model without a tower on")
+    elif any("image" in record for record in records) and not (image_folder and Path(image_folder).is_dir()):
+        raise FileNotFoundError(f"image_folder={image_folder!r} is no folder, but {data_path} has images")
+    return _check(records, data_path, Path(image_folder or ""), version, skip_bad)
+
+
+def _check(records: list[Record], data_path: str, folder: Path, version: str, skip_bad: bool) -> Records:
+    kept, left_out, named = [], [], []
+    for index, record in enumerate(records):
+        try:
+            turns = usable_turns(record, version)
+            if "image" in record and not (folder / record["image"]).is_file():
+                raise FileNotFoundError(f"no image file at {folder / record['image']}")
+        except (ValueError, FileNotFoundError) as error:
+            left_out.append({"id": record.get("id", index), "why": str(error)})
+            continue
+        if "image" not in record and any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns):
+            named.append(record.get("id", index))
+        kept.append(record)
+    if left_out:
+        examples = "; ".join(f"record {bad['id']!r}: {bad['why']}" for bad in left_out[:3])
+        problem = f"{len(left_out)} of {len(records)} records of {data_path} cannot be used: {examples}"
+        if not skip_bad:
+            raise ValueError(f"{problem}. Mend them, or leave them out with skip_bad_samples")
+        if not kept:
+            raise ValueError(f"{problem}. None is left")
+        logger.warning("%s. They are left out", problem)
+    if named:
+        logger.warning(
+            "%d records without an image have %s in their text, such as %r: it is read as text, as LLaVA does",
+            len(named),
+            DEFAULT_IMAGE_TOKEN,
+            named[0],
+        )
+    return Records(kept, left_out)
+
+
+class InstructionData(Dataset):
+    """Conversations, tokenized when they are asked for.
+
+    Args:
+        records: from :func:`read_records`.
         image_folder: where the images are.
         tokenizer: the model's.
         version: key of ``conv_templates``.
         image_processor: the vision tower's; None trains on text alone.
         model_config: says how images are padded.
-        fraction: learn from this share of the records, a uniform sample.
-        seed: of the sample.
-        apart: the questions of a record do not see each other (:func:`tokenize_apart`).
+        apart: the questions of a record do not see each other (:func:`llava.train.labels.tokenize_apart`).
+        skipped: file to note records in whose image turns out to be damaged. The next record that can be used stands in
+            for such a one, so that batches keep their size and every process takes part in every step. None: error.
 
-    Raises:
-        FileNotFoundError: there is no such json file or folder.
-        ValueError: it is not a list of records, none is left to train on, or the fraction is not in (0, 1].
+    Attributes:
+        encoded: the images' visual tokens, if samples are to have these as ``image`` (``EncodedImage``), not pixels.
     """
 
     def __init__(
         self,
-        data_path: str,
+        records: Sequence[Record],
         image_folder: str | None,
         tokenizer: Any,
         version: str,
         image_processor: Any,
         model_config: Any,
-        fraction: float = 1.0,
-        seed: int = 42,
         apart: bool = False,
+        skipped: Path | None = None,
     ) -> None:
-        if not 0 < fraction <= 1:
-            raise ValueError(f"data_fraction={fraction} is not in (0, 1]: 0.1 takes a tenth of the records")
-        if not Path(data_path).is_file():
-            raise FileNotFoundError(f"no training data at {data_path}: data_path names a json file in LLaVA's format")
-        try:
-            records = json.loads(Path(data_path).read_text())
-        except ValueError as error:
-            raise ValueError(f"{data_path} is no json: {error}") from error
-        is_list = isinstance(records, list) and bool(records)
-        if not is_list or not all(isinstance(record, dict) and "conversations" in record for record in records):
-            raise ValueError(f"{data_path} is not a list of records with 'conversations' (LLaVA's format)")
-        if fraction < 1:
-            number = max(1, round(len(records) * fraction))
-            chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:number]
-            records = [records[index] for index in sorted(chosen.tolist())]
-        if image_processor is None:
-            records = [record for record in records if "image" not in record]
-            if not records:
-                raise ValueError(f"{data_path} has no record without an image to train a model without a tower on")
-        elif any("image" in record for record in records) and not (image_folder and Path(image_folder).is_dir()):
-            raise FileNotFoundError(f"image_folder={image_folder!r} is no folder, but {data_path} has images")
         self.records = records
         self.folder = Path(image_folder or "")
         self.tokenizer = tokenizer
@@ -201,36 +167,65 @@ class InstructionData(Dataset):
         self.image_processor = image_processor
         self.model_config = model_config
         self.apart = apart
+        self.skipped = skipped
+        self.encoded: CachedImages | None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``input_ids``, ``labels``, ``turns`` if they are apart (L,); with a tower ``image``: (3, h, w) or tiles.
+    def modality_lengths(self) -> list[int]:
+        """Words of each record over all its turns, negative for text only: what LLaVA groups records by."""
+        return [
+            sum(len(turn["value"].split()) for turn in record["conversations"]) * (1 if "image" in record else -1)
+            for record in self.records
+        ]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """``input_ids``, ``labels``, ``turns`` if they are apart (L,).
+
+        With a tower also ``image``, (3, h, w) or (tiles, 3, h, w), and ``image_size``, (width, height) of the original.
 
         Raises:
             ValueError: the record cannot be used; the message names it.
         """
+        if self.skipped is None:
+            return self._sample(index)
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                return self._sample(place)
+            except ValueError as error:
+                logger.warning("%s; the next one stands in for it", error)
+                note = {"id": self.records[place].get("id", place), "why": str(error)}
+                with self.skipped.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(note) + "\n")  # one write: processes do not tear each other's lines
+        raise ValueError("not one of the records can be used")
+
+    def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         try:
-            if self.apart:
-                names = ("input_ids", "labels", "turns")
-                parts = tokenize_apart(record["conversations"], self.version, self.tokenizer)
-            else:
-                names = ("input_ids", "labels")
-                parts = tokenize(*render(record["conversations"], self.version), self.tokenizer)
-            sample = dict(zip(names, parts, strict=True))
+            sample = self._text(usable_turns(record, self.version), "image" in record)
             if self.image_processor is None:
                 return sample
-            if "image" in record:
+            if self.encoded is not None:
+                sample["image"], sample["image_size"] = self.encoded.sample(record.get("image"))
+            elif "image" in record:
                 image = load_image(self.folder / record["image"])
                 sample["image"] = process_images([image], self.image_processor, self.model_config)[0]
+                sample["image_size"] = image.size
             else:  # every process must use the projector in every step, or its gradients could not be exchanged
                 edge = processor_resolution(self.image_processor)
                 sample["image"] = torch.zeros(3, edge, edge)
-        except (ValueError, OSError, KeyError) as error:
+                sample["image_size"] = (edge, edge)
+        except _UNUSABLE as error:
             raise ValueError(f"record {record.get('id', index)!r} cannot be used: {error}") from error
         return sample
+
+    def _text(self, turns: Turns, has_image: bool) -> dict[str, Any]:
+        if self.apart:
+            parts = tokenize_apart(turns, self.version, self.tokenizer, has_image)
+            return dict(zip(("input_ids", "labels", "turns"), parts, strict=True))
+        parts = tokenize(*render(turns, self.version, has_image), self.tokenizer, has_image)
+        return dict(zip(("input_ids", "labels"), parts, strict=True))
 
 
 class Collator:
@@ -240,8 +235,8 @@ class Collator:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.max_length = max_length
 
-    def __call__(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """``input_ids``, ``labels``, ``attention_mask`` and maybe ``turns`` (B, L), and ``images``, a list of B."""
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """``input_ids``, ``labels``, ``attention_mask``, maybe ``turns`` (B, L); lists ``images``, ``image_sizes``."""
 
         def stack(name: str, padding: int) -> Tensor:
             rows = [sample[name][: self.max_length] for sample in samples]
@@ -257,4 +252,5 @@ class Collator:
             batch["turns"] = stack("turns", -1)
         if "image" in samples[0]:
             batch["images"] = [sample["image"] for sample in samples]
+            batch["image_sizes"] = [sample["image_size"] for sample in samples]
         return batch

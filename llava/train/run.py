@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+
+_LIBRARIES = ("visionzip", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 
 
 @dataclass
@@ -24,8 +28,18 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint of a run that was stopped, None for a new one."""
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    """The newest whole checkpoint of a run that was stopped, None for a new one.
+
+    The Trainer's state is written last: without it the run was stopped while it wrote the checkpoint.
+    """
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return max(map(str, whole), key=lambda path: int(path.rsplit("-", 1)[1]), default=None)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries in use."""
+    names = [name for name in _LIBRARIES if name.partition(".")[0] in sys.modules]
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -40,8 +54,8 @@ def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, A
     record = {
         **{name: asdict(values) for name, values in arguments.items()},
         "training": trainer.args.to_sanitized_dict(),
-        "batch_per_step": trainer.args.train_batch_size * trainer.args.world_size,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "batch_per_step": trainer.get_total_train_batch_size(trainer.args),
+        "versions": versions(),
         **facts,
         "losses": trainer.state.log_history,
     }

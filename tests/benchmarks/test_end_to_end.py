@@ -178,6 +178,15 @@ def test_tables(name: str, model_for, tmp_path: Path):
     check(name, tmp_path / "out", where, folder=False)
 
 
+def test_a_limited_run_submits_nothing(model_for, tmp_path: Path):
+    """A server wants all answers; those that there are stay."""
+    module, _ = data_module("vizwiz")
+    module.write_folder(tmp_path)
+    places = ["--model-path", str(model_for("vizwiz")), "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert eval_command(["run", "vizwiz", *places, "--device", "cpu", "--method", "vanilla", "--limit", "1"]) == 0
+    assert (tmp_path / "out" / "answers" / "vanilla.jsonl").exists() and not (tmp_path / "out" / "submissions").exists()
+
+
 def test_scripts_are_short_and_there_is_one_for_each():
     scripts = {file.stem: file.read_text().splitlines() for file in SCRIPTS.iterdir()}
     assert set(scripts) == {*NAMES, "all", "run"}

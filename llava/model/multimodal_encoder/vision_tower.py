@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,24 @@ from visionzip import CompressedTokens, VisionZipConfig, compress_tokens
 from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What a vision tower has made of an image, which a model takes in the place of pixels (training from a cache).
+
+    Attributes:
+        tokens: (T, N, D) of its T tiles, before the projector.
+        dominant_indices: (T, K) as in :class:`CompressedTokens`; None if the tower was not zipped.
+    """
+
+    tokens: Tensor
+    dominant_indices: Tensor | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> EncodedImage:
+        """On another device; data loaders ask for it."""
+        kept = self.dominant_indices
+        return EncodedImage(self.tokens.to(*args, **kwargs), None if kept is None else kept.to(*args, **kwargs))
 
 
 class VisionEncoder(nn.Module):
@@ -218,6 +237,13 @@ class VisionTower(nn.Module):
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What :class:`EncodedImage` holds, of images (B, 3, h, w): tokens (B, N, D) and indices (B, K) or None."""
+        if self.visionzip is None:
+            return self(images), None  # as a call, so that hooks (controls) are run
+        compressed = self.compress(images)
+        return compressed.tokens, compressed.dominant_indices
 
     @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
     def compress(self, images: Tensor) -> CompressedTokens:

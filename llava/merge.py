@@ -1,0 +1,86 @@
+"""``visionzip merge``: a tuned projector or LoRA and the model under it, as one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PretrainedConfig
+
+from llava.model.builder import checkpoint_parts, load_pretrained_model, read_config
+from llava.model.loading import find_file, has_weights, load_weights, weight_files
+from llava.serve.cli import describe
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Write a tuned projector or LoRA and its base as one full checkpoint, which loads alone, zipped as it was tuned.
+
+    It has all weights, those of the vision tower too, with the tokenizer and the image processor.
+
+    Raises:
+        ValueError: there is nothing to merge, the output exists, or the parts do not fit together.
+        OSError: a file is missing or damaged, or the disk has not enough room.
+    """
+    output = Path(args.out).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--out {args.out} exists: choose a new folder, or remove it")
+    adapter = find_file(args.model_path, "adapter_config.json") is not None
+    if not adapter and Path(args.model_path).is_dir() and has_weights(args.model_path):
+        raise ValueError(f"{args.model_path} is a full checkpoint already: there is nothing to merge")
+    model_class, config = read_config(args.model_path, None)
+    checkpoint_parts(args.model_path, args.model_base)
+    dtype = getattr(torch, args.dtype) if args.dtype else _dtype_of(args.model_base)
+    with torch.device("meta"):
+        size = sum(value.numel() for value in model_class(copy.deepcopy(config)).state_dict().values()) * dtype.itemsize
+    nearest = next(part for part in output.parents if part.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"--out {args.out}: {nearest} is a file, not a folder; choose another one")
+    if (free := shutil.disk_usage(nearest).free) < size:
+        raise OSError(
+            f"--out {args.out} needs {size / 1e9:.1f} GB but {nearest} has {free / 1e9:.1f} GB free: make room, choose "
+            "another disk, or a smaller --dtype"
+        )
+    tokenizer, model, _, _ = load_pretrained_model(args.model_path, args.model_base, device="cpu", dtype=dtype)
+    model.config.use_cache = True  # training turns it off
+    if find_file(args.model_base, "generation_config.json"):
+        # As it is: changed, one that has a temperature but no do_sample (Vicuna's) would not be saved by transformers.
+        model.generation_config = GenerationConfig.from_pretrained(args.model_base)
+    unfinished = output.with_name(output.name + ".partial")  # so that a folder of the right name is a whole one
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write --out {args.out}: {error}") from error
+    if output.exists():
+        output.rmdir()
+    unfinished.replace(output)
+    print(f"wrote {args.out}: {describe(model)}, {size / 1e9:.1f} GB")
+
+
+def _dtype_of(base: str) -> torch.dtype:
+    """Type of most of a checkpoint's weights: from the files' headers, or on the hub from its config."""
+    if Path(base).is_dir():
+        sizes: dict[torch.dtype, int] = {}
+        for file in weight_files(base):
+            for value in load_weights(file, "meta").values():
+                sizes[value.dtype] = sizes.get(value.dtype, 0) + value.numel()
+        return max(sizes, key=sizes.__getitem__)
+    values, _ = PretrainedConfig.get_config_dict(base)
+    name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip merge``."""
+    parser.add_argument("--model-path", required=True, help="tuned projector or LoRA: folder or hub name")
+    parser.add_argument("--model-base", required=True, help="the model it was tuned on: folder or hub name")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the full checkpoint goes")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="type of its weights (default: the base's)"
+    )

@@ -1,0 +1,120 @@
+"""What ``python -m llava.train.train`` can be told, with LLaVA's argument names, and what cannot go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
+from transformers.utils import is_peft_available
+
+from llava.train.run import TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(metadata={"help": "language model or LLaVA checkpoint to start from"})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "encoder for a language model (none: text only), or another one for a LLaVA"}
+    )
+    version: str = field(default="v1", metadata={"help": "prompt template; 'plain' for captions"})
+    mm_projector_type: str = field(default="mlp2x_gelu", metadata={"help": "projector of a new LLaVA"})
+    mm_vision_select_layer: int = field(default=-2, metadata={"help": "hidden state that a new LLaVA reads"})
+    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "projector to start from (a file)"})
+    whiten_mm_projector: bool = field(
+        default=False, metadata={"help": "start the projector from the features' own mean and covariance"}
+    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "learn the projector only"})
+    lora_enable: bool = field(default=False, metadata={"help": "learn the projector and a LoRA adapter"})
+    lora_r: int = field(default=128, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=256, metadata={"help": "the adapter's weight is alpha / r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "of the adapter's input"})
+    bits: int = field(default=16, metadata={"help": "4 or 8 quantises the language model (with lora_enable)"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "attention kernel: sdpa, eager, …"})
+    visionzip_dominant: int | None = field(default=None, metadata={"help": "train with VisionZip: tokens to keep"})
+    visionzip_contextual: int | None = field(default=None, metadata={"help": "train with VisionZip: merged tokens"})
+
+    @property
+    def learns_part(self) -> bool:
+        """Whether most of the model stays as it is, so that outputs and checkpoints need only what is learnt."""
+        return self.tune_mm_mlp_adapter or self.lora_enable
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = field(metadata={"help": "json file in LLaVA's format"})
+    image_folder: str | None = field(default=None, metadata={"help": "where the images are"})
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={"help": "'pad' to a square, 'square' crops, 'anyres' makes tiles (default: the LLaVA's own)"},
+    )
+    data_fraction: float = field(default=1.0, metadata={"help": "share of the records to use, drawn by data_seed"})
+    cache_visual_tokens: str | None = field(
+        default=None, metadata={"help": "folder: encode each image once, and train without the vision tower"}
+    )
+    skip_bad_samples: bool = field(default=False, metadata={"help": "leave out records that cannot be used, and count"})
+    turns_apart: bool = field(
+        default=False,
+        metadata={"help": "questions of a record see its image, but not each other (eager or sdpa)"},
+    )
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """Transformers' arguments, and LLaVA's."""
+
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "another learning rate for the projector"})
+    model_max_length: int | None = field(
+        default=None, metadata={"help": "longest prompt in tokens, the rest is cut (default: the LLaVA's own, or 2048)"}
+    )
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "batches with an image and of text only, of about the same length"}
+    )
+
+
+def weight_dtype(arguments: ModelArguments, training: LlavaTrainingArguments) -> torch.dtype:
+    """The type to load weights in.
+
+    What is learnt needs float32 somewhere: DeepSpeed keeps such copies itself, else the weights have to be that. What
+    is frozen does not.
+    """
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return half if training.deepspeed or arguments.learns_part else torch.float32
+
+
+def check_arguments(arguments: ModelArguments, training: LlavaTrainingArguments) -> None:
+    """Find what does not go together or is not there, before anything is read.
+
+    Raises:
+        FileNotFoundError: the projector to start from is not there.
+        NotADirectoryError: the output folder is a file.
+        ValueError: arguments do not go together.
+        ImportError: a library is not installed.
+    """
+    if arguments.tune_mm_mlp_adapter and arguments.lora_enable:
+        raise ValueError(
+            "tune_mm_mlp_adapter learns the projector only, lora_enable the projector and an adapter: give one"
+        )
+    if arguments.bits not in (4, 8, 16):
+        raise ValueError(f"bits={arguments.bits} is not 4, 8 or 16 (16: not quantised)")
+    if arguments.bits < 16 and not arguments.lora_enable:
+        raise ValueError(f"bits={arguments.bits} needs lora_enable: quantised weights cannot be trained themselves")
+    if arguments.bits < 16 and is_deepspeed_zero3_enabled():
+        raise ValueError(f"bits={arguments.bits} and ZeRO-3 do not go together: use zero2.json, or no deepspeed")
+    projector = arguments.pretrain_mm_mlp_adapter
+    if projector and not Path(projector).is_file():
+        raise FileNotFoundError(f"pretrain_mm_mlp_adapter={projector} is no file")
+    output = Path(training.output_dir)
+    nearest = next(part for part in (output, *output.absolute().parents) if part.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output_dir={output}: {nearest} is a file, not a folder")
+    if arguments.lora_enable and not is_peft_available():
+        raise ImportError("lora_enable needs peft: pip install peft")
+    for name, is_there in (("wandb", is_wandb_available), ("tensorboard", is_tensorboard_available)):
+        if name in training.report_to and not is_there():
+            raise ImportError(f"report_to {name} needs it installed: pip install {name}, or report_to none")

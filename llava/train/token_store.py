@@ -1,0 +1,234 @@
+"""Visual tokens in files: what ``--cache_visual_tokens`` writes and reads. See ``llava.train.cache``.
+
+A folder has, of each process W that has written into it:
+
+    tokens-W.bin     of each image, indices (T, K) int32 and tokens (T, N, D)
+    index-W.jsonl    a line for each image: path, size and times of its file, hash of its content, place, checksum
+
+An image's line is written after its tokens, and no two processes write to one file: a process that is killed loses the
+image that it was at, and processes and runs cannot disturb each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import uuid
+import zlib
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.model.multimodal_encoder.vision_tower import EncodedImage
+
+Stamp = tuple[int, int, int]  # size in bytes, and times of change of content and of anything in ns
+
+
+class DamagedCacheError(RuntimeError):
+    """A file of the cache is not as it was written. No ValueError, which would be the record's own."""
+
+
+def stamp_of(path: str) -> Stamp:
+    """What tells that a file is still the one that it was, without reading it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an image's tokens are.
+
+    Attributes:
+        digest: hash of the image file's content.
+        size: (width, height) of the image in pixels.
+        file: name of the file in the cache's folder.
+        offset: of the first byte.
+        shape: (T, N, D) of the tokens.
+        kept: K, dominant indices of each tile; 0 if the tower was not zipped.
+        checksum: CRC-32 of the bytes.
+    """
+
+    digest: str
+    size: tuple[int, int]
+    file: str
+    offset: int
+    shape: tuple[int, int, int]
+    kept: int
+    checksum: int
+
+    def lengths(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of the indices, and of the tokens."""
+        tiles, tokens, width = self.shape
+        return 4 * tiles * self.kept, tiles * tokens * width * dtype.itemsize
+
+
+class Index:
+    """All images of a cache; one whose tokens are not there, or whose line is damaged, is left out.
+
+    Attributes:
+        by_path: by path and stamp.
+        by_digest: by the hash of the content.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.by_path: dict[tuple[str, Stamp], Entry] = {}
+        self.by_digest: dict[str, Entry] = {}
+        there = {file.name: file.stat().st_size for file in folder.glob("tokens-*.bin")}
+        for file in folder.glob("index-*.jsonl"):
+            for line in file.read_text(errors="replace").splitlines():
+                try:
+                    path, stamp, values = json.loads(line)
+                    entry = Entry(**{**values, "size": tuple(values["size"]), "shape": tuple(values["shape"])})
+                    if entry.offset + sum(entry.lengths(dtype)) > there.get(entry.file, 0):
+                        continue
+                except (ValueError, TypeError, KeyError):  # damaged, or cut short as its process was killed
+                    continue
+                self.by_path[path, tuple(stamp)] = entry
+                self.by_digest[entry.digest] = entry
+
+
+class Writer:
+    """Adds images to a cache, in files of its own, which are made when there is something to write.
+
+    Args:
+        folder: of the cache.
+        recipe: what its tokens depend on; written beside them, for people to read.
+    """
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.name = uuid.uuid4().hex[:12]
+        self._files: dict[str, FileIO] = {}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add_tokens(self, digest: str, size: tuple[int, int], tokens: Tensor, indices: Tensor | None) -> Entry:
+        """Write tokens (T, N, D) and indices (T, K) or None, on the CPU. They count once a line names them.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        file = self._open("tokens-{}.bin")
+        parts = [tokens] if indices is None else [indices.to(torch.int32), tokens]
+        data = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
+        kept = 0 if indices is None else indices.shape[1]
+        entry = Entry(digest, size, Path(file.name).name, file.tell(), tuple(tokens.shape), kept, zlib.crc32(data))
+        write_all(file, data)
+        return entry
+
+    def add_line(self, path: str, stamp: Stamp, entry: Entry) -> None:
+        """Say where the tokens of the image at ``path`` are.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        line = json.dumps([path, stamp, asdict(entry)]) + "\n"
+        write_all(self._open("index-{}.jsonl"), line.encode())
+
+    def _open(self, name: str) -> FileIO:
+        if not self._files:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.json").write_text(json.dumps(self.recipe, indent=1))
+        if name not in self._files:
+            self._files[name] = (self.folder / name.format(self.name)).open("xb", buffering=0)
+        return self._files[name]
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """Write all of ``data`` to an unbuffered file.
+
+    Raises:
+        OSError: the disk is full; the message says what to do.
+    """
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the disk is full: {file.name} cannot grow. Make room, or give cache_visual_tokens a folder on another "
+            "disk, and start again: the images that are encoded stay so"
+        ) from error
+
+
+class CachedImages:
+    """A data set's images, encoded; memory-mapped.
+
+    Args:
+        folder: of the cache.
+        dtype: of the tokens.
+        entries: where they are, by the image's name in the records.
+        problems: what is wrong with the images that could not be read.
+        blank: (N, D, K) of the image that text-only samples get, so that every process uses the projector.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        entries: dict[str, Entry],
+        problems: dict[str, str],
+        blank: tuple[int, int, int],
+    ) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.entries = entries
+        self.problems = problems
+        tokens, width, kept = blank
+        indices = torch.zeros(1, kept, dtype=torch.long) if kept else None
+        self.blank = EncodedImage(torch.zeros(1, tokens, width, dtype=dtype), indices)
+        self._maps: dict[str, np.memmap] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a data loader's processes map the files themselves
+
+    def sample(self, name: str | None) -> tuple[EncodedImage, tuple[int, int]]:
+        """An image's tokens, and its (width, height) in pixels; None is the image of a text-only sample.
+
+        Raises:
+            ValueError: the image could not be read.
+            DamagedCacheError: the cache's file is damaged.
+        """
+        if name is None:
+            return self.blank, (1, 1)
+        if name in self.problems:
+            raise ValueError(self.problems[name])
+        entry = self.entries[name]
+        lengths = entry.lengths(self.dtype)
+        data = self._map(entry.file)[entry.offset : entry.offset + sum(lengths)].copy()
+        if zlib.crc32(data) != entry.checksum:
+            raise DamagedCacheError(
+                f"the cached tokens of {name} are damaged: delete {self.folder / entry.file} and start again; the "
+                "images in it are encoded anew, and training goes on at its last checkpoint"
+            )
+        indices, tokens = torch.from_numpy(data).split(lengths)
+        encoded = EncodedImage(
+            tokens.view(self.dtype).view(entry.shape),
+            indices.view(torch.int32).view(entry.shape[0], entry.kept).long() if entry.kept else None,
+        )
+        return encoded, entry.size
+
+    def _map(self, file: str) -> np.ndarray:
+        if file not in self._maps:
+            try:
+                self._maps[file] = np.memmap(self.folder / file, dtype=np.uint8, mode="r")
+            except (OSError, ValueError) as error:
+                raise DamagedCacheError(f"{self.folder / file} is gone or empty ({error}): start again") from error
+        return self._maps[file]

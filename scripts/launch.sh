@@ -1,0 +1,117 @@
+# Sourced by the training scripts, after env.sh: where a training runs, how large its batches are, and its start.
+#
+#   prepare_training GLOBAL_BATCH BASE_GIB SAMPLE_GIB      installs; settles DEVICE, PROCESSES, NNODES, MICRO_BATCH, ACCUMULATION
+#   train FLAG…                                            starts llava.train.train on them; the last of equal flags holds
+#
+# From the environment, all optional:
+#
+#   DEVICE         cuda or cpu (cuda if there is a GPU)
+#   PROCESSES      on this machine (the GPUs that can be seen; 1 on a CPU)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines: start the script on each of them, with the same NNODES,
+#                  MASTER_ADDR and MASTER_PORT and another NODE_RANK, from 0 (MASTER_ADDR is the machine of rank 0)
+#   HOSTFILE       several machines, the other way: DeepSpeed's hostfile (lines "name slots=8"); start the script on one of
+#                  them, DeepSpeed's launcher reaches the others by ssh (pdsh)
+#   ZERO           zero2, zero3 or zero3_offload: which of scripts/*.json DeepSpeed gets; none: no DeepSpeed
+#   GLOBAL_BATCH   samples of one update, over all machines
+#   MICRO_BATCH    samples that a GPU has at once (fitted to its memory); the rest of GLOBAL_BATCH is accumulated
+#   REPORT_TO      wandb, tensorboard or none (none); WANDB_MODE=offline keeps wandb's files here, in OUTPUT
+#
+# A run that was stopped goes on at its last checkpoint when the same command is given again.
+
+# gpu_gib: memory of the smallest GPU
+gpu_gib() {
+    nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | awk 'NR == 1 { print int($1 / 1024) }'
+}
+
+visible_gpus() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+    else
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    fi
+}
+
+# world_size: processes on all machines
+world_size() {
+    if [[ -n "${HOSTFILE:-}" ]]; then
+        [[ -f "$HOSTFILE" ]] || die "HOSTFILE=$HOSTFILE is no file"
+        awk '!/^[[:space:]]*(#|$)/ { sub(/.*slots=/, ""); total += $1 } END { print total + 0 }' "$HOSTFILE"
+    else
+        echo $((NNODES * PROCESSES))
+    fi
+}
+
+prepare_training() {
+    local base="$2" sample="$3" world room
+    use_environment train
+    cd "$ROOT"
+    DEVICE="${DEVICE:-$([[ "$(visible_gpus)" -gt 0 ]] && echo cuda || echo cpu)}"
+    [[ "$DEVICE" == cuda || "$DEVICE" == cpu ]] || die "DEVICE=$DEVICE is neither cuda nor cpu"
+    PROCESSES="${PROCESSES:-$([[ "$DEVICE" == cuda ]] && visible_gpus || echo 1)}"
+    NNODES="${NNODES:-1}"
+    GLOBAL_BATCH="${GLOBAL_BATCH:-$1}"
+    world="$(world_size)"
+    ((world > 0)) || die "no process to start: PROCESSES=$PROCESSES, NNODES=$NNODES, HOSTFILE=${HOSTFILE:-}"
+    ((GLOBAL_BATCH % world == 0)) || die "GLOBAL_BATCH=$GLOBAL_BATCH cannot be shared out to $world processes"
+    if [[ -z "${MICRO_BATCH:-}" ]]; then
+        # The largest power of two that fits and divides each process's share of the batch.
+        room="$([[ "$DEVICE" == cuda ]] && gpu_gib || echo 24)"
+        MICRO_BATCH=1
+        while ((GLOBAL_BATCH / world % (2 * MICRO_BATCH) == 0)) &&
+            awk "BEGIN { exit !($base + 2 * $MICRO_BATCH * $sample <= $room) }"; do
+            MICRO_BATCH=$((2 * MICRO_BATCH))
+        done
+    fi
+    ((GLOBAL_BATCH / world % MICRO_BATCH == 0)) ||
+        die "MICRO_BATCH=$MICRO_BATCH does not divide the $((GLOBAL_BATCH / world)) samples of a process"
+    ACCUMULATION=$((GLOBAL_BATCH / world / MICRO_BATCH))
+    say "$world processes ($DEVICE) x $MICRO_BATCH samples x $ACCUMULATION steps = $GLOBAL_BATCH samples an update"
+}
+
+train() {
+    local launcher flags why
+    if [[ "$DEVICE" == cpu ]]; then
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+        flags=(--use_cpu True)
+    else
+        flags=(--bf16 True --tf32 True)
+    fi
+    if [[ "${ZERO:-none}" != none ]]; then
+        [[ -f "scripts/$ZERO.json" ]] ||
+            die "ZERO=$ZERO: there is no scripts/$ZERO.json; use zero2, zero3, zero3_offload or none"
+        flags+=(--deepspeed "scripts/$ZERO.json")
+    fi
+    export TOKENIZERS_PARALLELISM=false WANDB_DIR="${WANDB_DIR:-$OUTPUT}" WANDB_PROJECT="${WANDB_PROJECT:-visionzip}"
+    export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" # of the libraries, about each other
+    mkdir -p "$OUTPUT"
+    if [[ -n "${HOSTFILE:-}" ]]; then
+        launcher=(-m deepspeed.launcher.runner --hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"}
+            --master_port "${MASTER_PORT:-29500}" --no_local_rank --module)
+    elif ((NNODES > 1)); then
+        [[ -n "${NODE_RANK:-}" && -n "${MASTER_ADDR:-}" ]] || die "NNODES=$NNODES needs NODE_RANK and MASTER_ADDR"
+        launcher=(-m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$PROCESSES"
+            --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" -m)
+    else
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m)
+    fi
+    { "$PYTHON" "${launcher[@]}" llava.train.train \
+        --output_dir "$OUTPUT" \
+        --per_device_train_batch_size "$MICRO_BATCH" \
+        --gradient_accumulation_steps "$ACCUMULATION" \
+        --num_train_epochs 1 \
+        --lr_scheduler_type cosine \
+        --warmup_steps 0.03 \
+        --weight_decay 0 \
+        --activation_checkpointing True \
+        --dataloader_num_workers 4 \
+        --logging_steps 1 \
+        --save_steps 100 \
+        --save_total_limit 1 \
+        --report_to "${REPORT_TO:-none}" \
+        --run_name "$(basename "$OUTPUT")" \
+        "${flags[@]}" "$@" 2>&1 >&3 | tee "$OUTPUT/stderr.log" >&2; } 3>&1 || {
+        # The launcher buries what a process has said last under its own report.
+        why="$(grep -h '^llava.train.train: ' "$OUTPUT/stderr.log" | tail -n 1)" || true
+        die "${why:-the training stopped, see above. The same command goes on at its last checkpoint}"
+    }
+}
