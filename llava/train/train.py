@@ -151,7 +151,7 @@ def main() -> int:
         train(*parser.parse_args_into_dataclasses())
         leave_together()
     except (ValueError, OSError, ImportError, DamagedCacheError) as error:
-        print(f"llava.train.train: {error}", file=sys.stderr)
+        sys.stderr.write(f"llava.train.train: {error}\n")  # in one piece: other processes say the same at the same time
         return 2
     return 0
 
