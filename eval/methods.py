@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from llava.efficiency.methods import depth, split
 from visionzip import unzip, visionzip
 from visionzip.baselines import (
     average_pool,
@@ -88,15 +89,6 @@ class Method:
     left: Callable[[Sequence[float]], float] | None = None
 
 
-def split(tokens: int) -> tuple[int, int]:
-    """K dominant tokens, CLS included, and M contextual ones of T, in the paper's ratio of 27 to 5.
-
-    M is T * 5 / 32, halves rounded up: 64 is 54 + 10, 48 is 40 + 8, 16 is 13 + 3. Source: the paper's budgets.
-    """
-    contextual = (10 * tokens + 32) // 64
-    return tokens - contextual, contextual
-
-
 def _without_cls(model: Any, run: Run) -> None:
     dominant, contextual = run.budget
     visionzip(model, dominant + 1, contextual)
@@ -107,23 +99,18 @@ def _patches(model: Any) -> int:
     return model.get_vision_tower().num_patches_per_side ** 2
 
 
-def _depth(model: Any, layer: int) -> int:
-    """A layer of a model with 32, in one with fewer."""
-    return min(layer, round(layer * model.config.num_hidden_layers / 32))
-
-
 def _fastv(model: Any, run: Run) -> None:
-    fastv(model, max(1, _depth(model, 2)), run.tokens / _patches(model))
+    fastv(model, max(1, depth(model, 2)), run.tokens / _patches(model))
 
 
 def _fastv_average(model: Any, run: Run) -> None:
-    layer, patches = max(1, _depth(model, 2)), _patches(model)
+    layer, patches = max(1, depth(model, 2)), _patches(model)
     fastv(model, layer, fastv_keep(run.tokens, patches, model.config.num_hidden_layers, layer) / patches)
 
 
 def _sparsevlm(model: Any, run: Run) -> None:
     patches = _patches(model)
-    sparsevlm(model, [single_layer_keep(run.tokens, patches) / patches], [_depth(model, LAYERS[0])])
+    sparsevlm(model, [single_layer_keep(run.tokens, patches) / patches], [depth(model, LAYERS[0])])
 
 
 def _sparsevlm_average(model: Any, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What compression costs and gains: ``visionzip benchmark tower``, and the timing of prefills for ``eval``.
+"""What compression costs and gains: ``visionzip benchmark tower``, and the interleaved timing of others.
 
 Everything that is compared is interleaved in one process, so that a noisy machine disturbs all alike; peak memory is
 measured in a fresh process each. Ratios carry over to other machines better than times. For the tower these are four
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -196,29 +196,6 @@ def time_interleaved(
                     times[way].append(time.perf_counter() - start)
                 progress.advance(task)
     return times
-
-
-def time_prefill(model: Any, lengths: Iterable[int], rounds: int = 15) -> dict[int, list[float]]:
-    """Time the language model's prefill of one prompt at several lengths, interleaved.
-
-    From the prompt's embeddings to the logits of its last position, with the KV cache filled: the vision tower is not
-    in it (it was not in the paper's figures either). The embeddings are random, on which the time does not depend.
-
-    Args:
-        model: a LLaVA model.
-        lengths: tokens of each prompt, visual ones included.
-        rounds: times that each is timed.
-
-    Returns:
-        Seconds of each length in each round.
-    """
-    weight = model.get_input_embeddings().weight
-    ways = {}
-    for length in lengths:
-        prompt = torch.randn(1, length, model.config.hidden_size, device=weight.device, dtype=weight.dtype)
-        ways[str(length)] = partial(model, inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
-    times = time_interleaved(ways, weight.device, rounds, "time, prefill")
-    return {int(length): seconds for length, seconds in times.items()}
 
 
 def _synchronize(device: str | torch.device) -> None:

@@ -26,8 +26,14 @@ class Method:
     detach: Callable[[Any], Any]
 
 
-def split(tokens: int, tiles: int) -> tuple[int, int]:
-    """K dominant (CLS included) and M contextual tokens of each tile, 27 to 5, for T tokens of an image.
+def split(tokens: int, tiles: int = 1) -> tuple[int, int]:
+    """K dominant (CLS included) and M contextual tokens of each tile, in the paper's ratio of 27 to 5.
+
+    M is T * 5 / 32, halves rounded up: 64 is 54 + 10, 48 is 40 + 8, 16 is 13 + 3. Source: the paper's budgets.
+
+    Args:
+        tokens: T, of all tiles together.
+        tiles: of an image.
 
     Raises:
         ValueError: T does not divide into the tiles.
@@ -39,18 +45,18 @@ def split(tokens: int, tiles: int) -> tuple[int, int]:
     return own - contextual, contextual
 
 
-def _depth(model: Any, layer: int) -> int:
-    """A layer of a model with 32, in one with fewer: at the same share of its depth, as ``python -m eval`` has it."""
+def depth(model: Any, layer: int) -> int:
+    """A layer of a model with 32, in one with fewer: at the same share of its depth."""
     return min(layer, round(layer * model.config.num_hidden_layers / 32))
 
 
 def _fastv(model: Any, tokens: int, tiles: int) -> None:
-    fastv(model, layer=max(1, _depth(model, 2)), keep=tokens)
+    fastv(model, layer=max(1, depth(model, 2)), keep=tokens)
 
 
 def _sparsevlm(model: Any, tokens: int, tiles: int) -> None:
     visual = tiles * model.get_vision_tower().num_patches
-    sparsevlm(model, [single_layer_keep(tokens, visual)], [_depth(model, LAYERS[0])])
+    sparsevlm(model, [single_layer_keep(tokens, visual)], [depth(model, LAYERS[0])])
 
 
 METHODS: dict[str, Method] = {
