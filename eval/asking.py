@@ -24,6 +24,7 @@ from eval.methods import Run, attached
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.transformers_llava import generating_module
 from llava.serve.chat import with_image_tokens
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
@@ -271,10 +272,10 @@ class _Watch:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[_Watch]:
-    watch = _Watch(model.device)
+    watch, module = _Watch(model.device), generating_module(model)
     handles = [
-        model.register_forward_pre_hook(watch.before, with_kwargs=True),
-        model.register_forward_hook(watch.after),
+        module.register_forward_pre_hook(watch.before, with_kwargs=True),
+        module.register_forward_hook(watch.after),
     ]
     try:
         yield watch

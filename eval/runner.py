@@ -38,6 +38,7 @@ from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.loading import find_file
+from llava.model.transformers_llava import TransformersLlava
 
 ROOT = Path(__file__).resolve().parents[1]
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")
@@ -143,12 +144,27 @@ class _Loader:
         if self._ready is None:
             plain = argparse.Namespace(**{**vars(args), "dominant": None, "contextual": None})  # they are in the runs
             tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
+            refuse_videos(model, questions)
             for each in runs:  # what a method refuses, it refuses before the long work
                 with attached(model, each):
                     pass
             prompts = prepare(questions, tokenizer, model.config, args.conv_mode)
             self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model.config, args.skip_bad))
         return self._ready
+
+
+def refuse_videos(model: Any, questions: Sequence[Question]) -> None:
+    """Check that a transformers model that pools videos in a way of its own is not asked about any.
+
+    Raises:
+        ValueError: it is.
+    """
+    videos = any(visual.count > 1 for question in questions for visual in question.visuals)
+    if videos and isinstance(model, TransformersLlava) and model.kind.own_videos:
+        raise ValueError(
+            f"{type(model.native).__name__} reads videos in its own way, which this benchmark does not feed: of "
+            "transformers' models it takes VideoLlava"
+        )
 
 
 def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:

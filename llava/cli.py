@@ -8,6 +8,7 @@ import sys
 from llava.arguments import run_command
 from llava.benchmark import add_benchmark_arguments, benchmark
 from llava.benchmark_tuning import add_tuning_arguments, benchmark_tuning
+from llava.convert import add_convert_arguments, convert
 from llava.efficiency.commands import (
     add_generate_arguments,
     add_memory_arguments,
@@ -69,6 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_merge_arguments(merge_parser)
     merge_parser.set_defaults(run=merge)
+
+    convert_parser = commands.add_parser(
+        "convert", help="a checkpoint in transformers' layout, or in LLaVA's own", description=convert.__doc__
+    )
+    add_convert_arguments(convert_parser)
+    convert_parser.set_defaults(run=convert)
 
     args = parser.parse_args(argv)
     return run_command(f"visionzip {args.command}", args.run, args)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig
 
+from llava.folders import check_absent, check_room, whole_folder
 from llava.model.builder import checkpoint_parts, load_pretrained_model, read_config
 from llava.model.loading import find_file, has_weights, load_weights, weight_files
 from llava.serve.cli import describe
@@ -25,9 +24,8 @@ def merge(args: argparse.Namespace) -> None:
         ValueError: there is nothing to merge, the output exists, or the parts do not fit together.
         OSError: a file is missing or damaged, or the disk has not enough room.
     """
-    output = Path(args.out).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--out {args.out} exists: choose a new folder, or remove it")
+    label = f"--out {args.out}"
+    check_absent(args.out, label)
     adapter = find_file(args.model_path, "adapter_config.json") is not None
     if not adapter and Path(args.model_path).is_dir() and has_weights(args.model_path):
         raise ValueError(f"{args.model_path} is a full checkpoint already: there is nothing to merge")
@@ -36,30 +34,15 @@ def merge(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else _dtype_of(args.model_base)
     with torch.device("meta"):
         size = sum(value.numel() for value in model_class(copy.deepcopy(config)).state_dict().values()) * dtype.itemsize
-    nearest = next(part for part in output.parents if part.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"--out {args.out}: {nearest} is a file, not a folder; choose another one")
-    if (free := shutil.disk_usage(nearest).free) < size:
-        raise OSError(
-            f"--out {args.out} needs {size / 1e9:.1f} GB but {nearest} has {free / 1e9:.1f} GB free: make room, choose "
-            "another disk, or a smaller --dtype"
-        )
+    check_room(args.out, size, label, "make room, choose another disk, or a smaller --dtype")
     tokenizer, model, _, _ = load_pretrained_model(args.model_path, args.model_base, device="cpu", dtype=dtype)
     model.config.use_cache = True  # training turns it off
     if find_file(args.model_base, "generation_config.json"):
         # As it is: changed, one that has a temperature but no do_sample (Vicuna's) would not be saved by transformers.
         model.generation_config = GenerationConfig.from_pretrained(args.model_base)
-    unfinished = output.with_name(output.name + ".partial")  # so that a folder of the right name is a whole one
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"cannot write --out {args.out}: {error}") from error
-    if output.exists():
-        output.rmdir()
-    unfinished.replace(output)
+    with whole_folder(args.out, label) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"wrote {args.out}: {describe(model)}, {size / 1e9:.1f} GB")
 
 

@@ -102,7 +102,12 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
     ]
 
 
-def _pinpoints(grid_pinpoints: str | list[Size]) -> list[Size]:
+def parse_pinpoints(grid_pinpoints: str | list[Size]) -> list[Size]:
+    """The config's ``image_grid_pinpoints``, a list or its text, as (width, height) pairs.
+
+    Raises:
+        ValueError: it lists no resolutions.
+    """
     try:
         points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
         sizes = [(int(width), int(height)) for width, height in points]
@@ -127,7 +132,7 @@ def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: str | list[Siz
     Raises:
         ValueError: ``grid_pinpoints`` lists no resolutions.
     """
-    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
@@ -152,7 +157,7 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
         ValueError: ``grid_pinpoints`` lists no resolutions.
     """
     edge = processor_resolution(processor)
-    resolution = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
+    resolution = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
     tiles = [image.resize((edge, edge)), *divide_to_patches(resize_and_pad_image(image, resolution), edge)]
     return processor.preprocess(tiles, return_tensors="pt")["pixel_values"]
 

@@ -38,6 +38,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.tokenizer import load_tokenizer
 from llava.train.data import InstructionData, read_records
+from recorded import write_recorded_checkpoint
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
 
@@ -52,6 +53,20 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
         if key not in folders:
             folders[key] = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llava-v1.5-tiny", **overrides)
         return folders[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recorded_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Folder in the original checkpoint format for a recorded model, with fields of its config replaced."""
+    folders: dict[str, Path] = {}
+
+    def make(model: str, overrides: dict[str, Any]) -> Path:
+        if model not in folders:
+            folders[model] = tmp_path_factory.mktemp(f"llava-{Path(model).stem}")
+        write_recorded_checkpoint(folders[model], model, overrides)
+        return folders[model]
 
     return make
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from checkpoints import GOLDEN, write_tokenizer, write_tower
+from checkpoints import write_tokenizer, write_tower
 from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import (
     expand2square,
@@ -34,77 +34,23 @@ from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import unpad_image
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.tokenizer import load_tokenizer
+from recorded import ROOT, Case, cases
 from visionzip import compress_tokens, unzip, visionzip
 from visionzip.attention import cls_attention, merge_keys, patch_scores, read_attention
 
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
-ROOT = SHARED if SHARED.is_dir() else GOLDEN
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
-
-
-def cases(kind: str) -> list[str]:
-    return sorted(path.stem for path in ROOT.glob(f"{kind}_*.json"))
 
 
 def facts(name: str) -> dict[str, Any]:
     return json.loads((ROOT / f"facts_{name}.json").read_text())
 
 
-class Case(SimpleNamespace):
-    """One recorded case: the fields of its JSON, and ``data``, its tensors."""
-
-    @classmethod
-    def read(cls, name: str) -> Case:
-        fields = json.loads((ROOT / f"{name}.json").read_text())
-        return cls(**fields, data=load_file(ROOT / fields["tensors"]))
-
-    def pixels(self, compact: torch.Tensor) -> torch.Tensor:
-        return compact.repeat_interleave(self.pixel_expand, -1).repeat_interleave(self.pixel_expand, -2)
-
-    def images(self) -> torch.Tensor | list[torch.Tensor]:
-        pixels = self.pixels(self.data["pixel_compact"])
-        if self.images_container == "tensor4d":
-            return pixels
-        tiles = list(pixels.split(self.tiles_per_image))
-        if self.images_container == "list3d":
-            return [image[0] for image in tiles]
-        return torch.stack(tiles) if self.images_container == "tensor5d" else tiles
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """Folder in the original checkpoint format for a recorded model, with fields of its config replaced."""
-    folders: dict[str, Path] = {}
-
-    def make(model: str, overrides: dict[str, Any]) -> Path:
-        if model not in folders:
-            recorded = json.loads((ROOT / model).read_text())
-            folder = folders[model] = tmp_path_factory.mktemp(f"llava-{Path(model).stem}")
-            weights = load_file(ROOT / recorded["weights"])
-            prefix = "model.vision_tower.vision_tower."
-            tower = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            write_tower(folder / "tower", recorded["vision_config"], tower)
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-            write_tokenizer(folder, ROOT / "models" / "toy_tokenizer.model")
-        config = {
-            **json.loads((ROOT / model).read_text())["config"],
-            **overrides,
-            "model_type": "llava_llama",
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "mm_vision_tower": str(folders[model] / "tower"),
-        }
-        (folders[model] / "config.json").write_text(json.dumps(config))
-        return folders[model]
-
-    return make
-
-
 @pytest.fixture
-def load(checkpoint):
+def load(recorded_checkpoint):
     """Model of a case, with the case's config and, if it has one, its VisionZip setting."""
 
     def make(case: Case) -> Any:
-        folder = checkpoint(case.model, case.config_overrides)
+        folder = recorded_checkpoint(case.model, case.config_overrides)
         _, model, _, _ = load_pretrained_model(str(folder), device="cpu", torch_dtype=torch.float32)
         return zipped(model, case.visionzip) if case.visionzip else model
 

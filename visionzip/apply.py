@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeVar
 
 from torch import nn
@@ -27,10 +28,11 @@ def visionzip(
     ``from_pretrained`` keep it. Nothing is trained; :func:`unzip` takes it off again.
 
     Args:
-        model: a model of a supported family, or its vision tower, or a PEFT wrapper around one.
-        dominant: tokens to keep by attention, CLS included (default: 54).
-        contextual: tokens to merge the rest into (default: 10).
-        layer: encoder layer to score (default: -2).
+        model: a model of a supported family, or LLaVA's vision tower, or a wrapper of PEFT or ``torch.compile`` around
+            one.
+        dominant: tokens to keep by attention, CLS included (default: 54; Video-LLaVA: 15 per frame).
+        contextual: tokens to merge the rest into (default: 10; Video-LLaVA: 2 per frame).
+        layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
         merge: ``"released"`` (default) or ``"average"``; this and the others are explained in
             :class:`VisionZipConfig`. With no argument at all, the setting stored in ``model.config.visionzip`` is
             applied, if there is one.
@@ -50,7 +52,11 @@ def visionzip(
     setting = {"dominant": dominant, "contextual": contextual, "layer": layer, "merge": merge}
     given = {name: value for name, value in setting.items() if value is not None}
     stored = getattr(getattr(target, "config", None), "visionzip", None)
-    integration.attach(target, VisionZipConfig.from_dict(given or stored or {}))
+    if stored and not given:
+        config = VisionZipConfig.from_dict(stored)
+    else:
+        config = dataclasses.replace(integration.default(target), **given)
+    integration.attach(target, config)
     return model
 
 
@@ -73,5 +79,6 @@ def unzip(model: Model) -> Model:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper; any other as it is."""
+    """The model inside a PEFT wrapper or one of ``torch.compile``; any other as it is."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

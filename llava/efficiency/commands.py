@@ -21,9 +21,11 @@ from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
 from llava.efficiency.methods import METHODS, split
 from llava.efficiency.report import make_rows, plot, print_table
 from llava.efficiency.shapes import SHAPES, build_model
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import config_values, load_pretrained_model
+from llava.model.transformers_llava import is_transformers
 
 PLOTS = (".png", ".svg", ".pdf")
+TRANSFORMERS_METHODS = ("vanilla", "visionzip")
 
 
 def benchmark_prefill(args: argparse.Namespace) -> None:
@@ -60,7 +62,8 @@ def benchmark_memory(args: argparse.Namespace) -> None:
     """
     ways = _check(args)
     rows: list[dict[str, Any]] = []
-    shared = {name: getattr(args, name) for name in ("shape", "model_path", "device", "dtype", "text_tokens")}
+    names = ("shape", "transformers", "model_path", "device", "dtype", "text_tokens")
+    shared = {name: getattr(args, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for batch in args.batch_sizes:
             for way in ways:
@@ -124,6 +127,9 @@ def _check(args: argparse.Namespace) -> list[Way]:
     if args.output and Path(args.output).is_dir():
         raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
     tokens = args.tokens
+    if args.model_path and not tokens:
+        raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
+    args.methods = _methods(args)
     if args.shape:
         shape = SHAPES[args.shape]
         tokens = tokens or [32 * shape.tiles if shape.tiles > 1 else 64]
@@ -134,8 +140,6 @@ def _check(args: argparse.Namespace) -> list[Way]:
                 raise ValueError(
                     f"--tokens {number}: {args.shape} has {shape.visual_tokens} visual tokens per image; give fewer"
                 )
-    elif not tokens:
-        raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
     ways = [Way(name, None) for name in ["vanilla"] if name in args.methods]
     ways += [Way(name, number) for number in tokens for name in args.methods if name != "vanilla"]
     if getattr(args, "compile", False):
@@ -145,10 +149,22 @@ def _check(args: argparse.Namespace) -> list[Way]:
     return list(dict.fromkeys(ways))
 
 
+def _methods(args: argparse.Namespace) -> list[str]:
+    """Those that are asked for, or all that can be on the model."""
+    if args.transformers and args.model_path:
+        raise ValueError("--transformers is about --shape: a checkpoint's own layout decides, so leave it out")
+    stock = args.transformers or (args.model_path and is_transformers(config_values(args.model_path)))
+    able = TRANSFORMERS_METHODS if stock else tuple(METHODS)
+    asked = args.methods or list(able)
+    if refused := [name for name in asked if name not in able]:
+        raise ValueError(f"--methods {' '.join(refused)}: on transformers' own models there are {' and '.join(able)}")
+    return asked
+
+
 def _model(args: argparse.Namespace) -> Any:
     dtype = getattr(torch, args.dtype)
     if args.shape:
-        return build_model(args.shape, args.device, dtype)
+        return build_model(args.shape, args.device, dtype, args.transformers)
     _, model, _, _ = load_pretrained_model(args.model_path, device=args.device, torch_dtype=dtype)
     METHODS["visionzip"].detach(model)  # a tuned checkpoint comes zipped
     return model
@@ -156,11 +172,12 @@ def _model(args: argparse.Namespace) -> Any:
 
 def _title(args: argparse.Namespace) -> str:
     what = f"{args.shape}, random weights" if args.shape else args.model_path
+    what = f"transformers' class, {what}" if args.transformers else what
     return f"{what}, {args.dtype}, {args.text_tokens} text tokens"
 
 
 def _setting(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("shape", "model_path", "methods", "dtype", "text_tokens", "rounds")
+    names = ("shape", "transformers", "model_path", "methods", "dtype", "text_tokens", "rounds")
     return {name: getattr(args, name, None) for name in names}
 
 
@@ -198,8 +215,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark memory``."""
     parser.add_argument("--shape", choices=list(SHAPES), help="model of random weights (llava-next-7b)")
+    parser.add_argument("--transformers", action="store_true", help="transformers' own class of that shape")
     parser.add_argument("--model-path", help="a checkpoint instead: folder or hub name")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="(all)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="(all; vanilla and visionzip there)")
     parser.add_argument(
         "--tokens", type=positive, nargs="+", help="visual tokens per image, all tiles together (NeXT: 160, else 64)"
     )

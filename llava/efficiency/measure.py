@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llava.benchmark import time_interleaved
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.methods import METHODS
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.transformers_llava import TransformersLlava, generating_module
 from visionzip import VisionZipConfig
 
 # In the order in which they pass. "layout" is what lies between the projector and the language model.
@@ -77,6 +78,7 @@ class Timed:
         cache_bytes: KV cache after the prefill.
         lengths: tokens in each layer's cache then.
         setting: VisionZip's, if it was on.
+        new_tokens: of each answer.
     """
 
     phases: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
@@ -85,6 +87,7 @@ class Timed:
     cache_bytes: int = 0
     lengths: list[int] = field(default_factory=list)
     setting: VisionZipConfig | None = None
+    new_tokens: int = 1
 
     @property
     def first_token(self) -> list[float]:
@@ -102,13 +105,15 @@ def make_prompt(model: Any, text_tokens: int, batch: int) -> Prompt:
     tower, config = model.get_vision_tower(), model.config
     edge, device = tower.config.image_size, tower.device
     tiles, size = 1, (edge, edge)
-    if str(getattr(config, "image_aspect_ratio", None)).startswith("anyres"):
+    tiled = isinstance(model, TransformersLlava) and model.kind.tiles
+    if tiled or str(getattr(config, "image_aspect_ratio", None)).startswith("anyres"):
         size = (2 * edge, 2 * edge)
         columns, rows = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, edge)
         tiles = columns * rows + 1
     shape = (3, edge, edge) if tiles == 1 else (tiles, 3, edge, edge)
     images = [torch.randn(shape, device=device, dtype=tower.dtype) for _ in range(batch)]
-    words = torch.randint(3, config.vocab_size, (text_tokens,), device=device)
+    text_ids = getattr(config, "image_token_id", config.vocab_size)  # transformers has its placeholder behind them
+    words = torch.randint(3, text_ids, (text_tokens,), device=device)
     before = text_tokens * 35 // 60  # about where LLaVA's template has the image
     sentinel = words.new_tensor([IMAGE_TOKEN_INDEX])
     ids = torch.cat([words[:before], sentinel, words[before:]])
@@ -126,6 +131,11 @@ class Runner:
 
     def __init__(self, model: Any, prompt: Prompt, new_tokens: int) -> None:
         self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
+        if isinstance(model, TransformersLlava):  # timed as its users call it
+            self._inputs = processor_inputs(model, prompt)
+        else:
+            sizes = [prompt.size] * len(prompt.images)
+            self._inputs = {"inputs": prompt.ids, "images": prompt.images, "image_sizes": sizes}
         self._attached = "vanilla"
         self._compiled: Callable[..., Any] | None = None
 
@@ -149,17 +159,13 @@ class Runner:
     def once(self, timed: Timed) -> None:
         """Answer the prompt and add the times of its phases."""
         with marks(self.model) as watch:
-            self.model.generate(
-                self.prompt.ids,
-                images=self.prompt.images,
-                image_sizes=[self.prompt.size] * len(self.prompt.images),
-                do_sample=False,
-                max_new_tokens=self.new_tokens,
-                min_new_tokens=self.new_tokens,
+            generating_module(self.model).generate(
+                **self._inputs, do_sample=False, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens
             )
             watch.mark("decode")
         for name in PHASES:
             timed.phases[name].append(watch.seconds(name))
+        timed.new_tokens = self.new_tokens
         timed.totals.append(sum(watch.seconds(name) for name in PHASES))
         timed.prompt_tokens = watch.prompt_tokens
         timed.setting = self.model.get_vision_tower().visionzip
@@ -194,7 +200,8 @@ class Watch:
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the language model's prefill."""
         if "layout" not in self._ends:
-            self.prompt_tokens = kwargs["inputs_embeds"].shape[1]
+            embeds = kwargs.get("inputs_embeds")
+            self.prompt_tokens = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
             self.mark("layout")
 
     def after_forward(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -209,23 +216,49 @@ class Watch:
 @contextmanager
 def marks(model: Any) -> Iterator[Watch]:
     """Watch one call of ``generate`` on the model, with whatever method is on it."""
-    tower = model.get_vision_tower()
-    setting = tower.visionzip
-    used = tower.feature_layers(tower.select_layer) if setting is None else tower.visionzip_layers(setting)
-    projector = model.get_model().mm_projector
+    tower, module = model.get_vision_tower(), generating_module(model)
+    layers = tower.encoder.encoder.layers[: encoder_layers(model)]
+    projector = (model if isinstance(model, TransformersLlava) else model.get_model()).mm_projector
     watch = Watch(tower.device)
     handles = [
-        tower.encoder.encoder.layers[used - 1].register_forward_hook(lambda *_: watch.mark("tower")),
+        layers[-1].register_forward_hook(lambda *_: watch.mark("tower")),
         projector.register_forward_pre_hook(lambda *_: watch.mark("compression")),
         projector.register_forward_hook(lambda *_: watch.mark("projector")),
-        model.register_forward_pre_hook(watch.before_forward, with_kwargs=True),
-        model.register_forward_hook(watch.after_forward),
+        module.register_forward_pre_hook(watch.before_forward, with_kwargs=True),
+        module.register_forward_hook(watch.after_forward),
     ]
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
+
+
+def encoder_layers(model: Any) -> int:
+    """How many of its vision encoder's layers a model runs, with what is on it now; stock transformers run all."""
+    tower = model.get_vision_tower()
+    if tower.visionzip is not None:
+        return tower.visionzip_layers(tower.visionzip)
+    if isinstance(model, TransformersLlava):
+        return tower.config.num_hidden_layers
+    return tower.feature_layers(tower.select_layer)
+
+
+def processor_inputs(model: TransformersLlava, prompt: Prompt) -> dict[str, Tensor]:
+    """A prompt as transformers' processor makes it: as many placeholders as the model, not zipped, has visual tokens.
+
+    Args:
+        model: with nothing on it.
+        prompt: all of whose images are of one size.
+    """
+    sizes = [prompt.size] * len(prompt.images)
+    with torch.inference_mode():
+        run = len(model.visual_tokens(prompt.images[:1], sizes[:1])[0])
+    repeats = torch.where(prompt.ids[0] == IMAGE_TOKEN_INDEX, run, 1)
+    ids = prompt.ids.masked_fill(prompt.ids == IMAGE_TOKEN_INDEX, model.config.image_token_id)
+    ids = ids.repeat_interleave(repeats, dim=1)  # the same text in all rows
+    pixels = model.pixel_inputs(prompt.images, sizes)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
 
 
 def time_ways(runner: Runner, ways: Sequence[Way], rounds: int, bare: bool) -> tuple[dict[Way, Timed], dict]:
@@ -279,6 +312,11 @@ def time_ways(runner: Runner, ways: Sequence[Way], rounds: int, bare: bool) -> t
 
 def bare_language_model(model: Any) -> PreTrainedModel:
     """Transformers' own class of the language model inside a LLaVA, on the same weights."""
+    if isinstance(model, TransformersLlava):
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(copy.deepcopy(model.native.config.get_text_config()))
+        bare.model, bare.lm_head = model.get_model(), model.native.lm_head
+        return bare.eval()
     own = next(
         base
         for base in type(model).__mro__

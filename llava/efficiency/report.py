@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llava.efficiency.measure import PHASES, Prompt, Timed, Way
+from llava.efficiency.measure import PHASES, Prompt, Timed, Way, encoder_layers
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
 
 Spread = dict[str, Any]
@@ -28,7 +28,8 @@ class Row:
         layer_tokens: tokens in each layer's KV cache after the prefill.
         seconds: of each phase, ``first_token`` (pixels to the first logits) and ``total`` (to the last token).
         speed_up: over vanilla in the same rounds: ``prefill`` (the language model's forward, as the paper timed it),
-            ``first_token``, ``total``; None where vanilla was not timed.
+            ``first_token``, ``total``, and ``decode`` where it took any; None where vanilla was not timed.
+        tokens_per_second: of all answers together while they are decoded, after the first token; None for one token.
         kv_cache_mib: KV cache after the prefill.
         flops: operations by :mod:`visionzip.flops`: ``vision`` (tower, compression, projector), ``language_model``
             (exact, by each layer's length; what a method spends on choosing inside it is left out), and ``paper``.
@@ -46,6 +47,7 @@ class Row:
     layer_tokens: list[int]
     seconds: dict[str, Spread]
     speed_up: dict[str, Spread] | None
+    tokens_per_second: Spread | None
     kv_cache_mib: float
     flops: dict[str, int]
     bare_speed_up: Spread | None
@@ -76,7 +78,10 @@ def make_rows(model: Any, prompt: Prompt, timed: Mapping[Way, Timed], bare: Mapp
     rows = []
     for way, own in timed.items():
         seconds = {**own.phases, "first_token": own.first_token, "total": own.totals}
-        speed_up = bare_speed_up = of_bare = None
+        speed_up = bare_speed_up = of_bare = rate = None
+        decoded = len(prompt.images) * (own.new_tokens - 1)
+        if decoded:
+            rate = spread([decoded / elapsed for elapsed in own.phases["decode"]])
         if vanilla is not None:
             prefills = ratio(vanilla.phases["prefill"], own.phases["prefill"])
             speed_up = {
@@ -84,6 +89,8 @@ def make_rows(model: Any, prompt: Prompt, timed: Mapping[Way, Timed], bare: Mapp
                 "first_token": ratio(vanilla.first_token, own.first_token),
                 "total": ratio(vanilla.totals, own.totals),
             }
+            if decoded:
+                speed_up["decode"] = ratio(vanilla.phases["decode"], own.phases["decode"])
             if bare:
                 bare_speed_up = ratio(bare[vanilla.prompt_tokens], bare[own.prompt_tokens])
             if bare and set(own.lengths) == {own.prompt_tokens}:
@@ -102,6 +109,7 @@ def make_rows(model: Any, prompt: Prompt, timed: Mapping[Way, Timed], bare: Mapp
                 layer_tokens=own.lengths,
                 seconds={name: spread(found) for name, found in seconds.items()},
                 speed_up=speed_up,
+                tokens_per_second=rate,
                 kv_cache_mib=own.cache_bytes / 2**20,
                 flops=_flops(model, prompt, own),
                 bare_speed_up=bare_speed_up,
@@ -115,7 +123,7 @@ def _flops(model: Any, prompt: Prompt, own: Timed) -> dict[str, int]:
     config, tower = model.config, model.get_vision_tower()
     images = prompt.tiles * len(prompt.images)
     zipped = own.setting
-    layers = tower.feature_layers(tower.select_layer) if zipped is None else tower.visionzip_layers(zipped)
+    layers = encoder_layers(model) if zipped is None else tower.visionzip_layers(zipped)
     vision = sum(clip_module_flops(tower.config, images, layers).values())
     tokens = images * tower.num_patches
     if zipped is not None:
@@ -136,16 +144,19 @@ def print_table(rows: Sequence[Row], title: str) -> None:
     table = Table(title=title)
     for column in ("batch", "way", "visual", *PHASES, "first token", "total", "prefill x", "first x", "total x"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    for column in ("FLOPs x", "KV MiB"):
+    answers = any(row.tokens_per_second is not None for row in rows)
+    for column in (*(("decode x", "tokens/s") if answers else ()), "FLOPs x", "KV MiB"):
         table.add_column(column, justify="right")
     for row in rows:
         times = [f"{1e3 * row.seconds[name]['median']:.1f}" for name in (*PHASES, "first_token", "total")]
-        gains = ["" if row.speed_up is None else f"{row.speed_up[k]['median']:.2f}" for k in _GAINS]
+        keys = _GAINS if answers else _GAINS[:-1]
+        gains = ["" if row.speed_up is None else f"{row.speed_up[key]['median']:.2f}" for key in keys]
+        gains += [f"{row.tokens_per_second['median']:.1f}"] if answers else []
         base = whole.get(row.batch)
         flops = "" if base is None else f"{base.flops['language_model'] / row.flops['language_model']:.2f}"
         table.add_row(str(row.batch), row.way, str(row.visual_tokens), *times, *gains, flops, f"{row.kv_cache_mib:.1f}")
     # Never cut: a table in a log is as wide as it is.
-    Console(width=max(console.width, 190)).print(table)
+    Console(width=max(console.width, 210)).print(table)
     console.print("milliseconds, medians; x: times faster than vanilla, median over rounds; first token: from pixels.")
     for row in rows:
         if row.of_bare is not None and row.way != "vanilla":
@@ -157,7 +168,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
             )
 
 
-_GAINS = ("prefill", "first_token", "total")
+_GAINS = ("prefill", "first_token", "total", "decode")
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:

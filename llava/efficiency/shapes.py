@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PretrainedConfig,
+)
+from transformers import LlavaConfig as TransformersLlavaConfig
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.transformers_llava import TransformersLlava
 
 VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -57,18 +66,20 @@ SHAPES: dict[str, Shape] = {
     "llava-next-7b": Shape(**_7B, tiles=5),
     "llava-next-13b": Shape(**_13B, tiles=5),
     "llava-next-mini": Shape(1024, 8, 8, 2752, VIT_MINI, tiles=5),  # for CPU: 2880 visual tokens, 8 layers
+    "llava-1.5-mini": Shape(1024, 8, 8, 2752, VIT_MINI, tiles=1),
     "llava-next-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=5, vocabulary=512),  # to try the command itself
     "llava-1.5-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512),
 }
 
 
-def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
+def build_model(name: str, device: str, dtype: torch.dtype, transformers: bool = False) -> Any:
     """A LLaVA of random weights, drawn on the device: no copy of it is ever made elsewhere.
 
     Args:
         name: key of :data:`SHAPES`.
         device: where it is to be.
         dtype: of all its weights.
+        transformers: of transformers' own class.
 
     Raises:
         ValueError: the shape is unknown.
@@ -76,18 +87,42 @@ def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
     if name not in SHAPES:
         raise ValueError(f"--shape {name} is unknown: use one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
+    model_class, config = (_transformers_config if transformers else _config)(shape)
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Under a device context modules are made there and initialise themselves there, buffers (rotary frequencies,
+        # position ids) included; on the meta device those would stay empty.
+        with torch.device(device), torch.random.fork_rng(devices=_cuda_devices(device)):
+            torch.manual_seed(0)
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
+    model = TransformersLlava(model) if transformers else model
+    model.get_vision_tower().is_loaded = True
+    return model.requires_grad_(False).eval()
+
+
+def _language_model(shape: Shape) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def _config(shape: Shape) -> tuple[type, PretrainedConfig]:
     edge = shape.vision["image_size"]
     config = LlavaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        **_language_model(shape),
         mm_vision_tower="random",
         mm_vision_config=CLIPVisionConfig(**shape.vision).to_dict(),
         mm_hidden_size=shape.vision["hidden_size"],
@@ -97,19 +132,17 @@ def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
         image_aspect_ratio="pad" if shape.tiles == 1 else "anyres",
         image_grid_pinpoints=[[2 * edge, 2 * edge]],
     )
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        # Under a device context modules are made there and initialise themselves there, buffers (rotary frequencies,
-        # position ids) included; on the meta device those would stay empty.
-        with torch.device(device), torch.random.fork_rng(devices=_cuda_devices(device)):
-            torch.manual_seed(0)
-            model = LlavaLlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.get_vision_tower().is_loaded = True
-    return model.requires_grad_(False).eval()
+    return LlavaLlamaForCausalLM, config
+
+
+def _transformers_config(shape: Shape) -> tuple[type, PretrainedConfig]:
+    own = {**_language_model(shape), "vocab_size": shape.vocabulary + 64}  # as llava-hf's, for <image> and padding
+    parts = {"text_config": LlamaConfig(**own), "vision_config": CLIPVisionConfig(**shape.vision)}
+    parts["image_token_index"] = shape.vocabulary
+    if shape.tiles == 1:
+        return LlavaForConditionalGeneration, TransformersLlavaConfig(**parts)
+    edge = shape.vision["image_size"]
+    return LlavaNextForConditionalGeneration, LlavaNextConfig(**parts, image_grid_pinpoints=[[2 * edge, 2 * edge]])
 
 
 def _cuda_devices(device: str) -> list[int]:

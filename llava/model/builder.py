@@ -17,6 +17,7 @@ from llava.model.loading import find_file, has_weights, load_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
+from llava.model.transformers_llava import is_transformers, load_transformers_model
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 # Patterns for the start of a module's name.
-_NOT_QUANTIZED = ["model.vision_tower", "model.mm_projector", "lm_head"]
+_NOT_QUANTIZED = ["model.vision_tower", "model.mm_projector", "model.multi_modal_projector", "lm_head"]
 
 
 def load_pretrained_model(
@@ -54,7 +55,8 @@ def load_pretrained_model(
 
     Args:
         model_path: folder or hub name of a full checkpoint in the original layout (safetensors or .bin, one file or
-            shards), of a projector (``mm_projector.bin`` or ``.safetensors`` with a config), or of a LoRA adapter.
+            shards) or in transformers' (``llava-hf/…``; see :mod:`llava.model.transformers_llava`), of a projector
+            (``mm_projector.bin`` or ``.safetensors`` with a config), or of a LoRA adapter.
         model_base: for a projector or an adapter: the checkpoint that it completes (a language model or a LLaVA).
         model_name: as LLaVA has it; here the checkpoint's config decides, and this is a hint where that is silent.
         load_8bit: quantise the language model to 8 bits (needs bitsandbytes).
@@ -90,6 +92,10 @@ def load_pretrained_model(
         options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
 
     # All that can be wrong is looked at before the weights are fetched and read, which takes minutes.
+    if is_transformers(config_values(model_path)):
+        if model_base:
+            raise ValueError(f"{model_path} is a whole checkpoint in transformers' layout: leave model_base out")
+        return load_transformers_model(model_path, **options)
     model_class, config = read_config(model_path, model_name)
     adapter, extra_file = checkpoint_parts(model_path, model_base)
     tokenizer = load_tokenizer(model_base or model_path)
@@ -183,15 +189,7 @@ def read_config(model_path: str, model_name: str | None = None) -> tuple[type, P
         OSError: the config is missing or damaged.
         ValueError: it is not an original LLaVA's.
     """
-    if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
-        raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
-    try:
-        values, _ = PretrainedConfig.get_config_dict(model_path)
-    except OSError as error:
-        raise OSError(
-            f"cannot read the config of {model_path}: it is damaged, or neither a folder here nor to be had from the "
-            f"hub. Check the name and the connection, or download it and give its folder. ({error})"
-        ) from error
+    values = config_values(model_path)
     architecture = next(iter(values.get("architectures") or []), None)
     model_type = values.pop("model_type", None)
     model_class = _MODELS.get(architecture)
@@ -202,11 +200,29 @@ def read_config(model_path: str, model_name: str | None = None) -> tuple[type, P
         raise ValueError(
             f"{model_path} is not an original LLaVA checkpoint (architecture {architecture!r}, model_type "
             f"{model_type!r}, mm_vision_tower {values.get('mm_vision_tower')!r}): supported are {', '.join(_MODELS)} "
-            "with an mm_vision_tower, such as liuhaotian/llava-v1.5-7b (not the llava-hf conversions)"
+            "with an mm_vision_tower, such as liuhaotian/llava-v1.5-7b, or what `visionzip convert SRC DST "
+            "--to original` makes of one of transformers"
         )
     config = model_class.config_class.from_dict(values)
     config._name_or_path = str(model_path)
     return model_class, config
+
+
+def config_values(model_path: str) -> dict[str, Any]:
+    """A checkpoint's ``config.json``, of either layout.
+
+    Raises:
+        OSError: it is missing or damaged.
+    """
+    if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
+    try:
+        return PretrainedConfig.get_config_dict(model_path)[0]
+    except OSError as error:
+        raise OSError(
+            f"cannot read the config of {model_path}: it is damaged, or neither a folder here nor to be had from the "
+            f"hub. Check the name and the connection, or download it and give its folder. ({error})"
+        ) from error
 
 
 def _own_name(key: str) -> str:

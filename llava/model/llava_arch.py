@@ -84,6 +84,7 @@ class LlavaMetaForCausalLM:
     """Causal language model that also takes images."""
 
     backbone_class: ClassVar[type[nn.Module]]
+    takes_videos: ClassVar[bool] = False  # (3, T, h, w) among the images, with an <image> for each frame
 
     def __init__(self, config: Any) -> None:
         # Not super().__init__: that would build the text-only backbone first.
@@ -351,7 +352,7 @@ class LlavaMetaForCausalLM:
             takes = [0] * len(prompts)
         else:
             check_images(images)
-            takes = images_per_row(markers, len(images), training=labels is not None)
+            takes = images_per_row(markers, self.count_markers(images), training=labels is not None)
             visual = self.visual_tokens(images, image_sizes)
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -368,6 +369,10 @@ class LlavaMetaForCausalLM:
             new_labels.append(None if expanded is None else expanded[:limit])
             where.append(visual_positions(prompt, own)[:limit])
         return rows, None if labels is None else new_labels, where
+
+    def count_markers(self, images: Images) -> int:
+        """How many ``<image>`` stand for these images in a prompt."""
+        return len(images)
 
     def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
         """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.

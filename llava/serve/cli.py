@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
 from llava.mm_utils import load_image
+from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 
 _HELP = "/image FILE asks about another image too, /reset starts anew, /exit (or an empty line) ends."
@@ -56,7 +57,7 @@ def describe(model: Any) -> str:
     setting = model.get_vision_tower().visionzip
     zipped = f"VisionZip {setting.dominant} + {setting.contextual}" if setting else "not zipped"
     precision = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__} on {model.device}, {precision} · {zipped}"
+    return f"{type(generating_module(model)).__name__} on {model.device}, {precision} · {zipped}"
 
 
 def _read_line(prompt: str) -> str:

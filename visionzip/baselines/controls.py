@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visionzip.apply import unwrap
+from visionzip.baselines.language import refuse_transformers
 from visionzip.integrations import find_integration
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,6 +120,7 @@ def drop_cls_token(model: Model) -> Model:
         ValueError: the model is not zipped, reads grids of tiles, or has no CLS token.
     """
     target = unwrap(model)
+    refuse_transformers(target)
     tower = find_integration(target).vision_tower(target)
     _refuse_tiles(target)
     if tower.visionzip is None or not tower.cls_token:
@@ -163,6 +165,7 @@ def _attach(model: Model, tokens: int, keep: Callable[[Tensor, Tensor], Tensor])
 
 def _checked_tower(model: nn.Module, tokens: int) -> Any:
     target = unwrap(model)
+    refuse_transformers(target)
     tower = find_integration(target).vision_tower(target)
     if tower.visionzip is not None:
         raise ValueError("the model is zipped, so a control would see compressed tokens: call unzip(model) first")

@@ -23,7 +23,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from visionzip.apply import unwrap
 from visionzip.baselines.selection import Keep, attention_received, keep_top, number_to_keep
-from visionzip.integrations import find_integration
+from visionzip.integrations import find_integration, llava
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,10 +94,10 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
 
     Raises:
         TypeError: the model is of no supported family, or has no language model.
-        ValueError: a layer or a number to keep is outside its limits.
+        ValueError: a layer or a number to keep is outside its limits, or the model is one of transformers.
     """
     target = unwrap(model)
-    find_integration(target)
+    refuse_transformers(target)
     if not hasattr(target, "get_model"):
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
     backbone = target.get_model()
@@ -113,6 +113,20 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
     ]
     setattr(target, _HANDLES, handles)
     return model
+
+
+def refuse_transformers(model: nn.Module) -> None:
+    """Check that a model is of this repository's classes, whose parts the baselines and the controls know.
+
+    Raises:
+        TypeError: it is of no supported family.
+        ValueError: it is one of transformers' LLaVA models.
+    """
+    if find_integration(model).attach is not llava.attach:
+        raise ValueError(
+            f"{type(model).__name__} is a model of transformers, on which only VisionZip runs: for FastV, SparseVLM "
+            "and the controls convert its checkpoint (visionzip convert SRC DST --to original)"
+        )
 
 
 def remove_pruning(model: Model) -> Model:

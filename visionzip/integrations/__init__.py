@@ -1,14 +1,15 @@
 """Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family, write a module with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)`` and register its
-classes here.
+family of transformers, write a module with a :class:`~visionzip.integrations.huggingface.Family`; to add any other, one
+with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)``; and register its classes here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -26,12 +27,26 @@ class Integration:
         attach: turns compression on, or re-configures it, and stores the setting in the model's config.
         detach: turns it off and removes the setting.
         vision_tower: the part that compresses, for :mod:`visionzip.visualize` to look into.
+        default: a model's setting where the user gives none.
     """
 
     family: str
     attach: Callable[[nn.Module, VisionZipConfig], None]
     detach: Callable[[nn.Module], None]
     vision_tower: Callable[[nn.Module], Any]
+    default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
+
+
+def _of_transformers(module: str, name: str) -> Integration:
+    def verb(function: str) -> Callable[..., Any]:
+        def call(model: nn.Module, *args: Any) -> Any:
+            # Not before it is used: what is behind takes seconds to import.
+            family = import_module(f"{__name__}.{module}").FAMILY
+            return getattr(import_module(f"{__name__}.attach"), function)(family, model, *args)
+
+        return call
+
+    return Integration(name, verb("attach"), verb("detach"), verb("vision_tower"), verb("default_config"))
 
 
 _LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach, llava.vision_tower)
@@ -39,6 +54,16 @@ _LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.det
 REGISTRY: dict[str, Integration] = {
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
+    **{
+        f"transformers.models.{cls}ForConditionalGeneration": _of_transformers(module, f"{name} (transformers)")
+        for cls, module, name in (
+            ("llava.modeling_llava.Llava", "hf_llava", "LLaVA-1.5"),
+            ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next", "LLaVA-NeXT"),
+            ("llava_onevision.modeling_llava_onevision.LlavaOnevision", "hf_llava_onevision", "LLaVA-OneVision"),
+            ("llava_next_video.modeling_llava_next_video.LlavaNextVideo", "hf_llava_next_video", "LLaVA-NeXT-Video"),
+            ("video_llava.modeling_video_llava.VideoLlava", "hf_video_llava", "Video-LLaVA"),
+        )
+    },
 }
 
 

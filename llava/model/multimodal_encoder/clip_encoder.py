@@ -1,10 +1,9 @@
-"""CLIP towers: a CLS token first, and a normalisation before the layers."""
+"""CLIP towers: a CLS token first."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -17,9 +16,6 @@ class CLIPVisionTower(VisionTower):
     config_class = CLIPVisionConfig
     processor_class = CLIPImageProcessorPil
     cls_token = True
-
-    def _embed(self, images: Tensor) -> Tensor:
-        return self.encoder.pre_layrnorm(super()._embed(images))
 
     def default_processor(self) -> Any:
         """CLIP's: shortest edge to the resolution, then the centre."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llava.model.loading import find_file, gathered, load_weights, no_load_report, weight_files
-from visionzip import CompressedTokens, VisionZipConfig, compress_tokens
-from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
+from visionzip import CompressedTokens, VisionZipConfig
+from visionzip.encoder import compress_images, hidden_states, layers_needed
 
 logger = logging.getLogger(__name__)
 
@@ -197,15 +197,10 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the encoder has no such layer, or its weights are random, as the checkpoint lacks them.
         """
-        layers = self.config.num_hidden_layers
-        if not -layers <= setting.layer < layers:
-            raise ValueError(
-                f"layer={setting.layer} is outside the vision tower's {layers} layers (-{layers} to {layers - 1})"
-            )
-        index = setting.layer % layers
-        if any(key.startswith(f"encoder.layers.{index}.") for key in self.untrained):
+        layers = layers_needed(self.encoder, setting.layer)
+        if any(key.startswith(f"encoder.layers.{layers - 1}.") for key in self.untrained):
             raise ValueError(f"layer={setting.layer} has no weights in this checkpoint: choose one before it")
-        return index + 1
+        return layers
 
     def needs(self, key: str) -> bool:
         """Whether the tower ever uses the encoder weight of this name (it stops before the last layer)."""
@@ -233,7 +228,8 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        features = self._hidden_states(images, self.feature_layers(self.select_layer))
+        self._check_size(images)
+        features = hidden_states(self.encoder, images, self.feature_layers(self.select_layer))
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
@@ -259,39 +255,17 @@ class VisionTower(nn.Module):
         setting = self.visionzip
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
-        layers = self.visionzip_layers(setting)
+        self.visionzip_layers(setting)
+        self._check_size(images)
+        return compress_images(self.encoder, images, setting)
 
-        def summarize(read: QueriesKeys) -> tuple[Tensor, Tensor]:
-            return patch_scores(read, self.cls_token), merge_keys(read)
-
-        with read_attention(self.encoder.encoder.layers[layers - 1].self_attn, summarize) as reader:
-            hidden_states = self._hidden_states(images, layers)
-        scores, keys = reader.result()
-        return compress_tokens(
-            hidden_states,
-            scores,
-            keys,
-            setting.dominant,
-            setting.contextual,
-            cls_token=self.cls_token,
-            merge=setting.merge,
-        )
-
-    def _hidden_states(self, images: Tensor, layers: int) -> Tensor:
-        """Output (B, S, D) of the first ``layers`` encoder layers; the ones behind them are not run."""
+    def _check_size(self, images: Tensor) -> None:
         edge = self.config.image_size
         if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
             raise ValueError(
                 f"the vision tower takes images of shape (B, 3, {edge}, {edge}) with B >= 1, got "
                 f"{tuple(images.shape)}: prepare them with llava.mm_utils.process_images"
             )
-        hidden_states = self._embed(images.to(device=self.device, dtype=self.dtype))
-        for layer in self.encoder.encoder.layers[:layers]:
-            hidden_states = layer(hidden_states, None)
-        return hidden_states
-
-    def _embed(self, images: Tensor) -> Tensor:
-        return self.encoder.embeddings(images)
 
     @property
     def dtype(self) -> torch.dtype:

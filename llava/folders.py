@@ -1,0 +1,58 @@
+"""Folders that are whole or not there: what a command writes appears under its name when it is done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def check_absent(path: str | Path, label: str) -> None:
+    """Check that a folder to be written does not exist, or is empty.
+
+    Raises:
+        ValueError: it exists.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{label} exists: choose a new folder, or remove it")
+
+
+def check_room(path: str | Path, size: int, label: str, cure: str) -> None:
+    """Check that ``size`` bytes fit where a folder is to be written.
+
+    Raises:
+        OSError: they do not, or a file is in the way.
+    """
+    nearest = next(part for part in Path(path).absolute().parents if part.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{label}: {nearest} is a file, not a folder; choose another one")
+    if (free := shutil.disk_usage(nearest).free) < size:
+        raise OSError(f"{label} needs {size / 1e9:.1f} GB but {nearest} has {free / 1e9:.1f} GB free: {cure}")
+
+
+@contextmanager
+def whole_folder(path: str | Path, label: str) -> Iterator[Path]:
+    """A folder to write to, which gets its name at the end of the block: a folder of that name is a whole one.
+
+    Until then it is called ``name.partial``. An error removes it; what a killed run has left, the next one does.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    path = Path(path).absolute()
+    unfinished = path.with_name(path.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        raise OSError(f"cannot write {label}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,314 @@
+"""Transformers' own LLaVA models (``llava-hf/…``) behind the interface that this package's commands use.
+
+Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tokenized apart from the image sentinel,
+LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
+text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not. Videos are
+for Video-LLaVA only.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.layouts import STORED
+from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
+from llava.model.loading import has_weights, no_load_report, weight_shapes
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.prompts import as_tiles, check_finite, check_images
+from llava.model.tiles import tile_layouts
+from llava.model.tokenizer import load_tokenizer
+from visionzip import VisionZipConfig, visionzip
+from visionzip.integrations import REGISTRY, Integration, find_integration
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one of transformers' families takes images.
+
+    Attributes:
+        model: its class.
+        aspect_ratio: LLaVA's ``image_aspect_ratio``, which transformers' configs do not have; None leaves images to
+            the processor below.
+        tiles: an image is several tiles, whose number follows from its size.
+        processor: of images, where it is not that of the vision tower.
+        own_videos: it reads videos in a way of its own, for which there is nothing here.
+        tower: its encoder of images.
+    """
+
+    model: str
+    aspect_ratio: str | None
+    tiles: bool = False
+    processor: str | None = None
+    own_videos: bool = False
+    tower: str = "vision_tower"
+
+
+KINDS = {
+    "llava": Kind("LlavaForConditionalGeneration", "pad"),
+    "llava_next": Kind("LlavaNextForConditionalGeneration", "anyres", tiles=True),
+    "llava_next_video": Kind("LlavaNextVideoForConditionalGeneration", "anyres", tiles=True, own_videos=True),
+    "llava_onevision": Kind(
+        "LlavaOnevisionForConditionalGeneration", None, True, "LlavaOnevisionImageProcessorPil", own_videos=True
+    ),
+    "video_llava": Kind("VideoLlavaForConditionalGeneration", "pad", tower="image_tower"),
+}
+
+
+def is_transformers(values: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is in transformers' layout (early uploads of LLaVA-1.5 share its ``model_type``)."""
+    return {"text_config", "vision_config"} <= values.keys() and "mm_vision_tower" not in values
+
+
+def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrainedTokenizerBase, Any, Any, int]:
+    """Load a checkpoint in transformers' layout; a zipped one is zipped.
+
+    Args:
+        model_path: folder or hub name.
+        **options: for ``from_pretrained``.
+
+    Returns:
+        tokenizer, :class:`TransformersLlava`, image_processor and context_len (tokens).
+
+    Raises:
+        OSError: a file is missing or damaged.
+        ValueError: the model is of a family that is not supported here, or a weight is missing or of another shape.
+    """
+    values, _ = PretrainedConfig.get_config_dict(model_path)
+    kind, encoder = KINDS.get(values["model_type"]), values["vision_config"].get("model_type")
+    if kind is None or encoder not in _TOWERS:
+        raise ValueError(
+            f"{model_path} is a transformers model of type {values['model_type']!r} with a vision tower of type "
+            f"{encoder!r}: supported are {', '.join(KINDS)} with {' or '.join(_TOWERS)}"
+        )
+    if Path(model_path).is_dir() and has_weights(model_path):
+        weight_shapes(model_path)  # says which file is missing or damaged
+    tokenizer = load_tokenizer(model_path)
+    with no_load_report():
+        native, info = getattr(transformers, kind.model).from_pretrained(
+            model_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if wrong := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+        raise ValueError(
+            f"{model_path} lacks {len(wrong)} weights of {kind.model}, or has them in another shape, such as "
+            f"{', '.join(wrong[:3])}: it is incomplete, or its config.json is another model's; download it again"
+        )
+    if native.generation_config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        native.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    model = TransformersLlava(native).eval()
+    tower = model.get_vision_tower()
+    processor_class = getattr(transformers, kind.processor) if kind.processor else tower.processor_class
+    tower.image_processor = processor_class.from_pretrained(model_path)
+    if getattr(native.config, "visionzip", None):
+        visionzip(model)
+    return tokenizer, model, tower.image_processor, model.config.max_position_embeddings
+
+
+def generating_module(model: nn.Module) -> nn.Module:
+    """What ``generate`` calls for each step: the model itself, or the one inside a :class:`TransformersLlava`."""
+    return model.native if isinstance(model, TransformersLlava) else model
+
+
+class _Language(nn.Module):
+    """What :class:`LlavaMetaForCausalLM` is mixed into: a transformers model that is given embeddings."""
+
+    def __init__(self, native: Any) -> None:
+        super().__init__()
+        self.native = native
+
+    def forward(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own forward; ``visual_mask`` is for the baselines, which are not for these models."""
+        return self.native(**kwargs)
+
+    def generate(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``."""
+        return self.native.generate(**kwargs)
+
+
+class TransformersLlava(LlavaMetaForCausalLM, _Language):
+    """A transformers LLaVA that takes this package's prompts and images.
+
+    ``visionzip`` and ``unzip`` work on it as on the model inside.
+
+    Args:
+        native: a model of one of :data:`KINDS`.
+
+    Attributes:
+        native: the same.
+        kind: how it takes images.
+        config: of its language model, with LLaVA's fields; image sizes are (width, height) in it.
+    """
+
+    def __init__(self, native: Any) -> None:
+        _Language.__init__(self, native)
+        self.kind = KINDS[native.config.model_type]
+        self.config = _llava_config(native.config, self.kind)
+        with torch.device("meta"):
+            tower = build_vision_tower(self.config, delay_load=True)
+        tower.vision_tower.vision_model = getattr(native.model, self.kind.tower)
+        tower.is_loaded = True
+        self._tower = (tower,)  # not a submodule of its own
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.native.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.native.device
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's."""
+        return self.native.generation_config
+
+    @property
+    def mm_projector(self) -> nn.Module:
+        """From the vision tower to the language model."""
+        return self.native.model.multi_modal_projector
+
+    def get_model(self) -> nn.Module:
+        """The language model, without its head."""
+        return self.native.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding of token ids."""
+        return self.native.get_input_embeddings()
+
+    def get_vision_tower(self) -> VisionTower:
+        """The vision tower, as a view of the model's encoder with the setting that the model has now."""
+        setting = getattr(self.native.config, "visionzip", None)
+        self._tower[0].visionzip = VisionZipConfig.from_dict(setting) if setting else None
+        return self._tower[0]
+
+    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
+        """What the language model sees for each ``<image>``: (n, hidden_size) of an image, or of a video's frame.
+
+        Args:
+            images: as in :meth:`generate`; for Video-LLaVA also videos (3, frames, h, w). What is in a list several
+                times is encoded once.
+            image_sizes: (width, height) of each image, needed for tiles.
+
+        Raises:
+            ValueError: a pixel is not finite, or the tiles do not fit the image's size.
+            TypeError: the images are not tensors.
+        """
+        check_images(images)
+        images = list(images)  # holds them: an object's id is its own only while it lives
+        sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
+        keys = [(id(image), size) for image, size in zip(images, sizes, strict=True)]
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        videos = [index for index in first.values() if self._is_video(images[index])]
+        single = [index for index in first.values() if index not in videos]
+        found: dict[int, list[Tensor]] = {}
+        if single:
+            inputs = self.pixel_inputs([images[i] for i in single], image_sizes and [image_sizes[i] for i in single])
+            features = self.native.model.get_image_features(**inputs).pooler_output
+            found |= {index: [tokens] for index, tokens in zip(single, features, strict=True)}
+        for index in videos:
+            found[index] = self._frame_tokens(images[index], index)
+        return [tokens for key in keys for tokens in found[first[key]]]
+
+    def count_markers(self, images: Images) -> int:
+        """How many ``<image>`` stand for these images and videos in a prompt: one for each frame."""
+        return sum(image.shape[1] if self._is_video(image) else 1 for image in images)
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether videos (3, frames, h, w) may be among the images."""
+        return hasattr(self.native.model, "video_tower")
+
+    def _is_video(self, image: Any) -> bool:
+        return self.takes_videos and isinstance(image, Tensor) and image.ndim == 4
+
+    def _frame_tokens(self, video: Tensor, index: int) -> list[Tensor]:
+        tower = self.get_vision_tower()
+        frames = as_tiles(video.transpose(0, 1), index, tower.config.image_size)
+        check_finite(frames, [0] * index + [len(frames)])
+        pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
+        return list(self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output)
+
+    def pixel_inputs(self, images: Sequence[Tensor], image_sizes: Sizes | None = None) -> dict[str, Tensor]:
+        """Images as arguments of the model inside: ``pixel_values`` and, of tiles, ``image_sizes``.
+
+        Args:
+            images: as in :meth:`generate`.
+            image_sizes: (width, height) of each.
+
+        Raises:
+            ValueError: a pixel is not finite, or the tiles do not fit the image's size.
+            TypeError: the images are not tensors.
+        """
+        tower, tiled = self.get_vision_tower(), self.kind.tiles
+        edge = tower.config.image_size
+        tiles = [as_tiles(image, index, edge) for index, image in enumerate(images)]
+        if self.kind.processor and image_sizes is not None:  # it fills tiles up to the most of a batch
+            shapes = [get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, edge) for size in image_sizes]
+            tiles = [image[: 1 + math.prod(shape)] for image, shape in zip(tiles, shapes, strict=True)]
+        counts = [len(image) for image in tiles]
+        if any((count > 1) != tiled for count in counts):
+            raise ValueError(
+                f"images come as {counts} tiles, but this model reads each as "
+                f"{'the whole image and a grid of tiles' if tiled else 'one tile'}: prepare them with process_images"
+            )
+        check_finite(torch.cat(tiles), counts)
+        pixels = pad_sequence(tiles, batch_first=True).to(device=tower.device, dtype=tower.dtype)
+        if not tiled:
+            return {"pixel_values": pixels[:, 0]}
+        tile_layouts(counts, image_sizes, self.config.image_grid_pinpoints, edge)  # checks them
+        sizes = [(height, width) for width, height in image_sizes]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes, device=tower.device)}
+
+
+def _llava_config(config: PretrainedConfig, kind: Kind) -> PretrainedConfig:
+    """The language model's config with LLaVA's fields, of a transformers model's."""
+    own = copy.deepcopy(config.get_text_config())
+    original = getattr(config, STORED, {}).get("config", {})  # of a checkpoint that came from LLaVA's layout
+    own.mm_vision_tower = config.name_or_path
+    own.mm_vision_config = config.vision_config.to_dict()
+    own.mm_vision_select_layer = config.vision_feature_layer
+    own.mm_vision_select_feature = "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
+    own.mm_use_im_start_end = False
+    own.image_token_id = config.image_token_id
+    own.image_aspect_ratio = original.get("image_aspect_ratio") if original else kind.aspect_ratio
+    if kind.tiles:  # (height, width) there
+        own.image_grid_pinpoints = [[width, height] for height, width in config.image_grid_pinpoints]
+    if getattr(config, "visionzip", None):
+        own.visionzip = config.visionzip
+    return own
+
+
+def _attach(model: TransformersLlava, config: VisionZipConfig) -> None:
+    find_integration(model.native).attach(model.native, config)
+    model.config.visionzip = model.native.config.visionzip
+
+
+def _detach(model: TransformersLlava) -> None:
+    find_integration(model.native).detach(model.native)
+    vars(model.config).pop("visionzip", None)
+
+
+def _default(model: TransformersLlava) -> VisionZipConfig:
+    return find_integration(model.native).default(model.native)
+
+
+REGISTRY[f"{__name__}.{TransformersLlava.__qualname__}"] = Integration(
+    "transformers' models in LLaVA's commands", _attach, _detach, TransformersLlava.get_vision_tower, _default
+)

@@ -1,0 +1,215 @@
+"""Attaches VisionZip to a model of transformers, and takes it off; what it attaches is in ``huggingface.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import layers_needed
+from visionzip.integrations import generation
+from visionzip.integrations.huggingface import Family, Zipped, pad_token, pixel_names, renamed, sequence_length, visuals
+from visionzip.integrations.placeholders import Visual, find_runs, shorten
+
+TESTED = "5.23"  # of transformers; other versions warn
+
+
+def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
+    """Turn compression on, or configure it anew, and store the setting in ``model.config.visionzip``.
+
+    Raises:
+        TypeError: the model lacks an attribute that is needed: it is another version's, or its encoder is neither CLIP
+            nor SigLIP.
+        ValueError: the encoder has no such layer, or the projector takes several layers.
+
+    Warns:
+        UserWarning: of an untested version of transformers, of a budget that compresses nothing, and of a layer on
+            which the projector was not trained.
+    """
+    _check_model(family, model, config)
+    _warn(family, model, config)
+    detach(family, model)
+    zipped = Zipped(family, config)
+    hook = functools.partial(_shorten_arguments, zipped)
+    for module in (model, model.model):
+        zipped.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    # Partials, not bound methods: these would be looked up by name, on the class, when a model is unpickled.
+    for name, modality in family.modalities.items():
+        setattr(model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
+    model.generate = functools.partial(generation.generate, model)
+    model._visionzip = zipped
+    model.config.visionzip = config.to_dict()
+
+
+def detach(family: Family, model: nn.Module) -> None:
+    """Take everything off again; a model that is not zipped stays as it is, but for a stored setting."""
+    zipped = vars(model).pop("_visionzip", None)
+    if zipped is not None:
+        for handle in zipped.handles:
+            handle.remove()
+        for name in family.modalities:
+            vars(model.model).pop(f"get_{name}_features", None)
+        vars(model).pop("generate", None)
+    vars(model.config).pop("visionzip", None)
+
+
+def vision_tower(family: Family, model: nn.Module) -> nn.Module:
+    """Refuse what looks into LLaVA's own vision tower (:mod:`visionzip.visualize`), which these models do not have.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"this {type(model).__name__} of transformers has no vision tower of LLaVA's kind to look into: load its "
+        "checkpoint with llava.model.builder.load_pretrained_model, which gives it one"
+    )
+
+
+def default_config(family: Family, model: nn.Module) -> VisionZipConfig:
+    """The family's setting, with the encoder layer on whose output the model's projector was trained."""
+    _check_attributes(model, ("config",))
+    layer = _feature_layer(model)
+    return dataclasses.replace(family.default, layer=layer if layer < 0 else layer - 1)
+
+
+def _feature_layer(model: nn.Module) -> int:
+    """``config.vision_feature_layer``, an index into the hidden states: -2 is encoder layer -2, 1 is layer 0."""
+    layers = model.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    if len(layers) != 1 or layers[0] == 0:
+        raise ValueError(
+            f"the projector of this {type(model).__name__} takes the hidden states {layers} (vision_feature_layer): "
+            "VisionZip compresses the output of one encoder layer"
+        )
+    return layers[0]
+
+
+def _check_attributes(holder: Any, names: tuple[str, ...]) -> None:
+    if missing := [name for name in names if not hasattr(holder, name)]:
+        raise TypeError(
+            f"{type(holder).__name__} of transformers {transformers.__version__} has no {', '.join(missing)}: "
+            f"VisionZip was tested with {TESTED}.x"
+        )
+
+
+def _check_model(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
+    _check_attributes(model, ("model", "config", "generate", "generation_config"))
+    methods = [f"get_{name}_features" for name in family.modalities]
+    _check_attributes(model.model, (*family.towers, *methods, "multi_modal_projector", "language_model"))
+    _check_attributes(model.config, tuple(f"{name}_token_id" for name in family.modalities))
+    pixels = [modality.pixels for modality in family.modalities.values()]
+    if missing := [name for name in pixels if name not in inspect.signature(type(model).forward).parameters]:
+        raise TypeError(f"{type(model).__name__}.forward of transformers {transformers.__version__} takes no {missing}")
+    _feature_layer(model)
+    for name in family.towers:
+        _check_encoder(getattr(model.model, name), config)
+
+
+def _check_encoder(tower: nn.Module, config: VisionZipConfig) -> None:
+    def check(holder: Any, *names: str) -> Any:
+        if missing := [name for name in names if not hasattr(holder, name)]:
+            raise TypeError(
+                f"VisionZip reads CLIP and SigLIP encoders: the vision tower {type(tower).__name__} of transformers "
+                f"{transformers.__version__} is built differently ({type(holder).__name__} has no {', '.join(missing)})"
+            )
+        return getattr(holder, names[0])
+
+    check(check(tower, "embeddings", "encoder", "config"), "patch_embedding")
+    layers = check(tower.encoder, "layers")
+    attention = check(layers[layers_needed(tower, config.layer) - 1], "self_attn")
+    check(attention, "q_proj", "k_proj", "num_heads", "scale")
+
+
+def _warn(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
+    if not transformers.__version__.startswith(f"{TESTED}."):
+        warnings.warn(
+            f"VisionZip was tested with transformers {TESTED}.x, this is {transformers.__version__}: check that the "
+            "answers are as you expect",
+            stacklevel=5,
+        )
+    for name in family.towers:
+        tower = getattr(model.model, name)
+        length = sequence_length(tower)
+        if config.num_tokens >= length:
+            warnings.warn(
+                f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
+                f"vision tower has {length}: nothing will be compressed. Use smaller budgets.",
+                stacklevel=5,
+            )
+        feature_layer = _feature_layer(model)
+        trained = feature_layer % (len(tower.encoder.layers) + 1)
+        if layers_needed(tower, config.layer) != trained:
+            warnings.warn(
+                f"VisionZip reads encoder layer {config.layer}, but this model was trained on the hidden states of "
+                f"layer {feature_layer} (vision_feature_layer): expect poor answers unless the projector is tuned.",
+                stacklevel=5,
+            )
+    for name, modality in family.modalities.items():
+        length = modality.pooled_length(model.model) if modality.pooled_length else None
+        if length is not None and config.num_tokens >= length:
+            warnings.warn(
+                f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but this "
+                f"model pools a frame to {length}: no {name} will be compressed. Use smaller budgets for {name}s.",
+                stacklevel=5,
+            )
+
+
+def _shorten_arguments(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the model and of its base model."""
+    given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs if args else kwargs
+    given = renamed(zipped.family, given)
+    if any(given.get(name) is not None for name in pixel_names(zipped.family)):
+        return (), _shortened(zipped, module, given)
+    if not torch.compiler.is_compiling():
+        _check_text(zipped, module, given)
+    return None  # text, or a step of decoding
+
+
+def _check_text(zipped: Zipped, module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Check a forward without pixels; ``generate`` has checked its own.
+
+    Raises:
+        ValueError: a prompt has placeholders, or the mask is one of a prompt that was not shortened.
+    """
+    ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+    if ids is None or given.get("mm_encoder_outputs") is not None or getattr(cache, "is_compileable", False):
+        return
+    past = 0 if cache is None else cache.get_seq_length()
+    if past == 0:
+        visuals(zipped, getattr(module, "model", module), given)
+    # Harmless while nothing is masked, so the values are looked at last.
+    elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > past + ids.shape[1] and not mask.all():
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are "
+            "new: images take fewer tokens in a zipped model. Use generate, or a mask of the cache's length"
+        )
+
+
+@torch.compiler.disable  # reads the ids
+def _shortened(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("input_ids") is None:
+        raise ValueError("a zipped model needs input_ids beside pixels, to shorten the placeholders in them")
+    base = getattr(module, "model", module)
+    found = visuals(zipped, base, given)
+    # The model has shortened what its base model is called with.
+    if base is module and all(_count(given["input_ids"], v) == sum(run.short for run in v.runs) for v in found):
+        return given
+    edits = find_runs(given["input_ids"], found)
+    return given | shorten(given, edits, pad_token(module)).arguments
+
+
+def _count(input_ids: Tensor, visual: Visual) -> int:
+    return int((input_ids == visual.token_id).sum())
+
+
+@functools.cache
+def _parameters(cls: type) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]

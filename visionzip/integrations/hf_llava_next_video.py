@@ -1,0 +1,99 @@
+"""transformers' LLaVA-NeXT-Video: images in tiles as LLaVA-NeXT has them, and videos whose frames the model pools.
+
+Every frame is compressed alone, after the model's own pooling of its patches (2 x 2 to one, before the projector). CLS
+is not pooled; it is a dominant token, as in an image, though the model alone has none for videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from visionzip.compress import compress_tokens
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import has_cls_token, score_images
+from visionzip.integrations.hf_llava_next import image_features, image_runs
+from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels
+from visionzip.integrations.placeholders import Run
+
+
+def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
+    """One run for each video (N, frames, 3, h, w): the pooled patches of its frames."""
+    pixels, tower = arguments["pixel_values_videos"], base.vision_tower
+    check_pixels(pixels, "pixel_values_videos", tower, "N, frames")
+    frames, length = pixels.shape[1], pooled_length(base)
+    full = length - has_cls_token(tower)
+    return [Run(frames * full, frames * min(config.num_tokens, length))] * len(pixels)
+
+
+def pooled_length(base: nn.Module) -> int:
+    """Tokens of a frame after pooling: its pooled patches and, if there is one, its CLS token."""
+    return (_side(base.vision_tower) // base.config.spatial_pool_stride) ** 2 + has_cls_token(base.vision_tower)
+
+
+def video_features(
+    base: nn.Module,
+    config: VisionZipConfig,
+    pixel_values_videos: Tensor,
+    vision_feature_layer: int | list[int] | None = None,
+    vision_feature_select_strategy: str | None = None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPooling:
+    """Zipped visual tokens of videos, in the place of the base model's ``get_video_features``.
+
+    Scores and keys of the patches that are pooled to one are averaged, whichever way the model pools the patches.
+
+    Args:
+        base: the model without its head.
+        config: the setting, per frame.
+        pixel_values_videos: (N, frames, 3, h, w).
+        vision_feature_layer: as in transformers; refused if it is not the model's own.
+        vision_feature_select_strategy: ignored, as frames keep their CLS token when zipped.
+        **kwargs: ignored.
+
+    Returns:
+        ``pooler_output``: (N, frames * (K + M), hidden_size).
+
+    Raises:
+        ValueError: the pixels have another shape, or another layer is asked for.
+    """
+    check_layer(base, vision_feature_layer)
+    tower = base.vision_tower
+    check_pixels(pixel_values_videos, "pixel_values_videos", tower, "N, frames")
+    first = int(has_cls_token(tower))
+    scored = score_images(tower, pixel_values_videos.flatten(0, 1), config.layer)
+
+    def average(values: Tensor) -> Tensor:
+        field = values.mT.unflatten(-1, (_side(tower), _side(tower)))
+        return F.avg_pool2d(field, base.config.spatial_pool_stride).flatten(2).mT
+
+    states, keys = scored.hidden_states, scored.keys
+    tokens = compress_tokens(
+        torch.cat([states[:, :first], base.vision_resampler(states[:, first:])], dim=1),
+        average(scored.scores[..., None])[..., 0],
+        torch.cat([keys[:, :first], average(keys[:, first:])], dim=1),
+        config.dominant,
+        config.contextual,
+        cls_token=bool(first),
+        merge=config.merge,
+    ).tokens
+    features = base.multi_modal_projector(tokens).unflatten(0, pixel_values_videos.shape[:2])
+    return BaseModelOutputWithPooling(pooler_output=features.flatten(1, 2))
+
+
+def _side(tower: nn.Module) -> int:
+    return tower.config.image_size // tower.config.patch_size
+
+
+FAMILY = Family(
+    "LLaVA-NeXT-Video (transformers)",
+    {
+        "image": Modality("pixel_values", image_runs, image_features),
+        "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),
+    },
+)

@@ -1,0 +1,182 @@
+"""What all of transformers' LLaVA families share: where VisionZip is plugged in, and what a family has to say.
+
+``visionzip(model)`` puts four things on this one model object, and ``unzip`` takes them off; no class is changed and no
+forward is typed again:
+
+- ``get_image_features`` (and ``get_video_features``) of the base model return the zipped visual tokens. Both
+  ``forward`` and ``generate`` of transformers call them;
+- a forward pre-hook on the model, and one on its base model (for who calls that), shortens the runs of placeholders
+  that the stock processor wrote, in everything that runs along with the ids
+  (:mod:`visionzip.integrations.placeholders`);
+- ``generate`` does that once for the whole answer (:mod:`visionzip.integrations.generation`).
+
+A family is one file with a :class:`Family` in it. It says two things of images, and of videos if it has them: how long
+each one's run of placeholders is before and after (from shapes and the config alone, nothing is computed), and how the
+zipped visual tokens are made. Everything else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import has_cls_token
+from visionzip.integrations.placeholders import Run, Visual
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Images or videos of a family.
+
+    Attributes:
+        pixels: the argument of the model's forward that has them.
+        runs: ``(base, config, arguments) -> [Run, …]``, one for each image or video in order. ``base`` is the model
+            without its head (``model.model``), ``arguments`` are the forward's by name, with the pixels. Checks the
+            pixels' shape. Nothing may be computed that needs the pixels' values.
+        features: ``(base, config, pixels, …) -> BaseModelOutputWithPooling`` in the place of the base model's
+            ``get_image_features`` or ``get_video_features``, called with its arguments by name. The parameters after
+            ``config`` must have the same names (transformers' ``generate`` looks at them), with ``**kwargs`` for the
+            rest. ``pooler_output`` is what the base model's own function returns there: a list of (n, hidden_size) or
+            a tensor; of each, n is the run's ``short``.
+        former_pixels: an older name of that argument, which the stock processor still uses.
+        pooled_length: ``(base) -> int``, tokens of one frame that is pooled before it is compressed, CLS included.
+    """
+
+    pixels: str
+    runs: Callable[[nn.Module, VisionZipConfig, Mapping[str, Any]], list[Run]]
+    features: Callable[..., Any]
+    former_pixels: str | None = None
+    pooled_length: Callable[[nn.Module], int] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers.
+
+    Attributes:
+        name: for messages.
+        modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
+            ``get_<name>_features``.
+        towers: attributes of the base model that hold image encoders.
+        default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
+    """
+
+    name: str
+    modalities: Mapping[str, Modality]
+    towers: tuple[str, ...] = ("vision_tower",)
+    default: VisionZipConfig = field(default_factory=VisionZipConfig)
+
+
+@dataclass(eq=False)
+class Zipped:
+    """What hangs on a zipped model as ``model._visionzip``."""
+
+    family: Family
+    config: VisionZipConfig
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+
+# --- what a family's file needs ---
+
+
+def sequence_length(tower: nn.Module) -> int:
+    """S, tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
+    return (tower.config.image_size // tower.config.patch_size) ** 2 + has_cls_token(tower)
+
+
+def short_length(tower: nn.Module, config: VisionZipConfig) -> int:
+    """Visual tokens of one encoder input (image, tile, frame) when zipped: K + M, or all S if these are fewer."""
+    return min(config.num_tokens, sequence_length(tower))
+
+
+def full_length(base: nn.Module, tower: nn.Module, arguments: Mapping[str, Any]) -> int:
+    """Visual tokens of one encoder input as the model is, by its rule for the first token of the sequence.
+
+    ``"default"`` leaves the first one out, whether or not it is a CLS token, and ``"full"`` keeps it.
+    """
+    strategy = arguments.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
+    return sequence_length(tower) - (strategy == "default")
+
+
+def check_pixels(pixels: Any, name: str, tower: nn.Module, leading: str) -> None:
+    """Check pixels (``leading``…, 3, h, w), for example with ``"N"`` or ``"N, tiles"``, for the encoder's size.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    edge = tower.config.image_size
+    shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+    dims = leading.count(",") + 4
+    if not isinstance(pixels, Tensor) or pixels.ndim != dims or tuple(pixels.shape[-3:]) != (3, edge, edge):
+        raise ValueError(
+            f"{name} must be ({leading}, 3, {edge}, {edge}) for this model, got {shape}: prepare the inputs with the "
+            "model's own processor"
+        )
+
+
+def check_layer(base: nn.Module, vision_feature_layer: Any) -> None:
+    """Refuse a layer given to a call: it is VisionZip's that is read.
+
+    Raises:
+        ValueError: it is not the model's own.
+    """
+    if vision_feature_layer is not None and vision_feature_layer != base.config.vision_feature_layer:
+        raise ValueError(
+            f"vision_feature_layer={vision_feature_layer!r} was given, but a zipped model reads the layer of its "
+            "setting: call visionzip(model, layer=…), or unzip(model) first"
+        )
+
+
+# --- the runs of a call ---
+
+
+def pixel_names(family: Family) -> list[str]:
+    """The arguments that have images and videos."""
+    return [modality.pixels for modality in family.modalities.values()]
+
+
+def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with pixels under their present names."""
+    for modality in family.modalities.values():
+        if modality.former_pixels in arguments:
+            pixels = arguments[modality.former_pixels]
+            others = {name: value for name, value in arguments.items() if name != modality.former_pixels}
+            arguments = others if pixels is None else others | {modality.pixels: pixels}
+    return arguments
+
+
+def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> list[Visual]:
+    """What a call is given to see.
+
+    Raises:
+        ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
+    """
+    found = []
+    for name, modality in zipped.family.modalities.items():
+        given = arguments.get(modality.pixels) is not None
+        runs = modality.runs(base, zipped.config, arguments) if given else []
+        found.append(Visual(name, getattr(base.config, f"{name}_token_id"), runs))
+        if not given:
+            _refuse_placeholders(arguments["input_ids"], found[-1], modality.pixels)
+    return found
+
+
+def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None:
+    if count := int((input_ids == visual.token_id).sum()):
+        raise ValueError(
+            f"the prompts have {count} {visual.modality} placeholders (id {visual.token_id}), but no {pixels} were "
+            "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
+            "the whole conversation with all its images"
+        )
+
+
+def pad_token(model: nn.Module) -> int | None:
+    """The id that fills up rows; it is masked, so any will do that is no placeholder."""
+    config = model.config
+    pad = getattr(config, "pad_token_id", None)
+    return getattr(config.get_text_config(), "pad_token_id", None) if pad is None else pad

@@ -1,0 +1,236 @@
+"""Shortens the runs of placeholders that transformers' processors write for images and videos.
+
+A stock processor writes one placeholder for each visual token of the model as it is (576 for an image of LLaVA-1.5).
+A zipped model has fewer, so as many placeholders have to go, in everything that runs along with the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# What fills padding, in each argument that has an entry for every token.
+_FILL = {"input_ids": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+class Run(NamedTuple):
+    """Placeholders of one image or video: as the stock processor writes them, and visual tokens of the zipped model."""
+
+    full: int
+    short: int
+
+
+@dataclass(frozen=True)
+class Visual:
+    """All images, or all videos, of a batch, in the order of the prompts.
+
+    Attributes:
+        modality: ``"image"`` or ``"video"``, for messages.
+        token_id: id of its placeholder.
+        runs: one each.
+    """
+
+    modality: str
+    token_id: int
+    runs: Sequence[Run]
+
+
+class Edit(NamedTuple):
+    """One image's or video's run in a prompt: where it starts, and how long it is and will be."""
+
+    start: int
+    full: int
+    short: int
+    modality: str
+    index: int
+
+
+def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
+    """Which placeholders belong to which image: per row, in order, exactly the runs that the stock processor writes.
+
+    Args:
+        input_ids: (B, L) prompts.
+        visuals: what the model is given.
+
+    Returns:
+        The runs of each row, in order.
+
+    Raises:
+        ValueError: a run is not made of whole images, or there are more or fewer than images. The message names row
+            and image, both lengths and what to do.
+    """
+    edits: list[list[Edit]] = [[] for _ in input_ids]
+    for visual in visuals:
+        used = 0
+        for row, prompt in enumerate((input_ids == visual.token_id).cpu()):  # one transfer, not one per run
+            for start, length in _stretches(prompt):
+                own = _split_run(start, length, visual, used, row)
+                used += len(own)
+                edits[row] += own
+        if used < len(visual.runs):
+            raise ValueError(
+                f"the prompts have placeholders for {used} of {len(visual.runs)} {visual.modality}s: give as many "
+                f"{visual.modality}s as the prompts have <{visual.modality}>, in order"
+            )
+    return [sorted(row) for row in edits]
+
+
+def _stretches(mask: Tensor) -> list[tuple[int, int]]:
+    """Start and length of each stretch of true values in a mask (L,)."""
+    steps = torch.diff(mask.int(), prepend=mask.new_zeros(1).int(), append=mask.new_zeros(1).int())
+    starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def _split_run(start: int, length: int, visual: Visual, used: int, row: int) -> list[Edit]:
+    """The images of one stretch: images side by side in a prompt make one."""
+    edits, end = [], start + length
+    while start < end:
+        index = used + len(edits)
+        if index == len(visual.runs) and not edits:
+            raise ValueError(
+                f"prompt {row} has more runs of {visual.modality} placeholders (id {visual.token_id}) than there are "
+                f"{visual.modality}s: {len(visual.runs)} were given. Give as many as the prompts have "
+                f"<{visual.modality}>, in order"
+            )
+        if index == len(visual.runs) or visual.runs[index].full > end - start:
+            lengths = [run.full for run in visual.runs[used : index + 1]]
+            raise ValueError(
+                f"prompt {row} has a run of {length} {visual.modality} placeholders (id {visual.token_id}) where this "
+                f"model takes {' + '.join(map(str, lengths))} ({visual.modality} {used} of the batch"
+                f"{' and following' if len(lengths) > 1 else ''}): either the processor cut the prompt (do not "
+                "truncate it, or raise max_length), or it is of another model (patch_size, "
+                "num_additional_image_tokens, vision_feature_select_strategy and the image processor's size must be "
+                f"this model's), or {visual.modality}s are missing"
+            )
+        edits.append(Edit(start, *visual.runs[index], visual.modality, index))
+        start += visual.runs[index].full
+    return edits
+
+
+class Shortened(NamedTuple):
+    """Prompts with shortened runs.
+
+    Attributes:
+        arguments: those of the model that run along with the tokens, as far as they were given (an ``attention_mask``
+            in any case where rows differ in length), with L' for L.
+        edits: the runs of each row, where they are now.
+    """
+
+    arguments: dict[str, Tensor]
+    edits: list[list[Edit]]
+
+
+def shorten(
+    arguments: Mapping[str, Any], edits: list[list[Edit]], pad_token_id: int | None, side: str | None = None
+) -> Shortened:
+    """Prompts with runs as long as the zipped model's visual tokens.
+
+    Rows lose their padding and are padded anew to the longest of them, each on the side where it was, and otherwise on
+    the side of the others or the left, so that ``logits[:, -1]`` is still each row's next token.
+
+    Args:
+        arguments: ``input_ids`` (B, L) and, if given, ``attention_mask`` (B, P + L) with P positions of a cache,
+            ``labels``, ``token_type_ids``, ``mm_token_type_ids`` and ``position_ids`` (B, L). Others are left out.
+        edits: of :func:`find_runs`.
+        pad_token_id: id for padding; 0 if None.
+        side: ``"left"`` or ``"right"`` for all rows.
+
+    Raises:
+        ValueError: an argument has another shape.
+    """
+    ids = arguments["input_ids"]
+    given = {name: arguments[name] for name in (*_FILL, "position_ids") if arguments.get(name) is not None}
+    mask = arguments.get("attention_mask")
+    _check_shapes(ids, given, mask)
+    keep = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].to(ids.device)
+    bounds = [_content(row) for row in keep.bool().cpu()]
+    sources = [_sources(row, *bound) for row, bound in zip(edits, bounds, strict=True)]
+    sides = _sides(bounds, ids.shape[1], side)
+    length = max(map(len, sources))
+    index = torch.stack([_pad(row, length, on, -1) for row, on in zip(sources, sides, strict=True)])
+
+    def pick(values: Tensor, fill: int) -> Tensor:
+        own = index.to(values.device)
+        return values.gather(1, own.clamp(min=0)).masked_fill(own < 0, fill)
+
+    fills = {**_FILL, "input_ids": pad_token_id or 0}
+    new = {name: pick(values, fills[name]) for name, values in given.items() if name != "position_ids"}
+    if "position_ids" in given:
+        new["position_ids"] = _positions(given["position_ids"].expand_as(ids), index)
+    if mask is not None or any(len(row) < length for row in sources):
+        new_mask = pick(keep, 0)
+        past = new_mask.new_ones(len(ids), 0) if mask is None else mask[:, : -ids.shape[1]]
+        new["attention_mask"] = torch.cat([past.to(new_mask), new_mask], dim=1).to(keep if mask is None else mask)
+    moved = [
+        _moved(row, bound[0], length - len(source) if on == "left" else 0)
+        for row, bound, source, on in zip(edits, bounds, sources, sides, strict=True)
+    ]
+    return Shortened(new, moved)
+
+
+def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None) -> None:
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != ids.shape[0] or mask.shape[1] < ids.shape[1]):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)} for prompts of {tuple(ids.shape)}: a zipped model takes "
+            "(B, L), or (B, past + L) with a cache"
+        )
+    for name, values in given.items():
+        if tuple(values.shape) not in (tuple(ids.shape), (1, ids.shape[1])[: 2 * (name == "position_ids")]):
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, but the prompts have {tuple(ids.shape)}")
+
+
+def _content(keep: Tensor) -> tuple[int, int]:
+    """Start and end of a prompt without the padding around it; a mask (L,) of zeros alone is taken as a prompt."""
+    kept = keep.nonzero().flatten()
+    return (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, len(keep))
+
+
+def _sources(edits: list[Edit], start: int, end: int) -> Tensor:
+    """For each token of the shortened prompt, its position in the long one."""
+    pieces = []
+    for edit in edits:
+        pieces.append(torch.arange(start, edit.start))
+        # A budget of the whole sequence may need more placeholders than there were: the last one is repeated.
+        run = torch.arange(edit.short).clamp(max=edit.full - 1)
+        pieces.append(edit.start + run)
+        start = edit.start + edit.full
+    return torch.cat([*pieces, torch.arange(start, max(start, end))])
+
+
+def _sides(bounds: list[tuple[int, int]], length: int, side: str | None) -> list[str]:
+    found = ["left" if start else "right" if end < length else None for start, end in bounds]
+    others = next(filter(None, found), "left")
+    return [side or own or others for own in found]
+
+
+def _pad(row: Tensor, length: int, side: str, fill: int) -> Tensor:
+    longest = row.new_empty(length)
+    return pad_sequence([row, longest], batch_first=True, padding_value=fill, padding_side=side)[0]
+
+
+def _positions(positions: Tensor, index: Tensor) -> Tensor:
+    """Position ids (B, L') that are consecutive again, from the first token and from wherever they started anew."""
+    index = index.to(positions.device)
+    real = index >= 0
+    places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    own = positions.gather(1, index.clamp(min=0))
+    before = positions.gather(1, (index - 1).clamp(min=0))
+    first = real & (real.cumsum(1) == 1)
+    anew = first | (real & (own != before + 1) & (index > 0))
+    start = torch.where(anew, places, -1).cummax(1).values.clamp(min=0)
+    return (own.gather(1, start) + places - start).masked_fill(~real, 0)
+
+
+def _moved(edits: list[Edit], start: int, padding: int) -> list[Edit]:
+    """The runs at their new places, of a row whose content started at ``start`` and now has ``padding`` before it."""
+    moved, shift = [], padding - start
+    for edit in edits:
+        moved.append(edit._replace(start=edit.start + shift))
+        shift += edit.short - edit.full
+    return moved
