@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from llava.efficiency.methods import depth, split
+from llava.efficiency.methods import fastv_layer, sparsevlm_once, split
 from visionzip import unzip, visionzip
 from visionzip.baselines import (
     average_pool,
@@ -100,17 +100,17 @@ def _patches(model: Any) -> int:
 
 
 def _fastv(model: Any, run: Run) -> None:
-    fastv(model, max(1, depth(model, 2)), run.tokens / _patches(model))
+    fastv(model, fastv_layer(model), run.tokens / _patches(model))
 
 
 def _fastv_average(model: Any, run: Run) -> None:
-    layer, patches = max(1, depth(model, 2)), _patches(model)
+    layer, patches = fastv_layer(model), _patches(model)
     fastv(model, layer, fastv_keep(run.tokens, patches, model.config.num_hidden_layers, layer) / patches)
 
 
 def _sparsevlm(model: Any, run: Run) -> None:
     patches = _patches(model)
-    sparsevlm(model, [single_layer_keep(run.tokens, patches) / patches], [depth(model, LAYERS[0])])
+    sparsevlm_once(model, single_layer_keep(run.tokens, patches) / patches)
 
 
 def _sparsevlm_average(model: Any, run: Run) -> None:

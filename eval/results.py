@@ -11,6 +11,7 @@ import numpy as np
 from eval.answers import Given
 from eval.benchmark import Score
 from eval.methods import METHODS, Run, by_row
+from llava.efficiency.report import spread
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 
@@ -119,12 +120,6 @@ def prompt_length(text_tokens: int, visual: float) -> int:
 def prefill_name(run: Run, length: int) -> str:
     """Of the prefill that is timed for a row: its prompt's length, or its run if that prunes inside the model."""
     return run.name if run.inside else str(length)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles."""
-    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
 
 
 def _cost_of(run: Run, length: int, answers: Mapping[Run, Mapping[int, Given]], cost: dict[str, Any]) -> dict[str, Any]:

@@ -83,11 +83,11 @@ def sampling(temperature: float, **kwargs: Any) -> dict[str, Any]:
     return {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {}), **kwargs}
 
 
-def run_command(name: str, command: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
+def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
     """Run a command; bad input becomes one line on standard error and exit status 2, as argparse has it."""
     try:
         command(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{name}: {error}\n")  # in one piece: other processes say the same at the same time
         return 2
     return 0

@@ -33,29 +33,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from llava.arguments import positive
+from llava.arguments import positive, run_command
+from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
 
-TOWERS = {
-    "vit-l-14-336": {  # LLaVA-1.5's and LLaVA-NeXT's: openai/clip-vit-large-patch14-336
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
-    "tiny": {  # to try the command itself
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": 112,
-        "patch_size": 14,
-    },
-}
+TOWERS = {"vit-l-14-336": VIT_L_14_336, "tiny": VIT_TINY}  # of the LLaVAs; to try the command itself
 WAYS = {
     "vanilla": "LLaVA's tower: sdpa, all layers, all hidden states",
     "unzipped": "this tower without VisionZip: stops at layer -2",
@@ -69,15 +53,18 @@ class Measurement:
     """One way at one batch size.
 
     Attributes:
-        seconds: median time of a forward.
+        batch: images, or samples, at a time.
+        visual_tokens: of each image.
+        seconds: median time of a forward, or of a step of training.
         time_ratio: median over rounds of its time by vanilla's in the same round.
         time_spread: quartiles of that ratio.
-        memory_mib: peak memory of weights and forward.
+        memory_mib: peak memory of weights and work.
         memory_ratio: by vanilla's.
     """
 
     way: str
     batch: int
+    visual_tokens: int
     seconds: float
     time_ratio: float
     time_spread: tuple[float, float]
@@ -137,20 +124,35 @@ def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
             peaks = pool.map(partial(_peak_memory, args, batch), WAYS)
             named = zip(WAYS, track(peaks, f"memory, batch {batch}", total=len(WAYS), console=_progress()), strict=True)
             memory = dict(named)
-        for way in WAYS:
-            ratio, spread = time_ratio(times[way], times["vanilla"])
-            results.append(
-                Measurement(
-                    way=way,
-                    batch=batch,
-                    seconds=statistics.median(times[way]),
-                    time_ratio=ratio,
-                    time_spread=spread,
-                    memory_mib=memory[way],
-                    memory_ratio=memory[way] / memory["vanilla"],
-                )
-            )
+        patches, compressed = tower.num_patches, min(args.dominant + args.contextual, tower.sequence_length)
+        tokens = dict.fromkeys(WAYS, compressed) | {"vanilla": patches, "unzipped": patches}
+        results += compare(batch, tokens, times, memory)
     return results
+
+
+def compare(
+    batch: int, tokens: Mapping[str, int], times: Mapping[str, list[float]], memory: Mapping[str, float]
+) -> list[Measurement]:
+    """What each way takes, and by what vanilla takes.
+
+    Args:
+        batch: images, or samples, at a time.
+        tokens: visual tokens of an image, by way.
+        times: seconds in each round, by way; one is ``vanilla``.
+        memory: peak memory in MiB, by way.
+    """
+    return [
+        Measurement(
+            way,
+            batch,
+            tokens[way],
+            statistics.median(own),
+            *time_ratio(own, times["vanilla"]),
+            memory[way],
+            memory[way] / memory["vanilla"],
+        )
+        for way, own in times.items()
+    ]
 
 
 def time_ratio(times: list[float], base: list[float]) -> tuple[float, tuple[float, float]]:
@@ -212,10 +214,11 @@ def peak_memory(module: str, request: dict[str, Any]) -> float:
     """Peak memory in MiB of weights and work, in a process of its own.
 
     Args:
-        module: what is run; it prints what :func:`measure_peak` returns.
-        request: for it, as JSON, in its first argument.
+        module: what is run; it calls :func:`answer_peak`.
+        request: for it, with ``device`` and ``way``.
 
     Raises:
+        ValueError: the request cannot be met.
         RuntimeError: that process failed.
     """
     # Large blocks go back to the system when freed, so that the peak is the program's and not the allocator's.
@@ -227,17 +230,24 @@ def peak_memory(module: str, request: dict[str, Any]) -> float:
         text=True,
         check=False,
     )
+    if done.returncode == 2:  # of run_command
+        raise ValueError(done.stderr.splitlines()[-1])
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {request['way']!r} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def measure_peak(device: str, work: Callable[[], Any]) -> float:
-    """Peak memory in MiB that ``work`` adds to the libraries' own; for a process of its own (:func:`peak_memory`)."""
-    on_cuda = device.startswith("cuda")
-    before = 0.0 if on_cuda else _reset_memory_peak()
-    work()
-    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before
+def answer_peak(work: Callable[[dict[str, Any]], Any]) -> int:
+    """In the process that :func:`peak_memory` starts: do ``work`` with the request, print its peak; exit status."""
+
+    def measure(request: dict[str, Any]) -> None:
+        on_cuda = request["device"].startswith("cuda")
+        before = 0.0 if on_cuda else _reset_memory_peak()  # of the libraries
+        work(request)
+        print(torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before)
+
+    request = json.loads(sys.argv[1])
+    return run_command(f"memory of {request['way']}", measure, request)
 
 
 @torch.inference_mode()
@@ -278,25 +288,55 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
+def check_request(args: argparse.Namespace) -> None:
+    """Check ``--device`` and ``--output``, before the long work.
+
+    Raises:
+        ValueError: there is no such device, or CUDA is asked for and not there.
+        IsADirectoryError: the output is a folder.
+    """
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device} is no device: use cuda or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    if args.output and Path(args.output).is_dir():
+        raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """Measure what VisionZip costs in the vision tower: time and peak memory, as ratios of one interleaved run.
 
     Raises:
-        ValueError: a count is below its limit, or CUDA is asked for and not there.
+        ValueError: a count is below its limit, or there is no such device.
+        IsADirectoryError: the output is a folder.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
-    results = benchmark_tower(args)
-    facts = environment(args.device)
+    check_request(args)
     budget = f"{args.dominant} + {args.contextual} tokens"
-    table = Table(title=f"{args.shape}, {args.dtype}, random weights, VisionZip {budget}, {args.rounds} rounds")
-    for column in ("batch", "way", "time", "ratio", "quartiles", "peak memory", "ratio"):
+    title = f"{args.shape}, {args.dtype}, random weights, VisionZip {budget}, {args.rounds} rounds"
+    report(args, title, WAYS, benchmark_tower(args))
+
+
+def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], results: list[Measurement]) -> None:
+    """Print a table of some measurements and what their ways mean, and write them to ``args.output`` if that is given.
+
+    Args:
+        args: of the command; they are written too.
+        title: of the table.
+        ways: what each is.
+        results: rows of the table.
+    """
+    facts = environment(args.device)
+    table = Table(title=title)
+    for column in ("batch", "way", "tokens", "time", "ratio", "quartiles", "peak memory", "ratio"):
         table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for row in results:
         table.add_row(
             str(row.batch),
             row.way,
+            str(row.visual_tokens),
             f"{row.seconds * 1e3:.1f} ms",
             f"{row.time_ratio:.3f}",
             f"{row.time_spread[0]:.3f}-{row.time_spread[1]:.3f}",
@@ -304,11 +344,12 @@ def benchmark(args: argparse.Namespace) -> None:
             f"{row.memory_ratio:.3f}",
         )
     Console().print(table)
-    for way, meaning in WAYS.items():
+    for way, meaning in ways.items():
         Console().print(f"{way}: {meaning}", style="dim")
     Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
     if args.output:
-        write_results(args.output, {**facts, "results": [asdict(row) for row in results]})
+        setting = {key: value for key, value in vars(args).items() if isinstance(value, str | int | list)}
+        write_results(args.output, {**facts, **setting, "results": [asdict(row) for row in results]})
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
@@ -335,5 +376,4 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(measure_peak(asked["device"], partial(_run_once, asked)))
+    sys.exit(answer_peak(_run_once))

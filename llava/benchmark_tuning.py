@@ -7,64 +7,24 @@ gradient checkpointing, as the scripts have it), and AdamW on the projector.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from transformers import CLIPVisionConfig
 
 from llava.arguments import positive
-from llava.benchmark import TOWERS, environment, measure_peak, peak_memory, time_interleaved, time_ratio, write_results
+from llava.benchmark import answer_peak, check_request, compare, peak_memory, report, time_interleaved
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model import LlavaLlamaForCausalLM
-from llava.model.language_model.llava_llama import LlavaConfig
+from llava.efficiency import shapes
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
 from llava.train.cache import drop_tower
 from visionzip import VisionZipConfig, unzip, visionzip
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": {
-        "tower": TOWERS["vit-l-14-336"],
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    # The same 576 visual tokens, and the tower as much smaller than the language model as there, for two CPU cores.
-    "small": {
-        "tower": {
-            "hidden_size": 96,
-            "intermediate_size": 384,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 2,
-            "image_size": 336,
-            "patch_size": 14,
-        },
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "vocab_size": 2000,
-    },
-    "tiny": {  # to try the command itself
-        "tower": TOWERS["tiny"],
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 100,
-    },
-}
 WAYS = {
     "vanilla": "all visual tokens; the vision tower runs in each step",
     "vanilla, cached": "all visual tokens, from a cache; no vision tower",
@@ -73,52 +33,10 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One way to train.
-
-    Attributes:
-        visual_tokens: of each image.
-        seconds: median time of a step.
-        time_ratio: median over rounds of its time by vanilla's in the same round.
-        time_spread: quartiles of that ratio.
-        memory_mib: peak memory of weights and steps.
-        memory_ratio: by vanilla's.
-    """
-
-    way: str
-    visual_tokens: int
-    seconds: float
-    time_ratio: float
-    time_spread: tuple[float, float]
-    memory_mib: float
-    memory_ratio: float
-
-
 def build_model(shape: str, device: str, dtype: torch.dtype) -> Any:
     """A LLaVA of random weights of a named shape, made on the device, ready to tune its projector."""
-    torch.manual_seed(0)
-    values = dict(SHAPES[shape])
-    tower = CLIPVisionConfig(**values.pop("tower"))
-    config = LlavaConfig(
-        **values,
-        mm_vision_tower=shape,
-        mm_vision_config=tower.to_dict(),
-        mm_hidden_size=tower.hidden_size,
-        mm_projector_type="mlp2x_gelu",
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-        dtype=dtype,
-    )
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlavaLlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(usual)
+    model = shapes.build_model(shape, device, dtype)
     model.config.use_cache = False
-    model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -174,19 +92,18 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
     Time and peak memory, as ratios of one interleaved run; the memory is that of a fresh process each. The model has
     random weights, made on the device. A step has visual tokens, forward and backward with gradient checkpointing, and
     AdamW on the projector; reading and preparing images, which a cache saves too, is not in it. Ratios depend on the
-    length of the text: --text-tokens. On two CPU cores, --shape small (the default there) takes less than two minutes.
+    length of the text: --text-tokens. On two CPU cores the shape that is the default there takes less than two minutes.
 
     Raises:
-        ValueError: a count is below its limit or leaves nothing to compress, or CUDA is asked for and not there.
+        ValueError: a count is below its limit or leaves nothing to compress, or there is no such device.
+        IsADirectoryError: the output is a folder.
     """
     VisionZipConfig(args.dominant, args.contextual)
+    check_request(args)
     on_cuda = args.device.startswith("cuda")
-    if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
-    args.shape = args.shape or ("llava-1.5-7b" if on_cuda else "small")
+    args.shape = args.shape or ("llava-1.5-7b" if on_cuda else "llava-1.5-small")
     args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
-    tower = SHAPES[args.shape]["tower"]
-    patches = (tower["image_size"] // tower["patch_size"]) ** 2
+    patches = shapes.SHAPES[args.shape].visual_tokens
     if args.dominant + args.contextual >= patches:
         raise ValueError(
             f"--dominant {args.dominant} --contextual {args.contextual} leaves nothing to compress: --shape "
@@ -199,38 +116,13 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
     model = build_model(args.shape, args.device, getattr(torch, args.dtype))
     steps = {way: step_of(way, model, args) for way in WAYS}
     times = time_interleaved(steps, args.device, args.rounds, "time")
-    results = []
-    for way in WAYS:
-        ratio, spread = time_ratio(times[way], times["vanilla"])
-        tokens = args.dominant + args.contextual if way.startswith("zipped") else patches
-        memory, by_vanilla = peaks[way], peaks[way] / peaks["vanilla"]
-        results.append(Measurement(way, tokens, statistics.median(times[way]), ratio, spread, memory, by_vanilla))
-    _report(args, results)
-
-
-def _report(args: argparse.Namespace, results: list[Measurement]) -> None:
-    facts = environment(args.device)
-    what = f"{args.batch_size} x (image + {args.text_tokens} text tokens)"
-    table = Table(title=f"{args.shape}, {args.dtype}, random weights, a step of {what}, {args.rounds} rounds")
-    for column in ("way", "tokens", "time", "ratio", "quartiles", "memory", "ratio"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in results:
-        table.add_row(
-            row.way,
-            str(row.visual_tokens),
-            f"{row.seconds * 1e3:.0f} ms",
-            f"{row.time_ratio:.3f}",
-            f"{row.time_spread[0]:.3f}-{row.time_spread[1]:.3f}",
-            f"{row.memory_mib:.0f} MiB",
-            f"{row.memory_ratio:.3f}",
-        )
-    Console().print(table)
-    for way, meaning in WAYS.items():
-        Console().print(f"{way}: {meaning}", style="dim")
-    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
-    if args.output:
-        setting = {key: value for key, value in vars(args).items() if isinstance(value, str | int)}
-        write_results(args.output, {**facts, **setting, "results": [asdict(row) for row in results]})
+    zipped = args.dominant + args.contextual
+    tokens = {way: zipped if way.startswith("zipped") else patches for way in WAYS}
+    title = (
+        f"{args.shape}, {args.dtype}, random weights, a step of {args.batch_size} x (image + {args.text_tokens} text "
+        f"tokens), {args.rounds} rounds"
+    )
+    report(args, title, WAYS, compare(args.batch_size, tokens, times, peaks))
 
 
 def _peak_memory(args: argparse.Namespace, way: str) -> float:
@@ -238,8 +130,9 @@ def _peak_memory(args: argparse.Namespace, way: str) -> float:
     return peak_memory("llava.benchmark_tuning", {**{name: getattr(args, name) for name in names}, "way": way})
 
 
-def _run_twice(args: argparse.Namespace) -> None:
+def _run_twice(request: dict[str, Any]) -> None:
     """What the child process does: build the model and take two steps (AdamW's state comes with the first)."""
+    args = argparse.Namespace(**request)
     model = build_model(args.shape, args.device, getattr(torch, args.dtype))
     if args.way.endswith("cached"):
         drop_tower(model)
@@ -250,7 +143,10 @@ def _run_twice(args: argparse.Namespace) -> None:
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark tuning``."""
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="the model (default: llava-1.5-7b on cuda, else small)")
+    one_tile = [name for name, shape in shapes.SHAPES.items() if shape.tiles == 1]
+    parser.add_argument(
+        "--shape", choices=one_tile, help="the model (default: llava-1.5-7b on cuda, else llava-1.5-small)"
+    )
     parser.add_argument("--batch-size", type=positive, default=2, help="samples in a step (default: 2)")
     parser.add_argument("--text-tokens", type=positive, default=128, help="text of a sample (default: 128)")
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (default: 5)")
@@ -266,5 +162,4 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    asked = argparse.Namespace(**json.loads(sys.argv[1]))
-    print(measure_peak(asked.device, partial(_run_twice, asked)))
+    sys.exit(answer_peak(_run_twice))

@@ -11,30 +11,23 @@
 # config.json: load_pretrained_model(OUTPUT, MODEL_PATH). Memory: the adapter's 320e6 numbers with gradients, float32 copy and
 # AdamW's moments are 4.8 GiB more than a projector's, shared out by ZeRO.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-source "$ROOT/scripts/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-liuhaotian/llava-v1.5-7b}"
-DOMINANT="${DOMINANT:-54}"
-CONTEXTUAL="${CONTEXTUAL:-10}"
-OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$((DOMINANT + CONTEXTUAL))-lora}"
+OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$TOKENS-lora}"
 ZERO="${ZERO:-zero2}"
 
 prepare_training 128 "${BASE_GIB:-20}" "${SAMPLE_GIB:-1.8}"
-train --model_name_or_path "$MODEL_PATH" \
-    ${VISION_TOWER:+--vision_tower "$VISION_TOWER"} \
+train ${VISION_TOWER:+--vision_tower "$VISION_TOWER"} \
     ${PROJECTOR:+--pretrain_mm_mlp_adapter "$PROJECTOR"} \
     --version "${VERSION:-v1}" \
     --lora_enable True \
     --lora_r 128 \
     --lora_alpha 256 \
     --mm_projector_lr 2e-5 \
-    --visionzip_dominant "$DOMINANT" \
-    --visionzip_contextual "$CONTEXTUAL" \
     --data_path "${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data}" \
     --data_fraction "${DATA_FRACTION:-1}" \
-    --data_seed "${DATA_SEED:-42}" \
     --group_by_modality_length True \
     --learning_rate "${LEARNING_RATE:-2e-4}" \
     "$@"

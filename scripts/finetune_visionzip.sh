@@ -34,25 +34,18 @@
 # 8 of them. An 80 GiB GPU has room for the 16 that make 128 on 8 GPUs. A 13B model (26 GiB) does not fit into 24 GiB: several
 # GPUs with ZERO=zero3 share it out, BASE_GIB=8 on 4 of them; a single one has to offload it, ZERO=zero3_offload BASE_GIB=8.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-source "$ROOT/scripts/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-liuhaotian/llava-v1.5-7b}"
-DOMINANT="${DOMINANT:-54}"
-CONTEXTUAL="${CONTEXTUAL:-10}"
-OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$((DOMINANT + CONTEXTUAL))}"
+OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$TOKENS}"
 ZERO="${ZERO:-zero2}"
 
 prepare_training 128 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-1.6}"
-train --model_name_or_path "$MODEL_PATH" \
-    --version "${VERSION:-v1}" \
+train --version "${VERSION:-v1}" \
     --tune_mm_mlp_adapter True \
-    --visionzip_dominant "$DOMINANT" \
-    --visionzip_contextual "$CONTEXTUAL" \
     --data_path "${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data}" \
     --data_fraction "${DATA_FRACTION:-0.1}" \
-    --data_seed "${DATA_SEED:-42}" \
     --group_by_modality_length True \
     --learning_rate "${LEARNING_RATE:-2e-5}" \
     "$@"

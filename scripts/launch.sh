@@ -1,4 +1,5 @@
-# Sourced by the training scripts, after env.sh: where a training runs, how large its batches are, and its start.
+# Sourced by the training scripts: where a training runs, how large its batches are, and its start. They say MODEL_PATH, OUTPUT
+# and ZERO; TOKENS is what VisionZip leaves of an image.
 #
 #   prepare_training GLOBAL_BATCH BASE_GIB SAMPLE_GIB      installs; settles DEVICE, PROCESSES, NNODES, MICRO_BATCH, ACCUMULATION
 #   train FLAG…                                            starts llava.train.train on them; the last of equal flags holds
@@ -17,6 +18,10 @@
 #   REPORT_TO      wandb, tensorboard or none (none); WANDB_MODE=offline keeps wandb's files here, in OUTPUT
 #
 # A run that was stopped goes on at its last checkpoint when the same command is given again.
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+DOMINANT="${DOMINANT:-54}"
+CONTEXTUAL="${CONTEXTUAL:-10}"
+TOKENS=$((DOMINANT + CONTEXTUAL))
 
 # gpu_gib: memory of the smallest GPU
 gpu_gib() {
@@ -25,7 +30,7 @@ gpu_gib() {
 
 visible_gpus() {
     if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^ *[^ -]' || true # -1 hides all
     else
         nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
     fi
@@ -42,17 +47,22 @@ world_size() {
 }
 
 prepare_training() {
-    local base="$2" sample="$3" world room
+    local base="$2" sample="$3" world room name
     use_environment train
     cd "$ROOT"
     DEVICE="${DEVICE:-$([[ "$(visible_gpus)" -gt 0 ]] && echo cuda || echo cpu)}"
     [[ "$DEVICE" == cuda || "$DEVICE" == cpu ]] || die "DEVICE=$DEVICE is neither cuda nor cpu"
+    [[ "$DEVICE" == cpu || "$(visible_gpus)" -gt 0 ]] || die "DEVICE=cuda, but there is no GPU to be seen"
     PROCESSES="${PROCESSES:-$([[ "$DEVICE" == cuda ]] && visible_gpus || echo 1)}"
     NNODES="${NNODES:-1}"
     GLOBAL_BATCH="${GLOBAL_BATCH:-$1}"
+    for name in NNODES GLOBAL_BATCH PROCESSES ${MICRO_BATCH:+MICRO_BATCH}; do
+        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} is not a whole number of at least 1"
+    done
     world="$(world_size)"
-    ((world > 0)) || die "no process to start: PROCESSES=$PROCESSES, NNODES=$NNODES, HOSTFILE=${HOSTFILE:-}"
-    ((GLOBAL_BATCH % world == 0)) || die "GLOBAL_BATCH=$GLOBAL_BATCH cannot be shared out to $world processes"
+    ((world > 0)) || die "HOSTFILE=${HOSTFILE:-} has no line with slots=…"
+    ((GLOBAL_BATCH % world == 0)) ||
+        die "GLOBAL_BATCH=$GLOBAL_BATCH cannot be shared out to $world processes: give a multiple of $world"
     if [[ -z "${MICRO_BATCH:-}" ]]; then
         # The largest power of two that fits and divides each process's share of the batch.
         room="$([[ "$DEVICE" == cuda ]] && gpu_gib || echo 24)"
@@ -95,6 +105,10 @@ train() {
         launcher=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m)
     fi
     { "$PYTHON" "${launcher[@]}" llava.train.train \
+        --model_name_or_path "$MODEL_PATH" \
+        --visionzip_dominant "$DOMINANT" \
+        --visionzip_contextual "$CONTEXTUAL" \
+        --data_seed "${DATA_SEED:-42}" \
         --output_dir "$OUTPUT" \
         --per_device_train_batch_size "$MICRO_BATCH" \
         --gradient_accumulation_steps "$ACCUMULATION" \

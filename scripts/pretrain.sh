@@ -8,27 +8,20 @@
 # The paper trains with LLaVA's scripts, and does not say in which of the two stages VisionZip is on: here, in both. Variables
 # as in scripts/finetune_visionzip.sh, with the data of LLaVA's pretraining, and VISION_TOWER.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-source "$ROOT/scripts/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-lmsys/vicuna-7b-v1.5}"
-DOMINANT="${DOMINANT:-54}"
-CONTEXTUAL="${CONTEXTUAL:-10}"
-OUTPUT="${OUTPUT:-checkpoints/llava-v1.5-7b-pretrain-visionzip-$((DOMINANT + CONTEXTUAL))}"
+OUTPUT="${OUTPUT:-checkpoints/llava-v1.5-7b-pretrain-visionzip-$TOKENS}"
 ZERO="${ZERO:-zero2}"
 
 # Captions are short: 0.2 GiB a sample.
 prepare_training 256 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-0.2}"
-train --model_name_or_path "$MODEL_PATH" \
-    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}" \
+train --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}" \
     --version plain \
     --tune_mm_mlp_adapter True \
-    --visionzip_dominant "$DOMINANT" \
-    --visionzip_contextual "$CONTEXTUAL" \
     --data_path "${DATA_PATH:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data/LLaVA-Pretrain/images}" \
     --data_fraction "${DATA_FRACTION:-1}" \
-    --data_seed "${DATA_SEED:-42}" \
     --model_max_length 2048 \
     --learning_rate "${LEARNING_RATE:-1e-3}" \
     "$@"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -240,6 +241,15 @@ def test_images_that_cannot_be_read(tune, own_data: Path, tmp_path: Path, capsys
     assert runs[0].losses == runs[1].losses
     left_out = [sorted(bad["id"] for bad in run.record["left_out"]) for run in runs]
     assert left_out == [["seen-1", "seen-4"]] * 2
+
+
+def test_images_that_are_too_large(tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Pillow has an error of its own for them."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # more than twice that is refused
+    assert tune("refused", cache_visual_tokens=tmp_path / "cache", **ZIPPED) == 2
+    assert "record 'seen-5' cannot be used: Image size (6400 pixels) exceeds" in capsys.readouterr().err
+    run = tune("skipped", cache_visual_tokens=tmp_path / "cache", skip_bad_samples=True, max_steps=5, **ZIPPED)
+    assert [bad["id"] for bad in run.record["left_out"]] == ["seen-5"]
 
 
 def test_text_only(tune, own_data: Path, tmp_path: Path):

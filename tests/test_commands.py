@@ -70,6 +70,8 @@ def test_commands_explain_bad_input(make_checkpoint, image_file: Path, tmp_path:
         (["chat", *model, "--temperature", "-1"], "temperature=-1.0 is below 0"),
         (["chat", *model, "--vanilla", "--dominant", "5"], "a budget was given too"),
         (["benchmark", "tower", "--device", "cuda"], "this machine has no CUDA"),
+        (["benchmark", "tower", "--device", "gpu"], "--device gpu is no device"),
+        (["benchmark", "tower", "--output", str(tmp_path)], f"--output {tmp_path} is a folder"),
     ):
         assert visionzip_command(arguments) == 2, arguments
         assert message in capsys.readouterr().err
@@ -154,6 +156,7 @@ def test_benchmark_tower(tmp_path: Path, capsys):
     assert report["torch"] == torch.__version__
     rows = {row["way"]: row for row in report["results"]}
     assert set(rows) == {"vanilla", "unzipped", "zipped", "released"}
+    assert [row["visual_tokens"] for row in rows.values()] == [64] * 4  # 54 + 10
     assert rows["vanilla"]["time_ratio"] == rows["vanilla"]["memory_ratio"] == 1
     assert all(row["seconds"] > 0 and row["memory_mib"] > 0 for row in rows.values())
     assert "zipped" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,20 @@ def test_bad_input(flags: list[str], message: str, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_process_that_refuses_says_why(capsys):
+    """Memory is measured in processes of their own: what is wrong there is one line here too."""
+    flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--methods", "sparsevlm", "--device", "cpu"]
+    assert main(["benchmark", "memory", *flags]) == 2
+    message = "visionzip benchmark: memory of sparsevlm-5: SparseVLM cannot make 5 of 320 visual tokens: give 10 to 320"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+def test_a_budget_that_leaves_nothing_to_compress(make_checkpoint, capsys):
+    flags = ["--model-path", str(make_checkpoint()), "--tokens", "16", "--methods", "fastv", "--device", "cpu"]
+    assert main(["benchmark", "prefill", *flags]) == 2
+    assert "--tokens 16: this model has 16 visual tokens per image" in capsys.readouterr().err
+
+
 def test_checkpoint_without_a_budget(capsys):
     assert main(["benchmark", "memory", "--model-path", "somewhere", "--device", "cpu"]) == 2
     assert "--model-path needs --tokens too" in capsys.readouterr().err
@@ -112,6 +127,27 @@ def test_methods_come_off_again(model):
     runner.detach()
     assert torch.equal(model(inputs_embeds=embeds).logits, before)
     assert "forward" not in vars(model.get_model())
+
+
+def test_a_compiled_prefill_is_one_graph(model, monkeypatch: pytest.MonkeyPatch):
+    """``torch.compile`` takes the zipped prefill whole; its code generator is left out here, which takes a minute."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    runner = Runner(model, make_prompt(model, 12, 1), new_tokens=1)
+    prompt, logits = runner.prompt, []
+    for compiled in (False, True):
+        runner.attach(Way("visionzip", 20, compiled))
+        with torch.inference_mode():
+            out = model(prompt.ids, images=prompt.images, image_sizes=[prompt.size])
+        logits.append(out.logits)
+    runner.detach()
+    assert torch.equal(logits[1], logits[0])
+    assert len(graphs) == 1
 
 
 def test_the_bare_language_model_is_the_same(model):

@@ -27,6 +27,7 @@ from eval.data import copy_of
 from eval.methods import METHODS, Run, attach, attached, plan, split
 from eval.registry import BENCHMARKS
 from eval.results import bootstrap, summarize
+from eval.runner import fingerprint
 from eval.sources import Tables
 from playground.scenes import make_test_set, write_parquet
 from visionzip import visionzip
@@ -188,6 +189,25 @@ def test_answers_of_another_setting_are_not_mixed(run, copied, data: Path, tmp_p
 def assert_matches(text: str, pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         raise ValueError(text)
+
+
+@pytest.mark.parametrize("size", [9, 70 << 20])
+def test_another_checkpoint_at_the_same_path_is_noticed(size: int, tmp_path: Path):
+    """Of a large file samples are read: each tensor of 4 MiB has one in it."""
+    weights = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
+
+    def written(name: str, changed: slice = slice(0)) -> str:
+        own = weights.copy()
+        own[changed] += 1
+        (tmp_path / name).mkdir(exist_ok=True)
+        own.tofile(tmp_path / name / "model.safetensors")
+        return fingerprint(str(tmp_path / name))
+
+    one = written("one")
+    assert written("copy") == written("one") == one
+    tensor = min(4 << 20, size // 3)
+    for start in (0, size // 3, size // 2, size - tensor):
+        assert written("one", slice(start, start + tensor)) != one
 
 
 def test_a_larger_limit_adds_to_the_answers(run, tmp_path: Path):

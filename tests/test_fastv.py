@@ -234,6 +234,8 @@ def test_budgets():
     assert fastv_keep(576, 576, 32) == 576
     with pytest.raises(ValueError, match=r"average of 160 .* between 180 .* after the cut"):
         fastv_keep(160, 2880, 32)
+    with pytest.raises(ValueError, match="layer=2 of 2"):
+        fastv_keep(8, 16, 2)
 
 
 def test_errors(load):

@@ -182,6 +182,9 @@ def test_batches_that_cannot_be_made(script, tmp_path: Path):
         ({"NNODES": 2}, "NNODES=2 needs NODE_RANK and MASTER_ADDR"),
         ({"HOSTFILE": "/nowhere"}, "HOSTFILE=/nowhere is no file"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu is neither cuda nor cpu"),
+        ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": -1}, "DEVICE=cuda, but there is no GPU to be seen"),
+        ({"GLOBAL_BATCH": 0}, "GLOBAL_BATCH=0 is not a whole number of at least 1"),
+        ({"PROCESSES": "two"}, "PROCESSES=two is not a whole number of at least 1"),
     ):
         out = tmp_path / "bad"
         assert script("finetune_visionzip", out, **variables).wait(timeout=60) == 1

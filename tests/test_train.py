@@ -167,6 +167,26 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(llava, second_stage: dict[str,
     assert steps_of(tmp_path / "run") == steps_of(tuned)
 
 
+def test_a_run_of_other_arguments_does_not_go_on(
+    llava, second_stage: dict[str, Any], tuned: Path, tmp_path: Path, capsys
+):
+    """It would have one run's weights and the other's record; a folder that has moved, or more steps, are the same."""
+    shutil.copytree(tuned, tmp_path / "run")
+    result = (tmp_path / "run/run.json").read_bytes()
+    for other, named in (
+        ({"learning_rate": 0.5}, "learning_rate=0.5 (there: 0.01)"),
+        ({"visionzip_dominant": 3, "visionzip_contextual": 2}, "visionzip_dominant=3 (there: None)"),
+        ({"data_fraction": 0.5, "data_seed": 7}, "data_fraction=0.5 (there: 1.0)"),
+    ):
+        assert llava(tmp_path / "run", **{**second_stage, **other}) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert named in message and "give another output_dir" in message
+        assert (tmp_path / "run/run.json").read_bytes() == result
+    base = shutil.copytree(second_stage["model_name_or_path"], tmp_path / "moved/base")
+    assert llava(tmp_path / "run", **{**second_stage, "model_name_or_path": base}, max_steps=6) == 0
+    assert len(steps_of(tmp_path / "run")) == 6
+
+
 def test_turns_that_do_not_see_each_other(world: Path, llava, tuned: Path, tmp_path: Path, capsys):
     """The loss of packed turns is that of the same turns in records of their own, with an image or without."""
     records = json.loads((world / "data.json").read_text())
@@ -288,13 +308,13 @@ def test_what_is_too_long_is_cut_and_counted(on_llava, tmp_path: Path):
 def test_records_that_are_skipped_are_counted(world: Path, on_llava, tmp_path: Path):
     records = json.loads((world / "data.json").read_text())[:4]
     (world / "images/torn.png").write_bytes((world / "images/1.png").read_bytes()[:3000])
-    records += [{**records[0], "id": "torn", "image": "torn.png"}, {**records[0], "id": "lost", "image": "lost.png"}]
+    records += [{**records[0], "id": ["torn"], "image": "torn.png"}, {**records[0], "id": "lost", "image": "lost.png"}]
     (tmp_path / "data.json").write_text(json.dumps(records))
     flags = {"data_path": tmp_path / "data.json", "tune_mm_mlp_adapter": True, "num_train_epochs": 2, "max_steps": -1}
     assert on_llava(tmp_path / "run", **flags, skip_bad_samples=True, group_by_modality_length=True) == 0
     record = record_of(tmp_path / "run")
     assert record["records"] == 5
-    assert [bad["id"] for bad in record["left_out"]] == ["lost", "torn"]
+    assert [bad["id"] for bad in record["left_out"]] == ["lost", ["torn"]]
     assert len(steps_of(tmp_path / "run")) == 6  # two epochs of five records, two at a time
 
 
@@ -331,6 +351,23 @@ def test_a_full_disk(on_llava, tmp_path: Path, monkeypatch, capsys):
         assert not list(tmp_path.rglob("*.partial"))
         assert on_llava(tmp_path / "run", **flags) == 0
         assert (tmp_path / "run/mm_projector.bin").read_bytes() == result
+
+
+def test_room_that_a_stopped_run_has_taken(on_llava, tmp_path: Path, monkeypatch):
+    """A disk that the whole run just fits on is large enough to go on, with a checkpoint on it already."""
+    projector = 2 * (32 * 32 + 32)
+    capacity = 8 * projector + 2 * (8 + 12) * projector  # the result in two files, two checkpoints with AdamW's state
+
+    def usage(path: Path) -> SimpleNamespace:
+        taken = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+        return SimpleNamespace(free=capacity - taken)
+
+    flags = {"tune_mm_mlp_adapter": True, "save_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", usage)
+        assert on_llava(tmp_path / "whole", **flags) == 0
+        shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "run/checkpoint-2")
+        assert on_llava(tmp_path / "run", **flags) == 0
 
 
 def test_a_llava_goes_on_with_another_tower(llava, tuned: Path, tmp_path: Path):
@@ -416,3 +453,20 @@ def test_bad_input_is_one_line_before_training(world: Path, llava, projector: Pa
         assert last.startswith("llava.train.train: ")
         assert message in last
         assert not list(tmp_path.glob("run/*"))
+
+
+def test_bad_input_is_known_before_weights_are_read(llava, make_checkpoint, tmp_path: Path, unread, capsys):
+    good = {"model_name_or_path": make_checkpoint(), "tune_mm_mlp_adapter": True}
+    for flags, message in (
+        ({"visionzip_dominant": 0}, "dominant=0 is below 1"),
+        ({"visionzip_dominant": 3, "visionzip_contextual": -1}, "contextual=-1 is below 0"),
+        ({"image_aspect_ratio": "crop"}, "image_aspect_ratio='crop' is not pad, square or anyres"),
+        ({"model_max_length": -5}, "model_max_length=-5 is below 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is below 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is below 1"),
+        ({"lora_enable": True, "tune_mm_mlp_adapter": False, "lora_r": 0}, "lora_r=0 is below 1"),
+        ({"save_steps": 0}, "save_steps=0 is not above 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    ):
+        assert llava(tmp_path / "run", **{**good, **flags}) == 2, flags
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.arguments import positive
-from llava.benchmark import environment, measure_peak, peak_memory, write_results
+from llava.benchmark import answer_peak, check_request, environment, peak_memory, write_results
 from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
 from llava.efficiency.methods import METHODS, split
 from llava.efficiency.report import make_rows, plot, print_table
@@ -56,8 +55,8 @@ def benchmark_memory(args: argparse.Namespace) -> None:
     """Measure the peak memory of weights and one prefill, and the KV cache after it, each way in a fresh process.
 
     Raises:
-        ValueError: a flag is not as it should be.
-        OSError: the checkpoint cannot be read.
+        ValueError: a flag is not as it should be, a method refuses the model or the budget, or the checkpoint cannot be
+            read.
         RuntimeError: a process failed.
     """
     ways = _check(args)
@@ -119,13 +118,10 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def _check(args: argparse.Namespace) -> list[Way]:
     """The ways to time; all that can be wrong is said here, before a model is built."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    check_request(args)
     if args.shape and args.model_path:
         raise ValueError(f"--shape {args.shape} and --model-path {args.model_path}: give one of them")
     args.shape = None if args.model_path else args.shape or "llava-next-7b"
-    if args.output and Path(args.output).is_dir():
-        raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
     tokens = args.tokens
     if args.model_path and not tokens:
         raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
@@ -237,5 +233,4 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(measure_peak(asked["device"], partial(_prefill_once, asked)))
+    sys.exit(answer_peak(_prefill_once))

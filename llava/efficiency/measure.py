@@ -140,8 +140,15 @@ class Runner:
         self._compiled: Callable[..., Any] | None = None
 
     def attach(self, way: Way) -> None:
-        """Put a way on the model, in the place of the one that is there."""
+        """Put a way on the model, in the place of the one that is there.
+
+        Raises:
+            ValueError: the budget leaves nothing to compress, or the method refuses it or the model.
+        """
         self.detach()
+        visual = self.prompt.tiles * self.model.get_vision_tower().num_patches
+        if way.tokens is not None and way.tokens >= visual:
+            raise ValueError(f"--tokens {way.tokens}: this model has {visual} visual tokens per image; give fewer")
         self._attached = way.method
         if way.tokens is not None:
             METHODS[way.method].attach(self.model, way.tokens, self.prompt.tiles)

@@ -8,6 +8,7 @@ from typing import Any
 
 from visionzip import unzip, visionzip
 from visionzip.baselines import fastv, remove_pruning, sparsevlm
+from visionzip.baselines.selection import Keep
 from visionzip.baselines.sparsevlm import LAYERS, single_layer_keep
 
 
@@ -50,13 +51,23 @@ def depth(model: Any, layer: int) -> int:
     return min(layer, round(layer * model.config.num_hidden_layers / 32))
 
 
+def fastv_layer(model: Any) -> int:
+    """The first layer that sees fewer visual tokens: FastV's 2 of 32, but at least 1."""
+    return max(1, depth(model, 2))
+
+
+def sparsevlm_once(model: Any, keep: Keep) -> None:
+    """SparseVLM with one layer that prunes, after layer 2 of 32."""
+    sparsevlm(model, [keep], [depth(model, LAYERS[0])])
+
+
 def _fastv(model: Any, tokens: int, tiles: int) -> None:
-    fastv(model, layer=max(1, depth(model, 2)), keep=tokens)
+    fastv(model, fastv_layer(model), tokens)
 
 
 def _sparsevlm(model: Any, tokens: int, tiles: int) -> None:
     visual = tiles * model.get_vision_tower().num_patches
-    sparsevlm(model, [single_layer_keep(tokens, visual)], [depth(model, LAYERS[0])])
+    sparsevlm_once(model, single_layer_keep(tokens, visual))
 
 
 METHODS: dict[str, Method] = {

@@ -31,6 +31,8 @@ VIT_L_14_336 = {
 # tokens as ViT-L.
 VIT_MINI = {**VIT_L_14_336, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
 VIT_MINI["num_attention_heads"] = 4
+VIT_SMALL = {**VIT_L_14_336, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 5}
+VIT_SMALL["num_attention_heads"] = 2
 VIT_TINY = {**VIT_MINI, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 112}
 
 
@@ -68,6 +70,8 @@ SHAPES: dict[str, Shape] = {
     "llava-next-mini": Shape(1024, 8, 8, 2752, VIT_MINI, tiles=5),  # for CPU: 2880 visual tokens, 8 layers
     "llava-1.5-mini": Shape(1024, 8, 8, 2752, VIT_MINI, tiles=1),
     "llava-next-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=5, vocabulary=512),  # to try the command itself
+    # For training on a CPU: 576 visual tokens, and a tower as much smaller than the language model as the 7B's.
+    "llava-1.5-small": Shape(384, 6, 6, 1024, VIT_SMALL, tiles=1, vocabulary=2000),
     "llava-1.5-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512),
 }
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.utils import is_peft_available
 
 from llava.train.run import TrainingArguments
+from visionzip import VisionZipConfig
+
+_DECIDING_DATA = ("data_path", "image_aspect_ratio", "data_fraction", "turns_apart")
+_DECIDING_TRAINING = ("learning_rate", "mm_projector_lr", "weight_decay", "seed", "data_seed", "model_max_length")
+_PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path")
 
 
 @dataclass
@@ -36,6 +42,12 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "attention kernel: sdpa, eager, …"})
     visionzip_dominant: int | None = field(default=None, metadata={"help": "train with VisionZip: tokens to keep"})
     visionzip_contextual: int | None = field(default=None, metadata={"help": "train with VisionZip: merged tokens"})
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """VisionZip's counts as far as they are given; none of them leaves the model as it is."""
+        counts = {"dominant": self.visionzip_dominant, "contextual": self.visionzip_contextual}
+        return {name: count for name, count in counts.items() if count is not None}
 
     @property
     def learns_part(self) -> bool:
@@ -87,7 +99,18 @@ def weight_dtype(arguments: ModelArguments, training: LlavaTrainingArguments) ->
     return half if training.deepspeed or arguments.learns_part else torch.float32
 
 
-def check_arguments(arguments: ModelArguments, training: LlavaTrainingArguments) -> None:
+def what_decides(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> dict[str, Any]:
+    """What a run's weights follow from, but for its length: with another value it is another run.
+
+    Of files and folders only the last name counts, as they may move.
+    """
+    found = {name: value for name, value in asdict(arguments).items() if name != "attn_implementation"}
+    found |= {name: getattr(data, name) for name in _DECIDING_DATA}
+    found |= {name: getattr(training, name) for name in _DECIDING_TRAINING}
+    return {name: Path(value).name if name in _PATHS and value else value for name, value in found.items()}
+
+
+def check_arguments(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:
     """Find what does not go together or is not there, before anything is read.
 
     Raises:
@@ -106,6 +129,7 @@ def check_arguments(arguments: ModelArguments, training: LlavaTrainingArguments)
         raise ValueError(f"bits={arguments.bits} needs lora_enable: quantised weights cannot be trained themselves")
     if arguments.bits < 16 and is_deepspeed_zero3_enabled():
         raise ValueError(f"bits={arguments.bits} and ZeRO-3 do not go together: use zero2.json, or no deepspeed")
+    _check_values(arguments, data, training)
     projector = arguments.pretrain_mm_mlp_adapter
     if projector and not Path(projector).is_file():
         raise FileNotFoundError(f"pretrain_mm_mlp_adapter={projector} is no file")
@@ -118,3 +142,20 @@ def check_arguments(arguments: ModelArguments, training: LlavaTrainingArguments)
     for name, is_there in (("wandb", is_wandb_available), ("tensorboard", is_tensorboard_available)):
         if name in training.report_to and not is_there():
             raise ImportError(f"report_to {name} needs it installed: pip install {name}, or report_to none")
+
+
+def _check_values(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:
+    VisionZipConfig(**arguments.budget)
+    if data.image_aspect_ratio not in (None, "pad", "square", "anyres"):
+        raise ValueError(f"image_aspect_ratio={data.image_aspect_ratio!r} is not pad, square or anyres")
+    counts = {"lora_r": arguments.lora_r, "model_max_length": training.model_max_length}
+    counts |= {name: getattr(training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    if low := [f"{name}={count}" for name, count in counts.items() if count is not None and count < 1]:
+        raise ValueError(f"{low[0]} is below 1: give a number of at least 1")
+    if training.save_strategy == "steps" and training.save_steps <= 0:
+        raise ValueError(f"save_steps={training.save_steps:g} is not above 0: to save no checkpoints, save_strategy no")
+    if training.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={training.label_smoothing_factor} does not work here: it takes labels and logits "
+            "to be of one length, but visual tokens make the logits longer. Leave it out"
+        )

@@ -31,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llava.mm_utils import load_image, process_images
 from llava.model.loading import gathered
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.train.data import InstructionData
+from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
 
 _FORMAT = 1  # of what is computed and how it is stored; a change makes all older caches unknown
@@ -153,7 +153,7 @@ class _Images(Dataset):
                 image = load_image(path)
                 pixels = process_images([image], self.image_processor, self.model_config)[0]
                 item |= {"size": image.size, "pixels": pixels if pixels.ndim == 4 else pixels[None]}
-        except (ValueError, OSError) as error:  # told when all the others are encoded
+        except UNUSABLE as error:  # told when all the others are encoded
             return {"path": path, "bad": str(error)}
         return item
 

@@ -33,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from llava.arguments import run_command
 from llava.mm_utils import load_image
 from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
 
@@ -233,16 +234,14 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     finish(trainer, {"tower": arguments}, facts)
 
 
+def _run(words: list[str]) -> None:
+    train(*HfArgumentParser((TowerArguments, TrainingArguments)).parse_args_into_dataclasses(words))
+    leave_together()
+
+
 def main() -> int:
     """The command: parse the arguments and train; bad input is one line and exit status 2."""
-    arguments, training = HfArgumentParser((TowerArguments, TrainingArguments)).parse_args_into_dataclasses()
-    try:
-        train(arguments, training)
-        leave_together()
-    except (ValueError, OSError) as error:
-        print(f"llava.train.contrastive: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("llava.train.contrastive", _run, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import new_conversation
 from llava.mm_utils import load_image, process_images, processor_resolution
 from llava.train.labels import Turns, render, tokenize, tokenize_apart, usable_turns
-from llava.train.token_store import CachedImages
+from llava.train.token_store import CachedImages, DamagedCacheError
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 # What damaged images and records lead to; Pillow has errors of several kinds.
-_UNUSABLE = (ValueError, OSError, KeyError, SyntaxError, Image.DecompressionBombError)
+UNUSABLE = (ValueError, OSError, KeyError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _check(records: list[Record], data_path: str, folder: Path, version: str, sk
             turns = usable_turns(record, version)
             if "image" in record and not (folder / record["image"]).is_file():
                 raise FileNotFoundError(f"no image file at {folder / record['image']}")
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             left_out.append({"id": record.get("id", index), "why": str(error)})
             continue
         if "image" not in record and any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns):
@@ -216,7 +216,9 @@ class InstructionData(Dataset):
                 edge = processor_resolution(self.image_processor)
                 sample["image"] = torch.zeros(3, edge, edge)
                 sample["image_size"] = (edge, edge)
-        except _UNUSABLE as error:
+        except DamagedCacheError:
+            raise
+        except UNUSABLE as error:
             raise ValueError(f"record {record.get('id', index)!r} cannot be used: {error}") from error
         return sample
 

@@ -53,8 +53,7 @@ def build_model(
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.vision_tower is None and not is_llava(path):
-        budgets = arguments.visionzip_dominant, arguments.visionzip_contextual
-        if arguments.learns_part or arguments.pretrain_mm_mlp_adapter or budgets != (None, None):
+        if arguments.learns_part or arguments.pretrain_mm_mlp_adapter or arguments.budget:
             raise ValueError(
                 f"{path} is a language model, without projector and visual tokens: give a vision_tower, or leave "
                 "tune_mm_mlp_adapter, lora_enable, pretrain_mm_mlp_adapter and visionzip_… out"

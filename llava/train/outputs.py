@@ -117,7 +117,9 @@ def check_room(model: Any, training: TrainingArguments, samples: int, learns_par
     folder = Path(training.output_dir)
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
-    if free < needed:
+    # A run that goes on has written some of it.
+    there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/**/*") if file.is_file())
+    if free + there < needed:
         raise OSError(
             f"{folder} has {free / 2**30:.2f} GiB free, but this run's checkpoints and results will take about "
             f"{needed / 2**30:.2f} GiB: make room, choose another output_dir, or keep fewer checkpoints "

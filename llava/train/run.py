@@ -17,6 +17,7 @@ import transformers
 from matplotlib.figure import Figure
 from transformers import Trainer
 
+CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
 _LIBRARIES = ("visionzip", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 
 
@@ -34,6 +35,28 @@ def last_checkpoint(folder: str) -> str | None:
     """
     whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return max(map(str, whole), key=lambda path: int(path.rsplit("-", 1)[1]), default=None)
+
+
+def check_same_run(checkpoint: str | None, decides: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is of the run that is to go on from it.
+
+    Args:
+        checkpoint: from :func:`last_checkpoint`.
+        decides: the arguments that this run's weights follow from; the checkpoint has those of its own.
+
+    Raises:
+        ValueError: it is of another run; the message names the arguments that differ.
+    """
+    file = checkpoint and Path(checkpoint, CHECKPOINT_ARGUMENTS)
+    if not file or not file.is_file():
+        return
+    there = json.loads(file.read_text())
+    if other := [name for name, value in decides.items() if there.get(name) != value]:
+        named = ", ".join(f"{name}={decides[name]!r} (there: {there.get(name)!r})" for name in other)
+        raise ValueError(
+            f"{checkpoint} is of a run with other arguments, so that this one cannot go on there: {named}. Give those, "
+            "or give another output_dir"
+        )
 
 
 def versions() -> dict[str, str]:

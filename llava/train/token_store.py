@@ -29,8 +29,8 @@ from llava.model.multimodal_encoder.vision_tower import EncodedImage
 Stamp = tuple[int, int, int]  # size in bytes, and times of change of content and of anything in ns
 
 
-class DamagedCacheError(RuntimeError):
-    """A file of the cache is not as it was written. No ValueError, which would be the record's own."""
+class DamagedCacheError(OSError):
+    """A file of the cache is not as it was written: no error of the record, which is not skipped for it."""
 
 
 def stamp_of(path: str) -> Stamp:

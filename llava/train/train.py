@@ -22,19 +22,20 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, set_seed
 
+from llava.arguments import run_command
 from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,
     ModelArguments,
     check_arguments,
     weight_dtype,
+    what_decides,
 )
 from llava.train.cache import cache_visual_tokens, check_cache_folder, drop_tower
 from llava.train.data import Collator, InstructionData, read_records
 from llava.train.model import build_model, choose_what_is_learnt, is_llava, whiten_projector
 from llava.train.outputs import check_room
-from llava.train.run import finish, last_checkpoint, leave_together
-from llava.train.token_store import DamagedCacheError
+from llava.train.run import check_same_run, finish, last_checkpoint, leave_together
 from llava.train.trainer import LlavaTrainer
 from visionzip import visionzip
 
@@ -65,7 +66,9 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         ValueError: the arguments, the data or the weights do not fit.
         ImportError: a library is not installed.
     """
-    check_arguments(arguments, training)
+    check_arguments(arguments, data, training)
+    checkpoint, decides = last_checkpoint(training.output_dir), what_decides(arguments, data, training)
+    check_same_run(checkpoint, decides)
     if data.cache_visual_tokens:
         check_cache_folder(data.cache_visual_tokens)
     records = read_records(
@@ -103,8 +106,8 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
     )
     if arguments.whiten_mm_projector:
         whiten_projector(model, torch.stack([dataset[index]["image"] for index in range(min(256, len(dataset)))]))
-    if arguments.visionzip_dominant is not None or arguments.visionzip_contextual is not None:
-        visionzip(model, arguments.visionzip_dominant, arguments.visionzip_contextual)
+    if arguments.budget:
+        visionzip(model, **arguments.budget)
     limit = training.model_max_length or getattr(model.config, "tokenizer_model_max_length", None) or 2048
     model.config.tokenizer_model_max_length = limit
     model.config.use_cache = False
@@ -123,9 +126,10 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         train_dataset=dataset,
         data_collator=Collator(tokenizer, limit),
         processing_class=tokenizer,
+        decides=decides,
         learns_part=arguments.learns_part,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -137,23 +141,21 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
 
 
 def _skipped(file: Path | None) -> list[dict[str, Any]]:
-    """What the data set has noted, each record once although each epoch meets it again."""
+    """What the data set has noted, each note once although each epoch meets its record again."""
     if file is None or not file.is_file():
         return []
-    notes = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return list({note["id"]: note for note in notes}.values())
+    return [json.loads(line) for line in dict.fromkeys(file.read_text(encoding="utf-8").splitlines())]
+
+
+def _run(words: list[str]) -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, LlavaTrainingArguments), description=__doc__)
+    train(*parser.parse_args_into_dataclasses(words))
+    leave_together()
 
 
 def main() -> int:
     """The command: parse LLaVA's arguments and train; bad input is one line and exit status 2."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, LlavaTrainingArguments), description=__doc__)
-    try:
-        train(*parser.parse_args_into_dataclasses())
-        leave_together()
-    except (ValueError, OSError, ImportError, DamagedCacheError) as error:
-        sys.stderr.write(f"llava.train.train: {error}\n")  # in one piece: other processes say the same at the same time
-        return 2
-    return 0
+    return run_command("llava.train.train", _run, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import Trainer
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.labels import attention_apart
 from llava.train.outputs import gather_learnt, load_learnt, save_learnt
+from llava.train.run import CHECKPOINT_ARGUMENTS
 from llava.train.sampling import ModalityLengthSampler
 from visionzip.apply import unwrap
 
@@ -30,12 +33,14 @@ class LlavaTrainer(Trainer):
     run were too long and lost their end.
 
     Args:
+        decides: the arguments that the weights follow from; each checkpoint has them.
         learns_part: only a part of the model is learnt.
         *args: as the Trainer's, as are the ``**kwargs``.
     """
 
-    def __init__(self, *args: Any, learns_part: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, decides: Mapping[str, Any], learns_part: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.decides = decides
         self.learns_part = learns_part
         self._text: tuple[Tensor, Tensor] | None = None
         self._since: float | None = None
@@ -140,12 +145,14 @@ class LlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, or what is learnt (:func:`llava.train.outputs.save_learnt`); all processes call it."""
-        if not self.learns_part:
+        if self.learns_part:
+            weights = gather_learnt(self.model)
+            if self.args.should_save:
+                save_learnt(self.model, weights, Path(output_dir or self.args.output_dir))
+        else:
             super().save_model(output_dir, _internal_call)
-            return
-        weights = gather_learnt(self.model)
-        if self.args.should_save:
-            save_learnt(self.model, weights, Path(output_dir or self.args.output_dir))
+        if _internal_call and self.args.should_save:  # for a checkpoint
+            Path(output_dir, CHECKPOINT_ARGUMENTS).write_text(json.dumps(self.decides))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:

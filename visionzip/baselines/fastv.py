@@ -50,8 +50,11 @@ def fastv_keep(average: int, visual: int, layers: int, layer: int = 2) -> int:
         layer: the first that sees fewer.
 
     Raises:
-        ValueError: the layers before already see more than that on average, or the budget is more than there are.
+        ValueError: the layers before already see more than that on average, the budget is more than there are, or
+            there is no such layer.
     """
+    if not 1 <= layer < layers:
+        raise ValueError(f"layer={layer} of {layers}: FastV can shorten what layers 1 to {layers - 1} see")
     whole = layer * visual
     kept = (average * layers - whole) / (layers - layer)
     if not 0 <= kept <= visual:
