@@ -20,7 +20,7 @@ def visionzip(
     layer: int | None = None,
     merge: MergeRule | None = None,
 ) -> Model:
-    """Let a model see only K dominant and M contextual visual tokens per image or tile (arXiv 2412.04467).
+    """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
     Works in place on this one object: no class is modified and other models in the process are not affected. Calling it
     again re-configures. The setting is stored in ``model.config.visionzip``, so that ``save_pretrained`` and
@@ -28,8 +28,8 @@ def visionzip(
 
     Args:
         model: a model of a supported family, or its vision tower, or a PEFT wrapper around one.
-        dominant: tokens to keep by attention, CLS included (default: 54).
-        contextual: tokens to merge the rest into (default: 10).
+        dominant: tokens to keep by attention, CLS included (default: 54; Video-LLaVA: 15, per frame).
+        contextual: tokens to merge the rest into (default: 10; Video-LLaVA: 2).
         layer: encoder layer to score (default: -2).
         merge: ``"released"`` (default) or ``"average"``; this and the others are explained in
             :class:`VisionZipConfig`. With no argument at all, the setting stored in ``model.config.visionzip`` is
@@ -50,7 +50,8 @@ def visionzip(
     setting = {"dominant": dominant, "contextual": contextual, "layer": layer, "merge": merge}
     given = {name: value for name, value in setting.items() if value is not None}
     stored = getattr(getattr(target, "config", None), "visionzip", None)
-    integration.attach(target, VisionZipConfig.from_dict(given or stored or {}))
+    chosen = stored if stored and not given else {**integration.defaults, **given}
+    integration.attach(target, VisionZipConfig.from_dict(chosen))
     return model
 
 

@@ -207,9 +207,9 @@ class Watch:
 
 
 @contextmanager
-def marks(model: Any) -> Iterator[Watch]:
-    """Watch one call of ``generate`` on the model, with whatever method is on it."""
-    tower = model.get_vision_tower()
+def marks(model: Any, tower: Any = None) -> Iterator[Watch]:
+    """Watch one call of ``generate`` on the model, with whatever method is on it; None is the tower of images."""
+    tower = tower or model.get_vision_tower()
     setting = tower.visionzip
     used = tower.feature_layers(tower.select_layer) if setting is None else tower.visionzip_layers(setting)
     projector = model.get_model().mm_projector

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig
 
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import (
+    LlavaConfig,
+    LlavaLlamaForCausalLM,
+    VideoLlavaLlamaConfig,
+    VideoLlavaLlamaForCausalLM,
+)
 
 VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -23,6 +28,9 @@ VIT_L_14_336 = {
 VIT_MINI = {**VIT_L_14_336, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10}
 VIT_MINI["num_attention_heads"] = 4
 VIT_TINY = {**VIT_MINI, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 112}
+VIT_L_14_224 = {**VIT_L_14_336, "image_size": 224}  # LanguageBind's
+VIT_VIDEO_MINI = {**VIT_L_14_224, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+VIT_VIDEO_MINI["num_attention_heads"] = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Shape:
         width, layers, heads, intermediate, vocabulary: of the Llama.
         vision: the CLIP tower's config.
         tiles: 1, or 5 for LLaVA-NeXT, whose images of twice the tower's edge make a grid of 2 x 2 and the whole image.
+        frames: of Video-LLaVA, whose video tower has the images' shape: frames that attend to each other; else None.
     """
 
     width: int
@@ -42,6 +51,7 @@ class Shape:
     vision: dict[str, Any]
     tiles: int
     vocabulary: int = 32000
+    frames: int | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -59,6 +69,9 @@ SHAPES: dict[str, Shape] = {
     "llava-next-mini": Shape(1024, 8, 8, 2752, VIT_MINI, tiles=5),  # for CPU: 2880 visual tokens, 8 layers
     "llava-next-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=5, vocabulary=512),  # to try the command itself
     "llava-1.5-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512),
+    "video-llava-7b": Shape(**_7B | {"vision": VIT_L_14_224}, tiles=1, frames=8),
+    "video-llava-mini": Shape(512, 6, 8, 1376, VIT_VIDEO_MINI, tiles=1, frames=8),  # for CPU: 2056 tokens of 8 frames
+    "video-llava-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512, frames=8),
 }
 
 
@@ -77,7 +90,14 @@ def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
         raise ValueError(f"--shape {name} is unknown: use one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
     edge = shape.vision["image_size"]
-    config = LlavaConfig(
+    config_class, model_class = LlavaConfig, LlavaLlamaForCausalLM
+    encoder = CLIPVisionConfig(**shape.vision).to_dict()
+    towers = {"mm_vision_tower": "random", "mm_vision_config": encoder}
+    if shape.frames is not None:
+        config_class, model_class = VideoLlavaLlamaConfig, VideoLlavaLlamaForCausalLM
+        towers = {"mm_image_tower": "random", "mm_image_config": encoder, "mm_video_tower": "random"}
+        towers["mm_video_config"] = {**encoder, "add_time_attn": True, "num_frames": shape.frames}
+    config = config_class(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
@@ -88,8 +108,7 @@ def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        mm_vision_tower="random",
-        mm_vision_config=CLIPVisionConfig(**shape.vision).to_dict(),
+        **towers,
         mm_hidden_size=shape.vision["hidden_size"],
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
@@ -105,10 +124,11 @@ def build_model(name: str, device: str, dtype: torch.dtype) -> Any:
         # position ids) included; on the meta device those would stay empty.
         with torch.device(device), torch.random.fork_rng(devices=_cuda_devices(device)):
             torch.manual_seed(0)
-            model = LlavaLlamaForCausalLM(config)
+            model = model_class(config)
     finally:
         torch.set_default_dtype(before)
-    model.get_vision_tower().is_loaded = True
+    for tower in model.towers().values():
+        tower.is_loaded = True
     return model.requires_grad_(False).eval()
 
 
