@@ -23,9 +23,10 @@ from eval.cost import measure_cost
 from eval.methods import Run, attached
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import tokenizer_image_token
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import with_image_tokens
+from llava.video import process_visuals
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 
@@ -73,8 +74,8 @@ class Prompt:
 def prompt_of(question: Question, config: Any, conv_mode: str) -> str:
     """The whole prompt for a question, in a template."""
     conversation = new_conversation(conv_mode)
-    images = sum(visual.count for visual in question.visuals)
-    conversation.append_message(conversation.roles[0], with_image_tokens(question.text, images, config))
+    counts = [visual.count for visual in question.visuals]
+    conversation.append_message(conversation.roles[0], with_image_tokens(question.text, counts, config))
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
 
@@ -98,13 +99,13 @@ class Pixels:
 
     Args:
         image_processor: the tower's.
-        config: the model's.
+        model: what they are for: it says whether it takes videos, or their frames as images.
         skip_bad: an image that cannot be read is not an error, but the reason why its questions are not asked.
     """
 
-    def __init__(self, image_processor: Any, config: Any, skip_bad: bool) -> None:
+    def __init__(self, image_processor: Any, model: Any, skip_bad: bool) -> None:
         self._processor = image_processor
-        self._config = config
+        self._model = model
         self._skip_bad = skip_bad
         self._kept: OrderedDict[str, Loaded] = OrderedDict()
         self._bytes = 0
@@ -129,7 +130,8 @@ class Pixels:
                     f"{error} (what is answered is kept; --skip-bad counts such questions as wrong instead)"
                 ) from error
             return Loaded((), (), str(error))
-        loaded = Loaded(tuple(process_images(images, self._processor, self._config)), tuple(i.size for i in images))
+        tensors, sizes = process_visuals(images if visual.count == 1 else [images], self._processor, self._model)
+        loaded = Loaded(tuple(tensors), tuple(sizes))
         self._kept[visual.key] = loaded
         self._bytes += loaded.bytes
         while self._bytes > _PIXEL_BYTES and len(self._kept) > 1:
@@ -139,7 +141,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A visual as the model gets it: a tensor and a (width, height) for each image, or why there are none."""
+    """A visual as the model gets it: a tensor and a (width, height) for each image or video, or why there are none."""
 
     images: tuple[Tensor, ...]
     sizes: tuple[tuple[int, int], ...]

@@ -1,10 +1,12 @@
 """``python -m eval run NAME`` with its flags from the environment: what the scripts in ``scripts/eval`` start.
 
 =======================  ================================================================  =========================
-MODEL_PATH               checkpoint, folder or hub name                                    liuhaotian/llava-v1.5-7b
+MODEL_PATH               checkpoint, folder or hub name                                    liuhaotian/llava-v1.5-7b;
+                                                                                           about videos
+                                                                                           LanguageBind/Video-LLaVA-7B
 METHOD                   vanilla, visionzip, …; several with spaces between                vanilla, or visionzip if
                                                                                            there is a budget
-DOMINANT, CONTEXTUAL     VisionZip's budget, per image or tile
+DOMINANT, CONTEXTUAL     VisionZip's budget, per image, tile or frame
 DATA_ROOT                folder with the benchmarks' data                                  playground/data/eval
 FROM_HUB                 1: the Hugging Face data set; else a local copy of it, or a
                          folder with copies of several
@@ -25,11 +27,13 @@ from pathlib import Path
 
 _FLAGS = {"DOMINANT": "--dominant", "CONTEXTUAL": "--contextual", "DATA_ROOT": "--data-root"}
 
+_VIDEO = ("activitynet", "msrvtt", "msvd", "tgif")
+
 
 def arguments(name: str, more: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Arguments of ``python -m eval`` for a benchmark; a variable that is empty counts as not set."""
     given = {key: value for key, value in environment.items() if value}
-    model = given.get("MODEL_PATH", "liuhaotian/llava-v1.5-7b")
+    model = given.get("MODEL_PATH", "LanguageBind/Video-LLaVA-7B" if name in _VIDEO else "liuhaotian/llava-v1.5-7b")
     budget = [given[key] for key in ("DOMINANT", "CONTEXTUAL") if key in given]
     methods = given.get("METHOD", "visionzip" if budget else "vanilla").split()
     place = "-".join([*methods, *(["+".join(budget)] if budget else [])])

@@ -37,6 +37,7 @@ from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
 from llava.model.transformers_llava import TransformersLlava
 
@@ -150,7 +151,7 @@ class _Loader:
                 with attached(model, each):
                     pass
             prompts = prepare(questions, tokenizer, model.config, args.conv_mode)
-            self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model.config, args.skip_bad))
+            self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model, args.skip_bad))
         return self._ready
 
 
@@ -261,9 +262,9 @@ def setting_of(
     args: argparse.Namespace, benchmark: Benchmark, config: Any, questions: Sequence[Question]
 ) -> dict[str, Any]:
     """Everything that decides the answers of all runs; it is written into their files and must not change in them."""
-    tower = getattr(config, "mm_vision_tower", None)
-    # Where the tower has no folder, its weights are in the checkpoint, or its name (in the config) says enough.
-    parts = [args.model_path, args.model_base, tower if tower and Path(tower).is_dir() else None]
+    towers = [getattr(config, field, None) for field in TOWER_FIELDS]
+    # Where a tower has no folder, its weights are in the checkpoint, or its name (in the config) says enough.
+    parts = [args.model_path, args.model_base, *(tower for tower in towers if tower and Path(tower).is_dir())]
     return {
         "benchmark": benchmark.name,
         "model": fingerprint(*filter(None, parts)),

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.frames import EXTENSIONS, FRAMES, clip, read_frames, videos_below
+from eval.frames import EXTENSIONS, clip, videos_below
 from eval.judge import Request, normalized_match
 from eval.matching import match, unreadable
 from eval.sources import Rows, Tables, need, read_json
+from llava.video import FRAMES, read_frames
 
 if TYPE_CHECKING:
     from PIL import Image

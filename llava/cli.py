@@ -17,6 +17,8 @@ from llava.efficiency.commands import (
     benchmark_memory,
     benchmark_prefill,
 )
+from llava.efficiency.frames import add_frames_arguments, benchmark_frames
+from llava.efficiency.mining import add_mining_arguments, benchmark_mining
 from llava.merge import add_merge_arguments, merge
 from llava.serve.cli import add_chat_arguments, chat
 from llava.visualize import add_visualize_arguments, visualize
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"visionzip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    chat_parser = commands.add_parser("chat", help="talk about images in the terminal", description=chat.__doc__)
+    chat_parser = commands.add_parser(
+        "chat", help="talk about images and videos in the terminal", description=chat.__doc__
+    )
     add_chat_arguments(chat_parser)
     chat_parser.add_argument("--vanilla", action="store_true", help="keep all visual tokens")
     chat_parser.set_defaults(run=chat)
@@ -53,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         ("prefill", "from pixels to the first token", add_prefill_arguments, benchmark_prefill),
         ("generate", "from pixels to the last token", add_generate_arguments, benchmark_generate),
         ("memory", "peak memory and KV cache of a prefill", add_memory_arguments, benchmark_memory),
+        ("frames", "time and memory of videos with more and more frames", add_frames_arguments, benchmark_frames),
+        (
+            "mining",
+            "Mini-Gemini's patch info mining, of all patches and of the kept ones",
+            add_mining_arguments,
+            benchmark_mining,
+        ),
     ):
         each = benchmarks.add_parser(what, help=summary, description=command.__doc__)
         add_arguments(each)

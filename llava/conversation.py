@@ -184,7 +184,7 @@ def new_conversation(conv_mode: str) -> Conversation:
 def conv_mode_for(model_name: str) -> str:
     """The template that LLaVA's own commands use for a checkpoint of this name.
 
-    For LLaVA-1.5 that is ``llava_v1`` ("a curious human"); its benchmarks ask for ``vicuna_v1`` by name.
+    For LLaVA-1.5 and Video-LLaVA that is ``llava_v1`` ("a curious human"); benchmarks about images name ``vicuna_v1``.
 
     Args:
         model_name: as :func:`llava.mm_utils.get_model_name_from_path` returns it.
@@ -197,7 +197,9 @@ def conv_mode_for(model_name: str) -> str:
         ("llama-2", "llava_llama_2"),
         ("mistral", "mistral_instruct"),
         ("v1.6-34b", "chatml_direct"),
+        ("mgm-34b", "chatml_direct"),
         ("qwen", "qwen_1_5"),
+        ("video-llava", "llava_v1"),
         ("v1", "llava_v1"),
     ):
         if part in name:

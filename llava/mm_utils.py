@@ -188,6 +188,7 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
         image_processor: the vision tower's, third value of ``load_pretrained_model``.
         model_cfg: the model's config. ``image_aspect_ratio`` is ``"pad"`` (to a square, with the mean colour),
             ``"anyres"`` (``image_grid_pinpoints`` lists the resolutions) or anything else: as the processor has it.
+            ``image_size_aux`` (Mini-Gemini) replaces the processor's resolution.
 
     Returns:
         (N, 3, h, w), or (N, tiles, 3, h, w) for anyres; a list of such tensors if the images have different numbers of
@@ -221,7 +222,10 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
         if aspect_ratio == "pad":
             mean_color = tuple(int(channel * 255) for channel in image_processor.image_mean)
             images = [expand2square(image, mean_color) for image in images]
-        tensors = list(image_processor.preprocess(images, return_tensors="pt")["pixel_values"])
+        size = {}
+        if edge := getattr(model_cfg, "image_size_aux", None):
+            size = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+        tensors = list(image_processor.preprocess(images, return_tensors="pt", **size)["pixel_values"])
     if all(tensor.shape == tensors[0].shape for tensor in tensors):
         return torch.stack(tensors)
     return tensors

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava.arguments import add_model_arguments, load_from_arguments
 from llava.mm_utils import load_image, process_images
+from llava.model import MGMLlamaForCausalLM
 
 
 def visualize(args: argparse.Namespace) -> None:
@@ -29,7 +30,8 @@ def visualize(args: argparse.Namespace) -> None:
     images = [load_image(file) for file in args.image]
     _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
     prepared = [process_images([image], image_processor, model.config)[0] for image in images]
-    maps = figures.inspect_tokens(model, torch.stack([_whole_image(image) for image in prepared]))
+    whole = torch.stack([_whole_image(image) for image in prepared])
+    maps = figures.inspect_tokens(model, model.whole_images(whole) if isinstance(model, MGMLlamaForCausalLM) else whole)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in (
         ("tokens", figures.overview),

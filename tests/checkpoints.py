@@ -24,7 +24,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
+from llava.model import (
+    LlavaLlamaForCausalLM,
+    LlavaMistralForCausalLM,
+    LlavaQwenForCausalLM,
+    VideoLlavaLlamaForCausalLM,
+)
+from llava.model.multimodal_encoder.languagebind import LanguageBindVideoConfig, LanguageBindVideoModel
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "models" / "toy_tokenizer.model"
@@ -39,6 +45,7 @@ CLIP = {
     "image_size": 56,
     "patch_size": 14,
 }
+VIDEO = {"add_time_attn": True, "num_frames": 8, "lora_r": 0, "force_patch_dropout": 0.0}  # LanguageBind's
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
 LANGUAGE_MODEL = {
     "vocab_size": 480,  # of the toy tokenizer
@@ -147,6 +154,54 @@ def write_checkpoint(
         weights = {key: value for key, value in weights.items() if not key.startswith(TOWER_PREFIX)}
     folder.mkdir(parents=True, exist_ok=True)
     config = {**values, "model_type": model_type, "architectures": [model_class.__name__]}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_video_checkpoint(
+    folder: Path,
+    *,
+    vision: dict[str, Any] = CLIP,
+    frames: int = 8,
+    towers_inside: bool = True,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """A random Video-LLaVA as ``LanguageBind/Video-LLaVA-7B``, its towers in ``folder-image`` and ``folder-video``.
+
+    Args:
+        frames: that attend to each other.
+        towers_inside: the checkpoint has the towers' weights too, as the released one does.
+        **overrides: fields of the config.
+    """
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders = {
+        "image": CLIPVisionModel(CLIPVisionConfig(**vision)),
+        "video": LanguageBindVideoModel(LanguageBindVideoConfig(**vision | VIDEO | {"num_frames": frames})),
+    }
+    values = {**LANGUAGE_MODEL, **overrides}
+    for kind, encoder in encoders.items():
+        scale_up(encoder)
+        tower = folder.with_name(f"{folder.name}-{kind}")
+        tower.mkdir(exist_ok=True)
+        more = VIDEO | {"num_frames": frames} if kind == "video" else {"add_time_attn": False, "num_frames": 1}
+        config = {"model_type": f"LanguageBind{kind.title()}", "projection_dim": 8, "vision_config": vision | more}
+        (tower / "config.json").write_text(json.dumps(config))
+        weights = {f"vision_model.{key}": value for key, value in encoder.state_dict().items()}
+        # They have a text encoder and this too.
+        torch.save({**weights, "logit_scale": torch.tensor(2.6)}, tower / "pytorch_model.bin")
+        values[f"mm_{kind}_tower"] = str(tower)
+    model = VideoLlavaLlamaForCausalLM(VideoLlavaLlamaForCausalLM.config_class(**values))
+    scale_up(model)
+    for tower in model.towers().values():
+        tower.load_model()
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if not towers_inside:
+        weights = {key: value for key, value in weights.items() if "_tower." not in key}
+    config = {**values, "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -33,6 +33,7 @@ from checkpoints import (
     write_checkpoint,
     write_tokenizer,
     write_tower,
+    write_video_checkpoint,
 )
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -77,6 +78,21 @@ def load(make_checkpoint):
 
     def make(**overrides: Any) -> tuple[Any, Any, Any, int]:
         return load_pretrained_model(str(make_checkpoint(**overrides)), device="cpu")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_video_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Folder of a random Video-LLaVA in the original layout; the same arguments give the same folder."""
+    folders: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items(), key=str))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("checkpoint") / "Video-LLaVA-tiny"
+            folders[key] = write_video_checkpoint(folder, **options)
+        return folders[key]
 
     return make
 

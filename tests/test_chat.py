@@ -187,5 +187,5 @@ def test_image_tokens_with_markers():
     class Config:
         mm_use_im_start_end = True
 
-    assert with_image_tokens("What?", 2, None) == "<image>\n<image>\nWhat?"
-    assert with_image_tokens("What is <image>?", 1, Config()) == "What is <im_start><image><im_end>?"
+    assert with_image_tokens("What?", [1, 1], None) == "<image>\n<image>\nWhat?"
+    assert with_image_tokens("What is <image>?", [1], Config()) == "What is <im_start><image><im_end>?"

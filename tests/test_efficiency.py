@@ -70,6 +70,40 @@ def test_memory(tmp_path: Path):
     assert zipped["kv_cache_ratio"] == pytest.approx(80 / 380)
 
 
+def test_frames(tmp_path: Path, capsys):
+    """Of a video: 65 tokens each with the CLS token, 17 zipped."""
+    output, figure = tmp_path / "frames.json", tmp_path / "figures" / "frames.svg"
+    flags = ["--shape", "video-llava-tiny", "--frames", "12", "4", "--rounds", "1", "--device", "cpu"]
+    assert main(["benchmark", "frames", *flags, "--output", str(output), "--plot", str(figure)]) == 0
+    rows = {row["way"]: row for row in json.loads(output.read_text())["results"]}
+    assert {way: row["visual_tokens"] for way, row in rows.items()} == {
+        "vanilla-4": 4 * 65,
+        "visionzip-4": 4 * 17,
+        "vanilla-12": 12 * 65,
+        "visionzip-12": 12 * 17,
+    }
+    for row in rows.values():
+        assert row["kv_cache_mib"] * 2**20 == pytest.approx(2 * 4 * 64 * 4 * (row["visual_tokens"] + 60))
+        assert row["memory_mib"] > row["weights_mib"] > 0
+        total = row["vision"]["median"] + row["prefill"]["median"]
+        assert row["first_token"]["median"] == pytest.approx(total) and row["prefill"]["median"] > 0
+    assert rows["vanilla-4"]["prefill_ratio"]["median"] == 1
+    assert "<svg" in figure.read_text() and "visionzip-12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plot", "frames.txt"], "give a file that ends in .png, .svg, .pdf"),
+        (["--device", "cuda"], "this machine has no CUDA"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bad_input_about_frames(flags: list[str], message: str, capsys):
+    assert main(["benchmark", "frames", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

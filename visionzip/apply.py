@@ -21,7 +21,7 @@ def visionzip(
     layer: int | None = None,
     merge: MergeRule | None = None,
 ) -> Model:
-    """Let a model see only K dominant and M contextual visual tokens per image or tile (arXiv 2412.04467).
+    """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
     Works in place on this one object: no class is modified and other models in the process are not affected. Calling it
     again re-configures. The setting is stored in ``model.config.visionzip``, so that ``save_pretrained`` and

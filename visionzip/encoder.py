@@ -6,7 +6,7 @@ behind the scored one is run, and all run the user's attention kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,14 @@ def layers_needed(vision_model: nn.Module, layer: int) -> int:
     return layer % layers + 1
 
 
-def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int) -> Tensor:
+def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int, **layer_kwargs: Any) -> Tensor:
     """Output (B, S, D) of the first ``layers`` encoder layers; the ones behind them are not run.
 
     Args:
         vision_model: transformers' ``CLIPVisionModel`` or ``SiglipVisionModel``.
         pixel_values: (B, 3, h, w) on any device, in any floating type.
         layers: 0 for the embeddings alone.
+        **layer_kwargs: for each layer (``frames`` of one that attends over time).
     """
     weight = vision_model.embeddings.patch_embedding.weight
     # Offloaded weights are on "meta" until accelerate's hooks bring them in; then these move the pixels too.
@@ -66,18 +67,19 @@ def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int) ->
     if (norm := getattr(vision_model, "pre_layrnorm", None)) is not None:  # CLIP's, spelt like that
         states = norm(states)
     for layer in vision_model.encoder.layers[:layers]:
-        states = layer(states, None)
+        states = layer(states, None, **layer_kwargs)
     return states
 
 
 @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
-def score_images(vision_model: nn.Module, pixel_values: Tensor, layer: int) -> ScoredTokens:
+def score_images(vision_model: nn.Module, pixel_values: Tensor, layer: int, **layer_kwargs: Any) -> ScoredTokens:
     """Tokens of one encoder layer with the scores and keys by which they are compressed.
 
     Args:
         vision_model: as in :func:`hidden_states`.
         pixel_values: (B, 3, h, w).
         layer: :attr:`VisionZipConfig.layer`.
+        **layer_kwargs: as in :func:`hidden_states`.
 
     Raises:
         ValueError: the encoder has no such layer.
@@ -89,23 +91,26 @@ def score_images(vision_model: nn.Module, pixel_values: Tensor, layer: int) -> S
         return patch_scores(read, cls_token), merge_keys(read)
 
     with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
-        states = hidden_states(vision_model, pixel_values, layers)
+        states = hidden_states(vision_model, pixel_values, layers, **layer_kwargs)
     return ScoredTokens(states, *reader.result())
 
 
-def compress_images(vision_model: nn.Module, pixel_values: Tensor, config: VisionZipConfig) -> CompressedTokens:
+def compress_images(
+    vision_model: nn.Module, pixel_values: Tensor, config: VisionZipConfig, **layer_kwargs: Any
+) -> CompressedTokens:
     """Visual tokens of images, before the projector, with what was kept and merged.
 
     Args:
         vision_model: as in :func:`hidden_states`.
         pixel_values: (B, 3, h, w).
         config: the setting.
+        **layer_kwargs: as in :func:`hidden_states`.
 
     Raises:
         ValueError: the encoder has no such layer.
     """
     return compress_tokens(
-        *score_images(vision_model, pixel_values, config.layer),
+        *score_images(vision_model, pixel_values, config.layer, **layer_kwargs),
         config.dominant,
         config.contextual,
         cls_token=has_cls_token(vision_model),

@@ -221,10 +221,10 @@ class Watch:
 
 
 @contextmanager
-def marks(model: Any) -> Iterator[Watch]:
-    """Watch one call of ``generate`` on the model, with whatever method is on it."""
-    tower, module = model.get_vision_tower(), generating_module(model)
-    layers = tower.encoder.encoder.layers[: encoder_layers(model)]
+def marks(model: Any, tower: Any = None) -> Iterator[Watch]:
+    """Watch one call of ``generate`` on the model, with whatever method is on it; None is the tower of images."""
+    tower, module = tower or model.get_vision_tower(), generating_module(model)
+    layers = tower.encoder.encoder.layers[: encoder_layers(model, tower)]
     projector = (model if isinstance(model, TransformersLlava) else model.get_model()).mm_projector
     watch = Watch(tower.device)
     handles = [
@@ -241,9 +241,9 @@ def marks(model: Any) -> Iterator[Watch]:
             handle.remove()
 
 
-def encoder_layers(model: Any) -> int:
-    """How many of its vision encoder's layers a model runs, with what is on it now; stock transformers run all."""
-    tower = model.get_vision_tower()
+def encoder_layers(model: Any, tower: Any = None) -> int:
+    """How many layers of a tower (None: of images) a model runs, with what is on it now; stock transformers run all."""
+    tower = tower or model.get_vision_tower()
     if tower.visionzip is not None:
         return tower.visionzip_layers(tower.visionzip)
     if isinstance(model, TransformersLlava):

@@ -202,6 +202,11 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib's, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
     figure.savefig(unfinished, format=path.suffix[1:])

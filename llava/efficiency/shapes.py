@@ -16,7 +16,12 @@ from transformers import (
 )
 from transformers import LlavaConfig as TransformersLlavaConfig
 
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import (
+    LlavaConfig,
+    LlavaLlamaForCausalLM,
+    VideoLlavaLlamaConfig,
+    VideoLlavaLlamaForCausalLM,
+)
 from llava.model.transformers_llava import TransformersLlava
 
 VIT_L_14_336 = {
@@ -34,6 +39,9 @@ VIT_MINI["num_attention_heads"] = 4
 VIT_SMALL = {**VIT_L_14_336, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 5}
 VIT_SMALL["num_attention_heads"] = 2
 VIT_TINY = {**VIT_MINI, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "image_size": 112}
+VIT_L_14_224 = {**VIT_L_14_336, "image_size": 224}  # LanguageBind's
+VIT_VIDEO_MINI = {**VIT_L_14_224, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+VIT_VIDEO_MINI["num_attention_heads"] = 2
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Shape:
         width, layers, heads, intermediate, vocabulary: of the Llama.
         vision: the CLIP tower's config.
         tiles: 1, or 5 for LLaVA-NeXT, whose images of twice the tower's edge make a grid of 2 x 2 and the whole image.
+        frames: of Video-LLaVA, whose video tower has the images' shape: frames that attend to each other; else None.
     """
 
     width: int
@@ -53,6 +62,7 @@ class Shape:
     vision: dict[str, Any]
     tiles: int
     vocabulary: int = 32000
+    frames: int | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -73,6 +83,9 @@ SHAPES: dict[str, Shape] = {
     # For training on a CPU: 576 visual tokens, and a tower as much smaller than the language model as the 7B's.
     "llava-1.5-small": Shape(384, 6, 6, 1024, VIT_SMALL, tiles=1, vocabulary=2000),
     "llava-1.5-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512),
+    "video-llava-7b": Shape(**_7B | {"vision": VIT_L_14_224}, tiles=1, frames=8),
+    "video-llava-mini": Shape(512, 6, 8, 1376, VIT_VIDEO_MINI, tiles=1, frames=8),  # for CPU: 2056 tokens of 8 frames
+    "video-llava-tiny": Shape(64, 4, 4, 172, VIT_TINY, tiles=1, vocabulary=512, frames=8),
 }
 
 
@@ -103,8 +116,11 @@ def build_model(name: str, device: str, dtype: torch.dtype, transformers: bool =
             model = model_class(config)
     finally:
         torch.set_default_dtype(before)
-    model = TransformersLlava(model) if transformers else model
-    model.get_vision_tower().is_loaded = True
+    if transformers:
+        model = TransformersLlava(model)
+    else:
+        for tower in model.towers().values():
+            tower.is_loaded = True
     return model.requires_grad_(False).eval()
 
 
@@ -125,10 +141,16 @@ def _language_model(shape: Shape) -> dict[str, Any]:
 
 def _config(shape: Shape) -> tuple[type, PretrainedConfig]:
     edge = shape.vision["image_size"]
-    config = LlavaConfig(
+    config_class, model_class = LlavaConfig, LlavaLlamaForCausalLM
+    encoder = CLIPVisionConfig(**shape.vision).to_dict()
+    towers = {"mm_vision_tower": "random", "mm_vision_config": encoder}
+    if shape.frames is not None:
+        config_class, model_class = VideoLlavaLlamaConfig, VideoLlavaLlamaForCausalLM
+        towers = {"mm_image_tower": "random", "mm_image_config": encoder, "mm_video_tower": "random"}
+        towers["mm_video_config"] = {**encoder, "add_time_attn": True, "num_frames": shape.frames}
+    config = config_class(
         **_language_model(shape),
-        mm_vision_tower="random",
-        mm_vision_config=CLIPVisionConfig(**shape.vision).to_dict(),
+        **towers,
         mm_hidden_size=shape.vision["hidden_size"],
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
@@ -136,7 +158,7 @@ def _config(shape: Shape) -> tuple[type, PretrainedConfig]:
         image_aspect_ratio="pad" if shape.tiles == 1 else "anyres",
         image_grid_pinpoints=[[2 * edge, 2 * edge]],
     )
-    return LlavaLlamaForCausalLM, config
+    return model_class, config
 
 
 def _transformers_config(shape: Shape) -> tuple[type, PretrainedConfig]:

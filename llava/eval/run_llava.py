@@ -36,7 +36,7 @@ def eval_model(args: Any) -> str:
     tokenizer, model, image_processor, conv_mode = load_from_arguments(args)
     query = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     conversation = new_conversation(conv_mode)
-    conversation.append_message(conversation.roles[0], with_image_tokens(query, len(images), model.config))
+    conversation.append_message(conversation.roles[0], with_image_tokens(query, [1] * len(images), model.config))
     conversation.append_message(conversation.roles[1], None)
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
     output = model.generate(

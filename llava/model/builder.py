@@ -12,9 +12,15 @@ import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
+from llava.model import (
+    LlavaLlamaForCausalLM,
+    LlavaMistralForCausalLM,
+    LlavaQwenForCausalLM,
+    MGMLlamaForCausalLM,
+    VideoLlavaLlamaForCausalLM,
+)
 from llava.model.loading import find_file, has_weights, load_weights
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
 from llava.model.transformers_llava import is_transformers, load_transformers_model
@@ -25,19 +31,32 @@ _MODELS = {
     "LlavaLlamaForCausalLM": LlavaLlamaForCausalLM,
     "LlavaMistralForCausalLM": LlavaMistralForCausalLM,
     "LlavaQwenForCausalLM": LlavaQwenForCausalLM,
+    "MGMLlamaForCausalLM": MGMLlamaForCausalLM,
+    "MiniGeminiLlamaForCausalLM": MGMLlamaForCausalLM,  # early uploads
+    "VideoLlavaLlamaForCausalLM": VideoLlavaLlamaForCausalLM,
 }
 _MODEL_TYPES = {
     "llava": LlavaLlamaForCausalLM,  # early uploads of LLaVA-1.5
     "llava_llama": LlavaLlamaForCausalLM,
     "llava_mistral": LlavaMistralForCausalLM,
     "llava_qwen": LlavaQwenForCausalLM,
+    "mgm": MGMLlamaForCausalLM,
 }
 _PLAIN_BACKBONES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 # Patterns for the start of a module's name.
-_NOT_QUANTIZED = ["model.vision_tower", "model.mm_projector", "model.multi_modal_projector", "lm_head"]
+_NOT_QUANTIZED = [
+    "model.vision_tower",
+    "model.image_tower",
+    "model.video_tower",
+    "model.mm_projector",
+    "model.multi_modal_projector",
+    "model.vlm_uni",
+    "lm_head",
+]
+TOWER_FIELDS = ("mm_vision_tower", "mm_image_tower", "mm_video_tower")
 
 
 def load_pretrained_model(
@@ -51,7 +70,7 @@ def load_pretrained_model(
     use_flash_attn: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, Any, Any, int]:
-    """Load a LLaVA-1.5 or LLaVA-NeXT checkpoint, in any of its layouts; ready to generate.
+    """Load a LLaVA-1.5, LLaVA-NeXT, Video-LLaVA or Mini-Gemini checkpoint, in any of its layouts; ready to generate.
 
     Args:
         model_path: folder or hub name of a full checkpoint in the original layout (safetensors or .bin, one file or
@@ -100,12 +119,14 @@ def load_pretrained_model(
     adapter, extra_file = checkpoint_parts(model_path, model_base)
     tokenizer = load_tokenizer(model_base or model_path)
     with torch.device("meta"):
-        tower = build_vision_tower(config, delay_load=True)
+        tower = next(iter(build_towers(config, delay_load=True).values()))
         adapter_config = _check_adapter(model_class(copy.deepcopy(config)), model_path) if adapter else None
     image_processor = tower.image_processor
     extra = {_own_name(key): value for key, value in load_weights(extra_file).items()} if extra_file else {}
     if model_base:  # a relative folder is inside model_path, not the base
-        config.mm_vision_tower = resolve_tower_path(config.mm_vision_tower, config)
+        for field in (*TOWER_FIELDS, "mm_vision_tower_aux"):
+            if getattr(config, field, None):
+                setattr(config, field, resolve_tower_path(getattr(config, field), config))
     model = model_class.from_pretrained(model_base or model_path, config=config, extra_weights=extra, **options)
     if adapter:
         model = _merge_adapter(model, model_path, adapter_config)
@@ -196,7 +217,9 @@ def read_config(model_path: str, model_name: str | None = None) -> tuple[type, P
     if model_class is None and architecture in (None, *_PLAIN_BACKBONES):
         hint = next((kind for kind in ("mistral", "qwen") if kind in (model_name or "").lower()), "llama")
         model_class = _MODEL_TYPES.get(model_type) or _MODEL_TYPES[f"llava_{hint}"]
-    if model_class is None or not values.get("mm_vision_tower"):
+    if model_class is LlavaLlamaForCausalLM and values.get("mm_video_tower"):
+        model_class = VideoLlavaLlamaForCausalLM  # its checkpoints have the names of LLaVA-1.5's
+    if model_class is None or not any(values.get(field) for field in TOWER_FIELDS):
         raise ValueError(
             f"{model_path} is not an original LLaVA checkpoint (architecture {architecture!r}, model_type "
             f"{model_type!r}, mm_vision_tower {values.get('mm_vision_tower')!r}): supported are {', '.join(_MODELS)} "
@@ -256,9 +279,9 @@ def _check_adapter(model: Any, path: str) -> Any:
         )
     found = {key: tuple(value.shape) for key, value in load_weights(file, "meta").items()}
     config = PeftConfig.from_pretrained(path)
-    if config.exclude_modules is None and not any("vision_tower" in key for key in found):
-        # LLaVA attaches the adapter before the tower, which has layers of the same names (q_proj, …).
-        config.exclude_modules = r".*\bvision_tower\b.*"
+    if config.exclude_modules is None and not any("_tower." in key for key in found):
+        # LLaVA attaches the adapter before the towers, which have layers of the same names (q_proj, …).
+        config.exclude_modules = r".*_tower\b.*"
     own = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     expected = {key: tuple(value.shape) for key, value in own.items()}
     if wrong := sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)):

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.loading import NEWLINE, check_weights, no_load_report, settle_weights, weight_shapes
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompts import (
@@ -54,18 +54,19 @@ class LlavaMetaModel:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        if getattr(config, "mm_vision_tower", None) is None:
+        if not (towers := build_towers(config, delay_load=True)):
             return
-        self.vision_tower = build_vision_tower(config, delay_load=True)
+        for name, tower in towers.items():
+            setattr(self, name, tower)
         self.mm_projector = build_vision_projector(config)
         # Also where a checkpoint has one that its merge type does not use: what was loaded is saved again.
         if "unpad" in getattr(config, "mm_patch_merge_type", "flat") or getattr(config, "mm_image_newline", False):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
-        # device_map="auto" goes by this order, and offloads what does not fit: the end of the language model, not the
+        # device_map="auto" goes by this order, and offloads what does not fit: the end of the language model, not a
         # tower, which it keeps in one piece.
-        first = ("embed_tokens", "vision_tower", "mm_projector")
+        first = ("embed_tokens", *towers, "mm_projector")
         self._modules = {name: self._modules[name] for name in dict.fromkeys((*first, *self._modules))}
-        self._no_split_modules = {*self._no_split_modules, type(self.vision_tower).__name__}
+        self._no_split_modules = {*self._no_split_modules, *(type(tower).__name__ for tower in towers.values())}
 
     def get_vision_tower(self) -> VisionTower | None:
         """The vision tower, None for a model without one."""
@@ -139,7 +140,7 @@ class LlavaMetaForCausalLM:
         with no_load_report():
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         settle_weights(model, info, weights)
-        if (tower := model.get_vision_tower()) is not None:
+        for tower in model.towers().values():
             tower.requires_grad_(False)  # loading has made new, trainable parameters
         return (model, info) if output_loading_info else model
 
@@ -152,7 +153,8 @@ class LlavaMetaForCausalLM:
         if tower is None:
             super().save_pretrained(save_directory, *args, **kwargs)
             return
-        self.config.mm_vision_config = tower.config.to_diff_dict()
+        for each in self.towers().values():
+            setattr(self.config, each.config_key, each.config.to_diff_dict())
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -168,6 +170,11 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self) -> VisionTower | None:
         """The vision tower, None for a model without one."""
         return self.model.get_vision_tower()
+
+    def towers(self) -> dict[str, VisionTower]:
+        """All towers, by what the names of their encoders' weights begin with."""
+        towers = ((name, module) for name, module in self.model.named_children() if isinstance(module, VisionTower))
+        return {f"model.{name}.{tower.encoder_prefix}": tower for name, tower in towers}
 
     def forward(
         self,
@@ -398,7 +405,7 @@ class LlavaMetaForCausalLM:
         if not encoded:
             tiles = [as_tiles(image, index, tower.config.image_size) for index, image in enumerate(images)]
         layouts = self._layouts([len(image) for image in tiles], image_sizes)
-        first = _first_places(images, image_sizes)
+        first = first_places(images, image_sizes)
         # 0 for an image that came before, so that the messages of check_finite still count all of them
         counts = [
             len(image) if place == index else 0 for index, (image, place) in enumerate(zip(tiles, first, strict=True))
@@ -457,7 +464,7 @@ class LlavaMetaForCausalLM:
         return tokens.flatten(0, 1)[order.to(tokens.device)]
 
 
-def _first_places(images: list[Tensor], image_sizes: Sizes | None) -> list[int]:
+def first_places(images: list[Tensor], image_sizes: Sizes | None) -> list[int]:
     """For each image, where the same tensor object, with the same size, is first in the list."""
     sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
     places: dict[Any, int] = {}

@@ -17,8 +17,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-_TOWER = "model.vision_tower."
-_ENCODER = _TOWER + "vision_tower.vision_model."
 # Buffers that older transformers saved with the weights; they are computed now.
 NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type is flat
 _OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
@@ -152,10 +150,10 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
                     "the model room (a smaller one, load_8bit, or device_map={'model.vision_tower': 0, …})"
                 )
             own[key].copy_(value)
-    if (tower := model.get_vision_tower()) is not None:
-        absent = {key for key in info["missing_keys"] if key.startswith(_ENCODER)} - extra_weights.keys()
+    for prefix, tower in model.towers().items():
+        absent = {key for key in info["missing_keys"] if key.startswith(prefix)} - extra_weights.keys()
         model._keys_to_ignore_on_save |= absent  # not to write what is random
-        tower.untrained = frozenset(key.removeprefix(_ENCODER) for key in absent)
+        tower.untrained = frozenset(key.removeprefix(prefix) for key in absent)
         tower.is_loaded = True
 
 
@@ -170,12 +168,12 @@ def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]
     mismatched = {
         f"{key} (model {shapes[key]}, checkpoint {shape})" for key, shape in found.items() if shape != shapes[key]
     }
-    tower = model.get_vision_tower()
-    from_tower = False
-    if tower is not None:
-        needed = {key for key in shapes if key.startswith(_ENCODER) and tower.needs(key.removeprefix(_ENCODER))}
-        from_tower = needed <= missing
-        missing = {key for key in missing if not key.startswith(_ENCODER) or (key in needed and not from_tower)}
+    from_files = {}  # towers of which the checkpoint has nothing
+    for prefix, tower in model.towers().items():
+        needed = {key for key in shapes if key.startswith(prefix) and tower.needs(key.removeprefix(prefix))}
+        if needed <= missing:
+            from_files[prefix], needed = tower, set()
+        missing = {key for key in missing if not key.startswith(prefix) or key in needed}
     problems = [
         f"{len(keys)} {problem}, such as {', '.join(sorted(keys)[:3])}"
         for problem, keys in (
@@ -191,9 +189,9 @@ def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]
             "checkpoint is incomplete or its config.json belongs to another model; a projector or LoRA alone needs "
             "model_base"
         )
-    if not from_tower:
-        return extra_weights
-    return extra_weights | {_ENCODER + key: value for key, value in tower.read_weights().items()}
+    return extra_weights | {
+        prefix + key: value for prefix, tower in from_files.items() for key, value in tower.read_weights().items()
+    }
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

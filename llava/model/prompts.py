@@ -77,7 +77,7 @@ def images_per_row(markers: list[int], images: int, training: bool) -> list[int]
         return markers
     raise ValueError(
         f"the prompts have {sum(markers)} <image> (by row: {markers}) but {images} images were given: give one image "
-        "for each <image>, in order"
+        "for each <image>, in order (a video counts as one for each of its frames)"
     )
 
 

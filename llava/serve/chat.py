@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, new_conversation
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import tokenizer_image_token
+from llava.video import Visual, process_visuals
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Turn:
         fed_tokens: tokens, visual ones included, that went through the language model before the first new one.
         cached_tokens: tokens before them, whose keys and values were kept from earlier turns.
         new_tokens: tokens of the answer, with the end token if there was one.
-        vision_seconds: preparing and encoding this turn's images; 0 without any.
+        vision_seconds: preparing and encoding this turn's images and videos; 0 without any.
         prefill_seconds: language model, from the prompt's embeddings to the first new token.
         decode_seconds: from the first new token to the last.
     """
@@ -55,25 +56,28 @@ class Turn:
         )
 
 
-def with_image_tokens(text: str, images: int, config: Any) -> str:
-    """A question with one ``<image>`` per image: where the text has them, else in front.
+def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
+    """A question with one ``<image>`` per image and per frame of a video: where the text has them, else in front.
 
     Args:
         text: the question.
-        images: how many it is about.
+        counts: for each visual that it is about, 1 or a video's frames; these stand together.
         config: the model's; with ``mm_use_im_start_end`` each is put between start and end markers.
 
     Raises:
-        ValueError: the text has ``<image>``, but not one per image.
+        ValueError: the text has ``<image>``, but not as many.
     """
     marker = DEFAULT_IMAGE_TOKEN
     if getattr(config, "mm_use_im_start_end", False):
         marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
     present = text.count(DEFAULT_IMAGE_TOKEN)
     if present == 0:
-        return "".join(f"{marker}\n" for _ in range(images)) + text
-    if present != images:
-        raise ValueError(f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {images} images were given: give one each")
+        return "".join(f"{marker * count}\n" for count in counts) + text
+    if present != sum(counts):
+        raise ValueError(
+            f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {sum(counts)} images were given: give one each (a video "
+            "takes one for each of its frames)"
+        )
     return text.replace(DEFAULT_IMAGE_TOKEN, marker)
 
 
@@ -108,7 +112,7 @@ class ChatSession:
     def reset(self) -> None:
         """Forget everything said and seen."""
         self.conversation = new_conversation(self.conv_mode)
-        self._visual: list[Tensor] = []  # (n, D) of each image, in order
+        self._visual: list[Tensor] = []  # (n, D) of each image and frame, in order
         self._forget_cache()
 
     def _forget_cache(self) -> None:
@@ -117,23 +121,24 @@ class ChatSession:
         self._cached: list[int] = []  # what each position of the cache holds; see _positions
 
     @torch.no_grad()
-    def ask(self, text: str, images: Sequence[Image.Image] = (), streamer: BaseStreamer | None = None) -> Turn:
+    def ask(self, text: str, images: Sequence[Visual] = (), streamer: BaseStreamer | None = None) -> Turn:
         """Ask the next question.
 
         Args:
             text: the question; ``<image>`` in it says where the images go, else they go in front.
-            images: PIL images that are new in this turn.
+            images: PIL images that are new in this turn, and videos, each as its frames (``llava.video.load_video``).
             streamer: gets the new tokens as they come.
 
         Returns:
             The answer and what it cost. It ends at the model's context at the latest.
 
         Raises:
-            TypeError: an image is not a PIL image.
+            TypeError: one is neither a PIL image nor such frames.
             ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context. The
                 conversation is then as it was before.
         """
-        question = with_image_tokens(text, len(images), self.model.config)
+        counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
+        question = with_image_tokens(text, counts, self.model.config)
         start = time.perf_counter()
         visual = self._encode(images)
         vision_seconds = time.perf_counter() - start if visual else 0.0
@@ -175,11 +180,10 @@ class ChatSession:
             decode_seconds=clock.last - clock.first,
         )
 
-    def _encode(self, images: Sequence[Image.Image]) -> list[Tensor]:
+    def _encode(self, images: Sequence[Visual]) -> list[Tensor]:
         if not images:
             return []
-        pixels = process_images(list(images), self.image_processor, self.model.config)
-        tokens = self.model.visual_tokens(pixels, [image.size for image in images])
+        tokens = self.model.visual_tokens(*process_visuals(images, self.image_processor, self.model))
         if tokens[0].is_cuda:
             torch.cuda.synchronize()
         return tokens

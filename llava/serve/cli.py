@@ -1,9 +1,10 @@
-"""Chat with an image in the terminal: ``python -m llava.serve.cli``, with LLaVA's flags, and ``visionzip chat``."""
+"""Chat about images and videos in the terminal: ``visionzip chat`` and, with LLaVA's flags, ``llava.serve.cli``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from llava.arguments import add_model_arguments, load_from_arguments, positive, 
 from llava.mm_utils import load_image
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
+from llava.video import FRAMES, load_video
 
-_HELP = "/image FILE asks about another image too, /reset starts anew, /exit (or an empty line) ends."
+_HELP = "/image FILE and /video FILE ask about another one too, /reset starts anew, /exit (or an empty line) ends."
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions about images, from standard input until it ends, with the KV cache kept between turns."""
+    """Answer questions about images and videos, from standard input until it ends, keeping the KV cache."""
     generate_kwargs = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+    openers = {"/image": load_image, "/video": partial(load_video, frames=args.frames)}
     first = [load_image(file) for file in args.image_file or []]
+    first += [load_video(file, args.frames) for file in args.video or []]
     tokenizer, model, image_processor, conv_mode = load_from_arguments(args, getattr(args, "vanilla", None))
     session = ChatSession(model, tokenizer, image_processor, conv_mode, **generate_kwargs)
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -37,8 +41,8 @@ def chat(args: argparse.Namespace) -> None:
                 session.reset()
                 pending = first
                 continue
-            if command == "/image":
-                pending = [*pending, load_image(Path(rest.strip()).expanduser())]
+            if command in openers:
+                pending = [*pending, openers[command](Path(rest.strip()).expanduser())]
                 continue
             print(f"{assistant or 'ASSISTANT'}: ", end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -78,6 +82,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="images that the first question is about",
     )
+    parser.add_argument("--video", nargs="+", action="extend", help="videos that the first question is about")
+    parser.add_argument("--frames", type=positive, help=f"frames of each video ({FRAMES}, repeated in shorter ones)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="longest answer (default: 512)")
     parser.add_argument("--debug", action="store_true", help="print the whole prompt after each turn")

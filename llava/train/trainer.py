@@ -63,7 +63,7 @@ class LlavaTrainer(Trainer):
             llava = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast():  # turns go where labels would: both follow the text around the image
                 _, _, seen, _, embeds, turns = llava.prepare_inputs_labels_for_multimodal(
-                    input_ids, None, mask, None, turns, images, sizes
+                    input_ids, None, mask, None, turns, images, image_sizes=sizes
                 )
             self._count(seen)
             expanded = torch.full_like(turns, IGNORE_INDEX)

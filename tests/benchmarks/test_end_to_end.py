@@ -76,11 +76,12 @@ def speaking(weights: Weights, words: tuple[str, ...]) -> Weights:
 
 
 @pytest.fixture
-def model_for(make_checkpoint, tmp_path: Path) -> Callable[[str], Path]:
-    """The model of a benchmark: 8 x 8 patches, its words."""
+def model_for(make_checkpoint, make_video_checkpoint, tmp_path: Path) -> Callable[..., Path]:
+    """The model of a benchmark: 8 x 8 patches, its words; a LLaVA-1.5 or a Video-LLaVA."""
 
-    def make(name: str) -> Path:
-        folder = shutil.copytree(make_checkpoint(vision={**CLIP, "image_size": 112}), tmp_path / "llava-v1.5-tiny")
+    def make(name: str, video: bool = False) -> Path:
+        source = (make_video_checkpoint if video else make_checkpoint)(vision={**CLIP, "image_size": 112})
+        folder = shutil.copytree(source, tmp_path / ("Video-LLaVA-tiny" if video else "llava-v1.5-tiny"))
         edit_weights(folder, lambda weights: speaking(weights, WORDS[name]))
         return folder
 
@@ -149,12 +150,12 @@ def check(name: str, out: Path, where: list[str], *, folder: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_script(name: str, model_for, environment: Path, tmp_path: Path):
-    """``bash scripts/eval/NAME.sh`` on LLaVA's folder."""
+    """``bash scripts/eval/NAME.sh`` on LLaVA's folder; Video-LLaVA answers about videos, each of which is one to it."""
     module, more = data_module(name)
     module.write_folder(tmp_path / "data", *more)
     settings = {
         "VIRTUAL_ENV": str(environment),
-        "MODEL_PATH": str(model_for(name)),
+        "MODEL_PATH": str(model_for(name, video=name in VIDEO)),
         "DOMINANT": "5",
         "CONTEXTUAL": "1",
         "DATA_ROOT": str(tmp_path / "data"),
@@ -164,11 +165,14 @@ def test_script(name: str, model_for, environment: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     check(name, tmp_path / "out", ["--data-root", str(tmp_path / "data")], folder=True)
     assert "visionzip 5+1" in done.stdout
+    if name in VIDEO:
+        (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+        assert row["visual_tokens"] == 6 * 8
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if BENCHMARKS[name].tables])
 def test_tables(name: str, model_for, tmp_path: Path):
-    """The Hugging Face data set, as a local copy of its parquet files."""
+    """The Hugging Face data set, as a local copy of its parquet files; the frames of a video are images to a LLaVA."""
     module, more = data_module(name)
     module.write_tables(tmp_path / "tables", *more)
     where = ["--from-hub", str(tmp_path / "tables")]
@@ -222,6 +226,7 @@ def test_settings():
         ({"OUTPUT": "o", "DATA_ROOT": "d"}, f"{model} --method vanilla --output o --data-root d"),
     ):
         assert arguments("pope", ["--limit", "8"], settings) == ["run", "pope", *line.split(), "--limit", "8"]
+    assert arguments("tgif", [], {})[3] == "LanguageBind/Video-LLaVA-7B"
     for settings, number in (({}, 1), ({"CUDA_VISIBLE_DEVICES": "0,3"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 1)):
         assert processes(settings) == number
     assert processes({"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "1"}) == 1

@@ -182,6 +182,11 @@ def _checked_tower(model: nn.Module, tokens: int) -> Any:
 
 
 def _refuse_tiles(model: nn.Module) -> None:
+    if getattr(model, "takes_videos", False):
+        raise ValueError(
+            f"{type(model).__name__} reads videos, whose frames controls do not lay out: use a model that takes images "
+            "only (LLaVA-1.5)"
+        )
     aspect = getattr(model.config, "image_aspect_ratio", None)
     if str(aspect).startswith("anyres"):
         raise ValueError(

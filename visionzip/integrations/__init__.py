@@ -49,9 +49,14 @@ def _of_transformers(module: str, name: str) -> Integration:
     return Integration(name, verb("attach"), verb("detach"), verb("vision_tower"), verb("default_config"))
 
 
-_LLAVA = Integration("LLaVA-1.5 and LLaVA-NeXT (llava)", llava.attach, llava.detach, llava.vision_tower)
+_LLAVA = Integration("LLaVA-1.5, LLaVA-NeXT and Mini-Gemini (llava)", llava.attach, llava.detach, llava.vision_tower)
+# Per frame: 8 x 17 = 136 of a video as in the paper's Table 3, which does not say how they are split. CLS is of the 15.
+_VIDEO_LLAVA = Integration(
+    "Video-LLaVA (llava)", llava.attach, llava.detach, llava.vision_tower, lambda _model: VisionZipConfig(15, 2)
+)
 
 REGISTRY: dict[str, Integration] = {
+    "llava.model.language_model.video_llava.VideoLlavaLlamaForCausalLM": _VIDEO_LLAVA,
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
     **{

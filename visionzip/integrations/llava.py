@@ -1,4 +1,8 @@
-"""In-tree LLaVA: its vision tower has the compression stage built in, so attaching is setting its configuration."""
+"""In-tree LLaVAs: their vision towers have the compression stage built in, so attaching is setting its configuration.
+
+Video-LLaVA has two towers, which get the same budget: per image, and per frame of a video. Mini-Gemini's second one, a
+ConvNeXt, has no attention to go by.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,49 @@ from visionzip.config import VisionZipConfig
 
 
 def attach(model: nn.Module, config: VisionZipConfig) -> None:
-    """Set the tower's compression stage and store the setting.
+    """Set the towers' compression stage and store the setting.
 
     Raises:
         ValueError: the model has no vision tower, or its encoder has no such layer.
     """
-    tower = vision_tower(model)
+    towers = _towers(model)
+    for tower in towers:
+        _warn(tower, config)
+    for tower in towers:
+        tower.visionzip = config
+    if model not in towers:
+        model.config.visionzip = config.to_dict()
+
+
+def _warn(tower: nn.Module, config: VisionZipConfig) -> None:
+    """Warn where nothing is compressed, or the projector does not know what it gets."""
     if config.num_tokens >= tower.sequence_length:
         warnings.warn(
             f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
             f"vision tower has {tower.sequence_length}: nothing will be compressed. Use smaller budgets.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if tower.visionzip_layers(config) != tower.feature_layers(tower.select_layer):
         warnings.warn(
             f"VisionZip reads encoder layer {config.layer}, but this model was trained on the hidden states of layer "
             f"{tower.select_layer} (mm_vision_select_layer): expect poor answers unless the projector is tuned.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    tower.visionzip = config
-    if tower is not model:
-        model.config.visionzip = config.to_dict()
 
 
 def detach(model: nn.Module) -> None:
-    """Clear the tower's compression stage and remove the setting."""
-    tower = vision_tower(model)
-    tower.visionzip = None
-    if tower is not model and hasattr(model.config, "visionzip"):
+    """Clear the towers' compression stage and remove the setting."""
+    towers = _towers(model)
+    for tower in towers:
+        tower.visionzip = None
+    if model not in towers and hasattr(model.config, "visionzip"):
         del model.config.visionzip
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """All towers with a compression stage; the model itself if it is one."""
+    first = vision_tower(model)
+    return [first] if first is model else [tower for tower in model.towers().values() if hasattr(tower, "visionzip")]
 
 
 def vision_tower(model: nn.Module) -> nn.Module:

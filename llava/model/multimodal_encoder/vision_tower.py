@@ -72,19 +72,25 @@ class VisionTower(nn.Module):
     config_class: ClassVar[type[PretrainedConfig]]
     processor_class: ClassVar[type]
     cls_token: ClassVar[bool]
+    # Fields of the model's config: where the encoder's is stored, and which tokens are selected (else the default).
+    config_key: ClassVar[str] = "mm_vision_config"
+    feature_key: ClassVar[str] = "mm_vision_select_feature"
+    default_feature: ClassVar[str] = "patch"
+    key_mapping: ClassVar[dict[str, str] | None] = None  # of the encoder's own weights, where transformers has none
+    encoder_prefix: ClassVar[str] = "vision_tower.vision_model."  # of the encoder's weights in the tower
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
         super().__init__()
         self.vision_tower_name = resolve_tower_path(vision_tower, args)
         self.select_layer = getattr(args, "mm_vision_select_layer", -2)
-        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        self.select_feature = getattr(args, self.feature_key, self.default_feature)
         if self.select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"mm_vision_select_feature={self.select_feature!r} is unknown: use 'patch' or 'cls_patch'")
-        stored = getattr(args, "mm_vision_config", None)
+            raise ValueError(f"{self.feature_key}={self.select_feature!r} is unknown: use 'patch' or 'cls_patch'")
+        stored = getattr(args, self.config_key, None)
         config = self.config_class(**stored) if stored else self.config_class.from_pretrained(self.vision_tower_name)
         # The tower runs the attention kernel that was asked for the language model.
         config._attn_implementation = getattr(args, "_attn_implementation", None)
-        self.vision_tower = VisionEncoder(self.model_class(config)).requires_grad_(False)
+        self._set_encoder(self.model_class(config).requires_grad_(False))
         setting = getattr(args, "visionzip", None)
         self.visionzip = VisionZipConfig.from_dict(setting) if setting else None
         self._image_processor: Any = None
@@ -121,7 +127,11 @@ class VisionTower(nn.Module):
                 load_weights(file, "meta")  # says which file is damaged
         with no_load_report():
             source, info = self.model_class.from_pretrained(
-                self.vision_tower_name, config=self.config, ignore_mismatched_sizes=True, output_loading_info=True
+                self.vision_tower_name,
+                config=self.config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                key_mapping=self.key_mapping,
             )
         absent = info["missing_keys"] | {entry[0] for entry in info["mismatched_keys"]}
         if needed := sorted(key for key in absent if self.needs(key)):
@@ -133,6 +143,10 @@ class VisionTower(nn.Module):
         with gathered(source.parameters()):
             weights = source.state_dict()
             return {key: value.to("cpu", copy=True) for key, value in weights.items() if key not in absent}
+
+    def _set_encoder(self, encoder: PreTrainedModel) -> None:
+        """Hold the encoder under the name that it has in checkpoints."""
+        self.vision_tower = VisionEncoder(encoder)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -228,8 +242,8 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        self._check_size(images)
-        features = hidden_states(self.encoder, images, self.feature_layers(self.select_layer))
+        pixels, over_time = self._encoder_inputs(images)
+        features = hidden_states(self.encoder, pixels, self.feature_layers(self.select_layer), **over_time)
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
@@ -256,16 +270,18 @@ class VisionTower(nn.Module):
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
         self.visionzip_layers(setting)
-        self._check_size(images)
-        return compress_images(self.encoder, images, setting)
+        pixels, over_time = self._encoder_inputs(images)
+        return compress_images(self.encoder, pixels, setting, **over_time)
 
-    def _check_size(self, images: Tensor) -> None:
+    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Checked pixels (B, 3, h, w), and what each layer of the encoder is given besides."""
         edge = self.config.image_size
         if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
             raise ValueError(
                 f"the vision tower takes images of shape (B, 3, {edge}, {edge}) with B >= 1, got "
                 f"{tuple(images.shape)}: prepare them with llava.mm_utils.process_images"
             )
+        return images, {}
 
     @property
     def dtype(self) -> torch.dtype:

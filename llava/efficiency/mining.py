@@ -1,0 +1,189 @@
+"""``visionzip benchmark mining``: what it saves that a zipped Mini-Gemini looks closer at the kept patches only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import CLIPVisionConfig, ConvNextConfig
+
+from llava.arguments import positive
+from llava.benchmark import environment, measure_peak, peak_memory, time_interleaved, time_ratio, write_results
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
+from llava.model import MGMConfig, MGMLlamaForCausalLM
+from visionzip import VisionZipConfig, unzip, visionzip
+
+CONVNEXT_L = {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]}
+CONVNEXT_TINY = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64]}
+# CLIP, ConvNeXt, its resolution, and the language model's width, layers and MLP. In "mgm" both towers are the released
+# ones, and the language model is small, for CPU.
+SHAPES = {
+    "mgm": (VIT_L_14_336, CONVNEXT_L, 768, (1024, 8, 2752)),
+    "tiny": (VIT_TINY, CONVNEXT_TINY, 256, (64, 4, 172)),  # to try the command itself
+}
+MINING = {
+    "released": "the released way: all stages scaled up and joined, every sub-patch projected, all patches",
+    "all": "the same numbers for all patches (those of the kept ones could be gathered afterwards)",
+    "kept": "with VisionZip: the kept tokens' patches only",
+}
+TOTALS = {
+    "vanilla": "all visual tokens",
+    "visionzip": "VisionZip",
+}
+
+
+def build_model(shape: str, device: str, dtype: torch.dtype) -> MGMLlamaForCausalLM:
+    """A Mini-Gemini of random weights."""
+    vision, convnext, edge, (width, layers, intermediate) = SHAPES[shape]
+    config = MGMConfig(
+        vocab_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 16,
+        intermediate_size=intermediate,
+        mm_vision_tower="random",
+        mm_vision_config=CLIPVisionConfig(**vision).to_dict(),
+        mm_vision_tower_aux="random",
+        mm_vision_aux_config=ConvNextConfig(**convnext).to_diff_dict(),
+        image_size_aux=edge,
+        mm_hidden_size=vision["hidden_size"],
+        mm_projector_type="mlp2x_gelu",
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = MGMLlamaForCausalLM(config).to(device=device, dtype=dtype)
+    model.get_vision_tower().is_loaded = True
+    return model.requires_grad_(False).eval()
+
+
+def released_mining(model: MGMLlamaForCausalLM, tokens: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Patch info mining of all patches as the released code does it.
+
+    Args:
+        model: of one tile.
+        tokens: (B, N, D) patches of CLIP.
+        maps: the high-resolution tower's.
+
+    Returns:
+        (B, N, D).
+    """
+    size = maps[0].shape[-2:]
+    scaled = [F.interpolate(each.float(), size, mode="bilinear", align_corners=False).to(each.dtype) for each in maps]
+    side = model.get_vision_tower().num_patches_per_side
+    cells = torch.cat(scaled, dim=1).permute(0, 2, 3, 1).unflatten(2, (side, -1)).unflatten(1, (side, -1))
+    candidates = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2).contiguous()
+    inner = model.get_model()
+    query, keys = inner.vlm_uni_query_projector(tokens), inner.vlm_uni_aux_projector(candidates)
+    attention = (query[:, :, None] @ (keys.transpose(-1, -2) / keys.shape[-1] ** 0.5)).softmax(-1)
+    return (attention @ inner.vlm_uni_val_projector(candidates))[:, :, 0]
+
+
+def mining_of(way: str, model: MGMLlamaForCausalLM, images: Tensor, budget: tuple[int, int]) -> Callable[[], Tensor]:
+    """The mining that ``way`` (a key of :data:`MINING`) stands for; both towers have run before."""
+    if way == "kept":
+        visionzip(model, *budget)
+    tokens, patches = model.read_tiles(model.whole_images(images))
+    unzip(model)
+    maps = model.get_vision_tower_aux()(images)
+    if way == "released":
+        return partial(released_mining, model, tokens, maps)
+    return partial(model.look_closer, tokens, patches, maps)
+
+
+def benchmark_mining(args: argparse.Namespace) -> None:
+    """Time a Mini-Gemini's patch info mining alone, and from pixels to the first token, with VisionZip and without.
+
+    All ways take turns in the same rounds; peak memory, over the weights, is that of both towers and the mining, each
+    way in a fresh process.
+
+    Raises:
+        ValueError: a count is below its limit, or CUDA is asked for and not there.
+    """
+    VisionZipConfig(args.dominant, args.contextual)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    budget = args.dominant, args.contextual
+    model, images = _build(vars(args))
+    patches = model.get_vision_tower().num_patches
+    with torch.inference_mode():
+        mining: dict[str, Callable[[], Any]] = {way: mining_of(way, model, images, budget) for way in MINING}
+    seconds = time_interleaved(mining, args.device, args.rounds, "time, mining")
+    mining.clear()  # they hold the maps
+
+    def attach(way: str) -> None:
+        visionzip(model, *budget) if way.endswith("visionzip") else unzip(model)
+
+    ids = torch.randint(3, 512, (1, args.text_tokens + 1), device=args.device)
+    ids[0, args.text_tokens // 2] = IMAGE_TOKEN_INDEX
+    answer = partial(model, input_ids=ids, images=images, use_cache=True, logits_to_keep=1)
+    ways = {f"tokens, {way}": partial(model.visual_tokens, images) for way in TOTALS}
+    ways |= {f"first token, {way}": answer for way in TOTALS}
+    seconds |= time_interleaved(ways, args.device, args.rounds, "time, from pixels", attach)
+    request = {key: getattr(args, key) for key in ("shape", "device", "dtype", "dominant", "contextual")}
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
+    memory = {way: peak_memory("llava.efficiency.mining", {**request, "way": way}) - weights for way in MINING}
+
+    table = Table(title=f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}")
+    for column in ("what", "time", "ratio", "quartiles", "peak over weights"):
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
+    rows = []
+    for name, own in seconds.items():
+        base = "all" if name in MINING else f"{name.split(', ')[0]}, vanilla"
+        ratio, (low, high) = time_ratio(own, seconds[base])
+        rows.append({"what": name, "seconds": own, "ratio": ratio, "memory_mib": memory.get(name)})
+        median = f"{statistics.median(own) * 1e3:.1f} ms"
+        peak = f"{memory[name]:.0f} MiB" if name in memory else ""
+        table.add_row(
+            name if ", " in name else f"mining, {name}", median, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", peak
+        )
+    Console(width=max(Console().width, 110)).print(table)
+    for way, meaning in MINING.items():
+        Console().print(f"mining, {way}: {meaning}", style="dim")
+    facts = environment(args.device)
+    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    if args.output:
+        write_results(args.output, {**facts, "setting": request, "results": rows})
+
+
+def add_mining_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip benchmark mining``."""
+    parser.add_argument("--shape", choices=list(SHAPES), default="mgm", help="model of random weights (mgm)")
+    parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (54)")
+    parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (10)")
+    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (60)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="weights' type")
+    parser.add_argument("--output", help="also write the results to this JSON file")
+
+
+def _build(request: dict[str, Any]) -> tuple[MGMLlamaForCausalLM, Tensor]:
+    """A model and an image for it."""
+    dtype = getattr(torch, request["dtype"])
+    model = build_model(request["shape"], request["device"], dtype)
+    edge = model.config.image_size_aux
+    return model, torch.randn(1, 3, edge, edge, device=request["device"], dtype=dtype)
+
+
+@torch.inference_mode()
+def _mine_once(request: dict[str, Any]) -> None:
+    """What the child process does: both towers, then one way's mining."""
+    model, images = _build(request)
+    mining_of(request["way"], model, images, (request["dominant"], request["contextual"]))()
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(measure_peak(asked["device"], partial(_mine_once, asked)))
