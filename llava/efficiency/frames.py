@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from llava.arguments import positive
-from llava.benchmark import environment, measure_peak, peak_memory, time_interleaved, write_results
+from llava.benchmark import answer_peak, check_request, environment, peak_memory, time_interleaved, write_results
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.commands import PLOTS
 from llava.efficiency.measure import marks
@@ -93,8 +93,7 @@ def benchmark_frames(args: argparse.Namespace) -> None:
         ValueError: a flag is not as it should be.
         RuntimeError: a process that measures memory failed.
     """
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    check_request(args)
     if args.plot and Path(args.plot).suffix not in PLOTS:
         raise ValueError(f"--plot {args.plot}: give a file that ends in {', '.join(PLOTS)}")
     if args.plot:
@@ -261,5 +260,4 @@ def add_frames_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(measure_peak(asked["device"], partial(_answer_once, asked)))
+    sys.exit(answer_peak(_answer_once))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,15 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, ConvNextConfig
 
 from llava.arguments import positive
-from llava.benchmark import environment, measure_peak, peak_memory, time_interleaved, time_ratio, write_results
+from llava.benchmark import (
+    answer_peak,
+    check_request,
+    environment,
+    peak_memory,
+    time_interleaved,
+    time_ratio,
+    write_results,
+)
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
 from llava.model import MGMConfig, MGMLlamaForCausalLM
@@ -112,8 +119,7 @@ def benchmark_mining(args: argparse.Namespace) -> None:
         ValueError: a count is below its limit, or CUDA is asked for and not there.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    check_request(args)
     budget = args.dominant, args.contextual
     model, images = _build(vars(args))
     patches = model.get_vision_tower().num_patches
@@ -185,5 +191,4 @@ def _mine_once(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(measure_peak(asked["device"], partial(_mine_once, asked)))
+    sys.exit(answer_peak(_mine_once))
