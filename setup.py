@@ -40,6 +40,7 @@ setup(
     extras_require={
         "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31", "matplotlib>=3.10"],
         "eval": ["pyarrow>=21", "tqdm>=4.67", "datasets>=5", "openai>=3.52", "av>=18", "pandas>=3", "openpyxl>=3.1"],
+        "video": ["av>=18"],
         "figures": ["matplotlib>=3.10"],
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
