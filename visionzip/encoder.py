@@ -45,7 +45,7 @@ def layers_needed(vision_model: nn.Module, layer: int) -> int:
     Raises:
         ValueError: the encoder has no such layer.
     """
-    layers = len(vision_model.encoder.layers)
+    layers = vision_model.config.num_hidden_layers  # not of the module: training from a cache drops its layers
     if not -layers <= layer < layers:
         raise ValueError(f"layer={layer} is outside the vision tower's {layers} layers (-{layers} to {layers - 1})")
     return layer % layers + 1
