@@ -20,6 +20,7 @@ from eval.registry import BENCHMARKS
 from eval.runner import run, unscored
 from eval.table import write_atomically, write_table
 from llava.arguments import add_model_arguments, positive, run_command
+from llava.video import FRAMES
 
 
 def show_list(args: argparse.Namespace) -> None:
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     run_parser.add_argument("--seeds", type=positive, default=3, help="how many, for the method random (3)")
     run_parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (8)")
     run_parser.add_argument("--limit", type=positive, help="only the first so many questions")
+    run_parser.add_argument("--frames", type=positive, help=f"of each video ({FRAMES}; shorter ones repeat some)")
     run_parser.add_argument(
         "--skip-bad", action="store_true", help="count questions whose image or video is missing or damaged as wrong"
     )

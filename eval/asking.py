@@ -74,7 +74,7 @@ class Prompt:
 def prompt_of(question: Question, config: Any, conv_mode: str) -> str:
     """The whole prompt for a question, in a template."""
     conversation = new_conversation(conv_mode)
-    counts = [visual.count for visual in question.visuals]
+    counts = [visual.frames or 1 for visual in question.visuals]
     conversation.append_message(conversation.roles[0], with_image_tokens(question.text, counts, config))
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
@@ -130,7 +130,7 @@ class Pixels:
                     f"{error} (what is answered is kept; --skip-bad counts such questions as wrong instead)"
                 ) from error
             return Loaded((), (), str(error))
-        tensors, sizes = process_visuals(images if visual.count == 1 else [images], self._processor, self._model)
+        tensors, sizes = process_visuals(images if visual.frames is None else [images], self._processor, self._model)
         loaded = Loaded(tuple(tensors), tuple(sizes))
         self._kept[visual.key] = loaded
         self._bytes += loaded.bytes

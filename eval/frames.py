@@ -4,27 +4,76 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Visual
+from eval.benchmark import Question, Visual
 from llava.video import FRAMES, read_frames
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from eval.asking import Prompt
+    from eval.methods import Run
+
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # Video-LLaVA looks for the first four, in this order
 
 
-def clip(path: Path, frames: int = FRAMES) -> Visual:
-    """A video file; it is read when its turn comes.
+def clip(path: Path) -> Visual:
+    """A video file; it is read when its turn comes."""
+    return Visual(str(path), partial(read_frames, path, str(path)), FRAMES, path)
 
-    Args:
-        path: the file.
-        frames: how many of its frames the model gets, see :func:`read_frames`.
+
+def with_frames(questions: Iterable[Question], count: int) -> list[Question]:
+    """The same questions, with so many frames of each video; shorter ones have some more than once.
+
+    Raises:
+        ValueError: none is about a video.
     """
-    return Visual(str(path), partial(read_frames, path, str(path), frames), frames, path)
+
+    def longer(visual: Visual) -> Visual:
+        if visual.frames is None:
+            return visual
+        return replace(visual, open=partial(visual.open, count=count), frames=count)
+
+    found = [replace(question, visuals=tuple(map(longer, question.visuals))) for question in questions]
+    if frames_of(found) is None:
+        raise ValueError(f"--frames {count}: this benchmark has no videos; leave it out")
+    return found
+
+
+def frames_of(questions: Iterable[Question]) -> int | None:
+    """How many frames of a video the questions show; None where there are no videos."""
+    return next((visual.frames for question in questions for visual in question.visuals if visual.frames), None)
+
+
+def check_context(model: Any, prompts: Iterable[Prompt], runs: Iterable[Run]) -> None:
+    """Check that prompts about videos fit into the model's context with each method.
+
+    Else their end would be cut off, and that is the question. Frames that become several tiles have more tokens than is
+    counted here.
+
+    Raises:
+        ValueError: one does not; the message has the numbers.
+    """
+    asked = [(prompt, frames) for prompt in prompts if (frames := frames_of([prompt.question]))]
+    if not asked:
+        return
+    prompt, frames = max(asked, key=lambda pair: pair[0].text_tokens)
+    limits = (getattr(model.config, "tokenizer_model_max_length", None), model.config.max_position_embeddings)
+    limit = min(filter(None, limits))
+    tower = model.get_video_tower() if hasattr(model, "get_video_tower") else model.get_vision_tower()
+    for run in runs:
+        tokens = tower.num_patches if run.tokens is None or run.inside else run.tokens
+        length = prompt.text_tokens + frames * tokens
+        if length > limit:
+            raise ValueError(
+                f"{run.name}: {frames} frames of {tokens} visual tokens and the text are {length} tokens, but the "
+                f"model's context is {limit}: give fewer --frames, or a method with fewer --tokens"
+            )
 
 
 def videos_below(folder: Path) -> dict[str, Visual]:
@@ -67,10 +116,10 @@ def _members(archive: Path) -> list[str]:
         raise ValueError(f"{archive} is damaged ({error}): fetch it again") from error
 
 
-def _read_member(archive: Path, member: str) -> list[Image.Image]:
+def _read_member(archive: Path, member: str, count: int = FRAMES) -> list[Image.Image]:
     try:
         with zipfile.ZipFile(archive) as file:
             content = file.read(member)
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{member} in {archive} is damaged ({error}): fetch it again") from error
-    return read_frames(content, f"{archive}/{member}")
+    return read_frames(content, f"{archive}/{member}", count)

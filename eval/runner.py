@@ -28,6 +28,7 @@ from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from eval.benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
 from eval.cost import covers, read_cost
 from eval.data import check_files, data_of, judge_of
+from eval.frames import check_context, frames_of, with_frames
 from eval.judge import Judge
 from eval.methods import Run, attached, plan
 from eval.registry import BENCHMARKS
@@ -39,7 +40,7 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.transformers_llava import refuse_videos
 
 ROOT = Path(__file__).resolve().parents[1]
 _LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
@@ -59,7 +60,11 @@ def run(args: argparse.Namespace) -> None:
     runs = plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
     data = data_of(benchmark, args)
     every = data.questions()
+    if args.frames:
+        every = with_frames(every, args.frames)
     questions = every[: args.limit]
+    if frames_of(questions):
+        refuse_videos(vars(config))
     if not args.skip_bad:
         check_files(questions)
     args.conv_mode = args.conv_mode or benchmark.conv_mode or template_for(args.model_path)
@@ -146,27 +151,13 @@ class _Loader:
         if self._ready is None:
             plain = argparse.Namespace(**{**vars(args), "dominant": None, "contextual": None})  # they are in the runs
             tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
-            refuse_videos(model, questions)
             for each in runs:  # what a method refuses, it refuses before the long work
                 with attached(model, each):
                     pass
             prompts = prepare(questions, tokenizer, model.config, args.conv_mode)
+            check_context(model, prompts, runs)
             self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model, args.skip_bad))
         return self._ready
-
-
-def refuse_videos(model: Any, questions: Sequence[Question]) -> None:
-    """Check that a transformers model that pools videos in a way of its own is not asked about any.
-
-    Raises:
-        ValueError: it is.
-    """
-    videos = any(visual.count > 1 for question in questions for visual in question.visuals)
-    if videos and isinstance(model, TransformersLlava) and model.kind.own_videos:
-        raise ValueError(
-            f"{type(model.native).__name__} reads videos in its own way, which this benchmark does not feed: of "
-            "transformers' models it takes VideoLlava"
-        )
 
 
 def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:
@@ -270,6 +261,7 @@ def setting_of(
         "model": fingerprint(*filter(None, parts)),
         "bits": 8 if args.load_8bit else 4 if args.load_4bit else None,
         "device": _device(args).split(":")[0],
+        "frames": frames_of(questions),
         "first_prompt": prompt_of(questions[0], config, args.conv_mode),
         "max_new_tokens": benchmark.max_new_tokens,
         "data": checksum_of(questions),

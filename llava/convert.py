@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from llava.model.layouts import (
     original_key,
     original_values,
 )
-from llava.model.loading import check_weights, has_weights, load_weights, weight_files
+from llava.model.loading import check_weights, has_weights, load_weights, main_dtype, weight_files
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.processors import (
     check_added_tokens,
@@ -48,7 +48,8 @@ from llava.model.tokenizer import load_tokenizer
 _SHARD_BYTES = 5 * 10**9
 _VOCABULARY_MULTIPLE = 64  # llava-hf's: 32000 + 2 tokens make 32064 rows
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     label = f"DST {args.dst}"
     check_absent(args.dst, label)
-    source = _local(args.src)
+    source = _local(args.src, _FILES)  # weights are fetched when all else is known to be right
     architecture = next(iter(config_values(str(source)).get("architectures") or []), None)
     if args.to == "transformers" and architecture in NATIVE:
         raise ValueError(f"{args.src} is a {architecture}, in that layout already: did you mean --to original?")
@@ -99,26 +100,31 @@ def convert(args: argparse.Namespace) -> None:
             f"{args.src} is a {architecture}, which has no counterpart in LLaVA's layout: convertible are "
             f"{' and '.join(NATIVE)}"
         )
-    if not has_weights(source):
+    if Path(args.src).expanduser().is_dir() and not has_weights(source):
         raise ValueError(
             f"{args.src} is no full checkpoint: make one of a projector or LoRA and its base with `visionzip merge`"
         )
     (_to_transformers if args.to == "transformers" else _to_original)(source, args, label)
 
 
-def _local(path: str) -> Path:
-    """The folder of a checkpoint, fetched from the hub if it is a name there."""
+def _local(path: str, patterns: Sequence[str]) -> Path:
+    """The folder of a checkpoint; of one on the hub, with the files of some patterns fetched."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(path, allow_patterns=_FILES))
+        return Path(snapshot_download(path, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise OSError(f"SRC {path} is neither a folder nor to be had from the hub ({error})") from error
 
 
 def _to_transformers(source: Path, args: argparse.Namespace, label: str) -> None:
     model_class, config = read_config(str(source), get_model_name_from_path(args.src))
+    if model_class not in BACKBONES.values():
+        raise ValueError(
+            f"{args.src} is a {model_class.__name__}, which has no counterpart in transformers: convertible are "
+            f"{', '.join(each.__name__ for each in BACKBONES.values())}"
+        )
     if getattr(config, "mm_patch_merge_type", "flat") == "flat":
         config.mm_image_newline = False  # some files have the vector, which nothing reads
     with torch.device("meta"):
@@ -135,8 +141,8 @@ def _to_transformers(source: Path, args: argparse.Namespace, label: str) -> None
     pad = getattr(config, "image_aspect_ratio", None) == "pad"
     processor = native_processor(tokenizer, tower.image_processor, native, conversation, pad)
     native.image_token_index = processor.image_token_id
-    weights = _weights(source, model_class, config, native=False)
-    native.dtype = _dtype(weights)
+    weights = _weights(args.src, model_class, config, native=False)
+    native.dtype = main_dtype(weight.like for weight in weights)
     if (needed := len(processor.tokenizer)) > config.vocab_size:
         rows = -(-needed // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         native.text_config.vocab_size = rows
@@ -165,9 +171,11 @@ def _to_original(source: Path, args: argparse.Namespace, label: str) -> None:
     config.vocab_size = stored.get("vocab_size") or _vocabulary(
         native.text_config.vocab_size, len(tokenizer), image_token
     )
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None  # of a token that goes
     image_processor = original_image_processor(source, native.vision_config)
-    weights = _weights(source, BACKBONES[native.text_config.model_type], config, native=True)
-    config.dtype = _dtype(weights)
+    weights = _weights(args.src, BACKBONES[native.text_config.model_type], config, native=True)
+    config.dtype = main_dtype(weight.like for weight in weights)
     generation = stored.get("generation_config")
     if not stored and (generation := _read_json(source / "generation_config.json")):
         generation.pop("pad_token_id", None)
@@ -188,11 +196,11 @@ def _vocabulary(rows: int, tokens: int, image_token: int) -> int:
     return image_token if grown else rows
 
 
-def _weights(source: Path, model_class: type, config: Any, native: bool) -> list[Weight]:
+def _weights(path: str, model_class: type, config: Any, native: bool) -> list[Weight]:
     """All weights of a checkpoint that its model has, checked by names and shapes; nothing large is read.
 
     Args:
-        source: its folder.
+        path: its folder, or its name on the hub, from which they are fetched.
         model_class: the LLaVA model that it is, or is to be.
         config: of that model; rows of the checkpoint's vocabulary that are more than its own are left out.
         native: the checkpoint is in transformers' layout.
@@ -202,7 +210,7 @@ def _weights(source: Path, model_class: type, config: Any, native: bool) -> list
         ValueError: weights are missing, unexpected, or of another shape.
     """
     weights = {}
-    for file in weight_files(source):
+    for file in weight_files(_local(path, (*_FILES, *_WEIGHTS))):
         for key, like in load_weights(file, "meta").items():
             name = original_key(key) if native else key
             cut = native and name in _VOCABULARY and len(like) > config.vocab_size
@@ -214,14 +222,6 @@ def _weights(source: Path, model_class: type, config: Any, native: bool) -> list
     weights |= {name: Weight(name, value, value.to("meta")) for name, value in tower.items()}
     own = model.state_dict().keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     return [weight for name, weight in weights.items() if name in own]
-
-
-def _dtype(weights: list[Weight]) -> torch.dtype:
-    """Type of most of the weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for weight in weights:
-        sizes[weight.like.dtype] = sizes.get(weight.like.dtype, 0) + weight.like.numel()
-    return max(sizes, key=sizes.__getitem__)
 
 
 def _size(weights: list[Weight]) -> int:

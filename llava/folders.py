@@ -14,11 +14,13 @@ def check_absent(path: str | Path, label: str) -> None:
     """Check that a folder to be written does not exist, or is empty.
 
     Raises:
-        ValueError: it exists.
+        ValueError: it exists, or is where a disk is mounted, which cannot be replaced.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{label} exists: choose a new folder, or remove it")
+    if path.is_mount():
+        raise ValueError(f"{label} is a mount point: choose a new folder in it")
 
 
 def check_room(path: str | Path, size: int, label: str, cure: str) -> None:
@@ -27,7 +29,7 @@ def check_room(path: str | Path, size: int, label: str, cure: str) -> None:
     Raises:
         OSError: they do not, or a file is in the way.
     """
-    nearest = next(part for part in Path(path).absolute().parents if part.exists())
+    nearest = next(part for part in Path(path).resolve().parents if part.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(f"{label}: {nearest} is a file, not a folder; choose another one")
     if (free := shutil.disk_usage(nearest).free) < size:
@@ -43,7 +45,7 @@ def whole_folder(path: str | Path, label: str) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()  # a link stays one, to the new folder
     unfinished = path.with_name(path.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

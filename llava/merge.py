@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from llava.folders import check_absent, check_room, whole_folder
 from llava.model.builder import checkpoint_parts, load_pretrained_model, read_config
-from llava.model.loading import find_file, has_weights, load_weights, weight_files
+from llava.model.loading import find_file, has_weights, load_weights, main_dtype, weight_files
 from llava.serve.cli import describe
 
 
@@ -49,11 +50,8 @@ def merge(args: argparse.Namespace) -> None:
 def _dtype_of(base: str) -> torch.dtype:
     """Type of most of a checkpoint's weights: from the files' headers, or on the hub from its config."""
     if Path(base).is_dir():
-        sizes: dict[torch.dtype, int] = {}
-        for file in weight_files(base):
-            for value in load_weights(file, "meta").values():
-                sizes[value.dtype] = sizes.get(value.dtype, 0) + value.numel()
-        return max(sizes, key=sizes.__getitem__)
+        files = (load_weights(file, "meta").values() for file in weight_files(base))
+        return main_dtype(chain.from_iterable(files))
     values, _ = PretrainedConfig.get_config_dict(base)
     name = values.get("dtype") or values.get("torch_dtype") or "float32"
     return getattr(torch, name)

@@ -103,23 +103,24 @@ def _decode(source: Path | bytes, name: str, wanted: Iterable[int], threads: str
     with _opened(source, name) as (container, stream):
         stream.thread_type = threads
         for frame in container.decode(stream):
-            if total in places:
-                frames[total] = frame.to_image()
+            if total in places:  # upright: phones note how they were held
+                frames[total] = frame.to_image().rotate(frame.rotation, expand=True)
             total += 1
     return frames, total
 
 
 @contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    av = _av()
     # A file object: ffmpeg would take some names for patterns or protocols.
     with (
         source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file,
-        _av().open(file, metadata_errors="ignore") as container,
+        av.open(file, metadata_errors="ignore") as container,
     ):
         if container.format.name == "image2" or container.format.name.endswith("_pipe"):  # ffmpeg's, of still images
             raise ValueError(f"{name} is an image, not a video: give it as an image")
         stream = container.streams.best("video")
-        if stream is None:
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
             raise ValueError(f"{name} has no video stream: fetch it again")
         yield container, stream
 

@@ -176,6 +176,7 @@ def write_video_checkpoint(
         towers_inside: the checkpoint has the towers' weights too, as the released one does.
         **overrides: fields of the config.
     """
+    vision = {**vision, "hidden_act": "gelu"}  # LanguageBind's, not CLIP's
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     encoders = {

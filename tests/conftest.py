@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mini_gemini import write_mini_gemini
 from training import turns
 from transformers import (
     CLIPImageProcessorPil,
@@ -97,6 +98,20 @@ def make_video_checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
+@pytest.fixture(scope="session")
+def make_mini_gemini(tmp_path_factory: pytest.TempPathFactory):
+    """Folder of a random Mini-Gemini in the original layout; the same arguments give the same folder."""
+    folders: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items(), key=str))
+        if key not in folders:
+            folders[key] = write_mini_gemini(tmp_path_factory.mktemp("checkpoint") / "MGM-tiny", **options)
+        return folders[key]
+
+    return make
+
+
 @pytest.fixture
 def copied(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A checkpoint for this test alone, which may change it and the folder ``tower`` beside it."""
@@ -122,6 +137,22 @@ def log(caplog: pytest.LogCaptureFixture) -> Any:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def publish(tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], str]:
+    """Puts a folder where a download from the hub would have, so that it is found by its hub name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(folder: Path, name: str) -> str:
+        cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "snapshots").mkdir()
+        folder.rename(cached / "snapshots" / ("0" * 40))
+        return name
+
+    return make
 
 
 @pytest.fixture

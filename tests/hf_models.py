@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -131,74 +129,31 @@ def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
     return [picture(seed, size) for seed, size in enumerate(sizes)]
 
 
-# --- plain references: one image, one prompt, one token at a time ---
+TEXTS = ["what is <image> here", "<image><image> two, side by side", "no picture", "a <image> b <image> c"]
+IMAGES = pictures((90, 60), (60, 90), (56, 56), (120, 40), (80, 80))
 
 
-@torch.no_grad()
-def reference_tokens(
-    tower: Any, pixels: torch.Tensor, dominant: int, contextual: int, layer: int = -2
-) -> tuple[torch.Tensor, list[int]]:
-    """Zipped tokens (K + M, D) of one image (3, h, w), before the projector, and the positions of the dominant ones.
-
-    From the attention matrix of the eager kernel, with one loop per step of the method.
-    """
-    tower = copy.deepcopy(tower)
-    tower.config._attn_implementation = "eager"
-    output = tower(pixels[None], output_attentions=True, output_hidden_states=True)
-    encoder_layer = tower.encoder.layers[layer]
-    hidden = output.hidden_states[layer][0]  # of the layer: the embeddings come first
-    attention = output.attentions[layer][0]  # (H, S, S)
-    normed = encoder_layer.layer_norm1(output.hidden_states[layer - 1][0])
-    keys = encoder_layer.self_attn.k_proj(normed).unflatten(-1, (attention.shape[0], -1)).mean(dim=1)
-    if hasattr(tower.embeddings, "class_embedding"):
-        ranked = attention[:, 0, 1:].sum(dim=0).argsort(descending=True).tolist()
-        kept = sorted([0, *(patch + 1 for patch in ranked[: dominant - 1])])
-    else:
-        kept = sorted(attention.mean(dim=1).sum(dim=0).argsort(descending=True).tolist()[:dominant])
-    rest = [position for position in range(len(hidden)) if position not in kept]
-    targets = [rest[slot * (len(rest) // contextual)] for slot in range(contextual)]
-    assigned: dict[int, list[int]] = {target: [] for target in targets}
-    for position in rest:
-        if position not in targets:
-            similarity = [float(F.cosine_similarity(keys[position], keys[target], dim=0)) for target in targets]
-            assigned[targets[similarity.index(max(similarity))]].append(position)
-    merged = [hidden[target] + (hidden[others].mean(dim=0) if others else 0) for target, others in assigned.items()]
-    return torch.stack([*(hidden[position] for position in kept), *merged]), kept
-
-
-def reference_embeddings(model: Any, ids: torch.Tensor, runs: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """Embeddings (L', D) of one prompt (L,) without padding, each run of placeholders replaced.
-
-    Args:
-        runs: for each image its number of placeholders and its features (n, D).
-    """
-    pieces, position, remaining = [], 0, list(runs)
-    embed = model.get_input_embeddings()
-    while position < len(ids):
-        if ids[position] in (IMAGE, VIDEO):
-            length, features = remaining.pop(0)
-            pieces.append(features)
-            position += length
-        else:
-            pieces.append(embed(ids[position : position + 1]))
-            position += 1
-    assert not remaining
-    return torch.cat(pieces)
-
-
-@torch.no_grad()
-def reference_answer(model: Any, embeddings: torch.Tensor, steps: int) -> list[int]:
-    """Greedy answer to embeddings (L', D): no batch, no cache, no generate."""
-    answer: list[int] = []
-    for _ in range(steps):
-        hidden = model.model.language_model(inputs_embeds=embeddings[None]).last_hidden_state[0, -1]
-        answer.append(int(model.lm_head(hidden).argmax()))
-        if answer[-1] == EOS:
-            break
-        embeddings = torch.cat([embeddings, model.get_input_embeddings()(torch.tensor(answer[-1:]))])
-    return answer
+def llava_batch(side: str = "left", texts: list[str] = TEXTS, **options: Any) -> Any:
+    """What the stock processor makes of prompts: with one, two, no and two images, if not given."""
+    count = sum(text.count("<image>") for text in texts)
+    return llava_processor(side)(
+        images=IMAGES[:count] or None, text=texts, padding=True, return_tensors="pt", **options
+    )
 
 
 def content(inputs: Any, row: int) -> torch.Tensor:
     """A prompt without its padding."""
     return inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+
+
+def short_rows(inputs: Any, tokens: int) -> list[list[int]]:
+    """Each prompt of LLaVA-1.5 without padding, with so many placeholders for each image as ``tokens`` says."""
+    rows = []
+    for row in range(len(inputs["input_ids"])):
+        ids, short = content(inputs, row).tolist(), []
+        while ids:
+            is_image = ids[0] == IMAGE
+            short += [IMAGE] * tokens if is_image else ids[:1]
+            ids = ids[PATCHES if is_image else 1 :]
+        rows.append(short)
+    return rows

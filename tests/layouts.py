@@ -10,8 +10,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaProcessor,
+)
 
+from checkpoints import CLIP, LANGUAGE_MODEL, edit_config, edit_weights, scale_up, write_tokenizer
+from llava.cli import main
 from llava.model.builder import load_pretrained_model
 
 Weights = dict[str, Tensor]
@@ -93,3 +107,70 @@ def write_lora(source: Path, folder: Path, suffix: str = ".bin") -> Weights:
 def without(*keys: str) -> Callable[[Weights], Weights]:
     """For edit_weights: takes these away."""
     return lambda weights: {key: value for key, value in weights.items() if key not in keys}
+
+
+def convert(source: Path, destination: Path, to: str) -> int:
+    """``visionzip convert``; returns its exit status."""
+    return main(["convert", str(source), str(destination), "--to", to])
+
+
+def write_native(folder: Path, *, is_next: bool = False, old_names: bool = True) -> None:
+    """A checkpoint as llava-hf's: 512 rows, ``<image>`` and ``<pad>``, nothing of LLaVA's own config.
+
+    Args:
+        folder: where it goes.
+        is_next: a LLaVA-NeXT.
+        old_names: config, weights and files as transformers before 5.0 wrote them, which those on the hub have.
+    """
+    torch.manual_seed(0)
+    config_class, model_class = (
+        (LlavaNextConfig, LlavaNextForConditionalGeneration)
+        if is_next
+        else (LlavaConfig, LlavaForConditionalGeneration)
+    )
+    pinpoints = {"image_grid_pinpoints": [[56, 112], [112, 56], [168, 56]]} if is_next else {}
+    text = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
+    config = config_class(
+        text_config=LlamaConfig(**{**text, "vocab_size": 512}),
+        vision_config=CLIPVisionConfig(**CLIP, vocab_size=32000),  # a field that says nothing, as theirs have
+        image_token_index=480,
+        image_seq_length=16,
+        **pinpoints,
+    )
+    model = model_class(config)
+    scale_up(model)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_mean=[0.1, 0.2, 0.3]
+    )
+    LlavaProcessor(processor, tokenizer, patch_size=14).save_pretrained(folder)
+    if old_names:
+        _make_old(folder, is_next)
+
+
+def _make_old(folder: Path, is_next: bool) -> None:
+    edit_weights(
+        folder,
+        lambda all_: {key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in all_.items()},
+    )
+    values = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(values.pop("image_processor")))
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    newline = {"use_image_newline_parameter": True} if is_next else {}
+    own = {"ignore_index": -100, "pad_token_id": 481, "vocab_size": 512, "torch_dtype": "float32", **newline}
+    edit_config(folder, "dtype", "image_seq_length", "multimodal_projector_bias", "tie_word_embeddings", **own)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    theta = text.pop("rope_parameters")["rope_theta"]
+    edit_config(folder, text_config={**text, "rope_theta": theta, "pad_token_id": 481, "torch_dtype": "float32"})
+    (folder / "added_tokens.json").write_text('{"<image>": 480, "<pad>": 481}')
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}')
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", 480: "<image>", 481: "<pad>"}
+    settings["added_tokens_decoder"] = {str(index): {"content": name, **flags} for index, name in names.items()}
+    settings |= {"processor_class": "LlavaProcessor", "clean_up_tokenization_spaces": False, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,7 @@
-"""Small Mini-Gemini checkpoints in exactly the original layout: a folder as ``YanweiLi/MGM-7B``, and its two towers."""
+"""Small Mini-Gemini checkpoints in exactly the original layout, and what such a model computes, written out.
+
+A folder as ``YanweiLi/MGM-7B``, and its two towers in folders of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ConvNextConfig, ConvNextModel
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionModel, ConvNextConfig, ConvNextModel
 
 from checkpoints import CLIP, edit_config, edit_weights, scale_up, write_checkpoint
 
 AUX_SIZE = 128  # 32 x 32 positions in the first map: 8 x 8 for each of the 4 x 4 patches of CLIP
+PATCHES = 16
 CONVNEXT = ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 2, 3, 1], layer_scale_init_value=0.5)
 HD = {"image_grid": 2, "image_global": True, "image_size_aux": 2 * AUX_SIZE}
 # transformers' names of ConvNeXt's modules, and OpenCLIP's.
@@ -33,10 +40,13 @@ def convnext(seed: int = 0) -> ConvNextModel:
     torch.manual_seed(seed)
     model = ConvNextModel(CONVNEXT)
     scale_up(model)
+    for parameter in model.parameters():  # norms, biases and layer scales, which all begin alike
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(len(parameter))
     return model.eval()
 
 
-def openclip_weights(model: ConvNextModel) -> dict[str, torch.Tensor]:
+def openclip_weights(model: ConvNextModel) -> dict[str, Tensor]:
     """The weights under OpenCLIP's names, with parts of it that Mini-Gemini leaves out."""
     weights = {"logit_scale": torch.ones(()), "visual.head.proj.weight": torch.ones(2, 2)}
     for key, value in model.state_dict().items():
@@ -84,3 +94,63 @@ def write_mini_gemini(folder: Path, *, aux_inside: bool = False, **overrides: An
                 new["model.vision_tower_aux.vision_" + key.removeprefix(trunk)] = value
     edit_weights(folder, lambda weights: weights | new)
     return folder
+
+
+def pixels(count: int = 1, edge: int = AUX_SIZE, seed: int = 0) -> Tensor:
+    """Images of noise, as the model takes them."""
+    return torch.randn(count, 3, edge, edge, generator=torch.Generator().manual_seed(seed))
+
+
+# What a Mini-Gemini computes, written out plainly.
+
+
+def clip_of(folder: Path) -> CLIPVisionModel:
+    """transformers' CLIP with the checkpoint's own tower, and attention that can be read."""
+    return CLIPVisionModel.from_pretrained(folder.with_name(folder.name + "-tower"), attn_implementation="eager").eval()
+
+
+def plain_map(images: Tensor) -> Tensor:
+    """All of ConvNeXt's stages at the first one's size: (B, 60, h / 4, w / 4)."""
+    model = convnext()
+    stages, maps = [], model.embeddings(images)
+    for stage in model.encoder.stages:
+        stages.append(maps := stage(maps))
+    size = stages[0].shape[-2:]
+    return torch.cat([F.interpolate(each, size, mode="bilinear", align_corners=False) for each in stages], dim=1)
+
+
+def plain_mining(weights: dict[str, Tensor], tokens: Tensor, candidates: Tensor) -> Tensor:
+    """One token (D,) and its sub-patches (P, C): attention with every projection written out."""
+
+    def project(name: str, values: Tensor) -> Tensor:
+        own = [weights[f"model.vlm_uni_{name}_projector.{key}"] for key in ("0.weight", "0.bias", "1.weight", "1.bias")]
+        return F.linear(F.layer_norm(values, values.shape[-1:], own[0], own[1]), own[2], own[3])
+
+    query, keys, values = project("query", tokens), project("aux", candidates), project("val", candidates)
+    return (keys @ query / len(query) ** 0.5).softmax(dim=0) @ values
+
+
+def square(features: Tensor, row: int, column: int, edge: int) -> Tensor:
+    """The positions (edge * edge, C) of a square of a map (C, h, w)."""
+    return features[:, row : row + edge, column : column + edge].flatten(1).T
+
+
+def plain_projector(weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """The two linear layers in front of the language model."""
+    own = [weights[f"model.mm_projector.{key}"] for key in ("0.weight", "0.bias", "2.weight", "2.bias")]
+    return F.linear(F.gelu(F.linear(tokens, own[0], own[1])), own[2], own[3])
+
+
+def smaller(image: Tensor, edge: int) -> Tensor:
+    """An image (3, h, w) in another resolution."""
+    return F.interpolate(image[None], (edge, edge), mode="bilinear", align_corners=False)[0]
+
+
+@torch.no_grad()
+def plain_tokens(folder: Path, image: Tensor) -> Tensor:
+    """Visual tokens (16, 32) of an image (3, 128, 128), as the paper has them."""
+    weights = load_file(folder / "model.safetensors")
+    features = clip_of(folder)(smaller(image, 56)[None], output_hidden_states=True).hidden_states[-2][0, 1:]
+    high = plain_map(image[None])[0]
+    mined = [plain_mining(weights, features[i], square(high, i // 4 * 8, i % 4 * 8, 8)) for i in range(PATCHES)]
+    return plain_projector(weights, features + torch.stack(mined))

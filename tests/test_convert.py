@@ -10,38 +10,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
-    LlamaTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaProcessor,
 )
 
 import llava.convert
 from checkpoints import (
-    CLIP,
     LANGUAGE_MODEL,
     NEXT,
     SIGLIP,
     edit_config,
     edit_weights,
-    scale_up,
     write_checkpoint,
     write_qwen_tokenizer,
-    write_tokenizer,
 )
-from layouts import LAYOUTS, assert_same, weights_of, without
-from llava.cli import main
+from layouts import LAYOUTS, assert_same, weights_of
 from llava.model.builder import load_pretrained_model, read_config
 from llava.model.tokenizer import load_tokenizer
 
@@ -58,10 +44,6 @@ MODELS = {
 }
 TEXT = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-
-
-def convert(source: Path, destination: Path, to: str) -> int:
-    return main(["convert", str(source), str(destination), "--to", to])
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -188,46 +170,6 @@ def test_the_setting_and_the_generation_config_are_carried_over(copied, tmp_path
 # llava-hf's checkpoints: nothing of the original config is in them
 
 
-def write_native(folder: Path, *, is_next: bool = False, old_names: bool = True) -> None:
-    """A checkpoint as llava-hf's: 512 rows, ``<image>`` and ``<pad>``; names of weights and files as before 5.0."""
-    torch.manual_seed(0)
-    config_class, model_class = (
-        (LlavaNextConfig, LlavaNextForConditionalGeneration)
-        if is_next
-        else (LlavaConfig, LlavaForConditionalGeneration)
-    )
-    pinpoints = {"image_grid_pinpoints": [[56, 112], [112, 56], [168, 56]]} if is_next else {}
-    config = config_class(
-        text_config=LlamaConfig(**{**TEXT, "vocab_size": 512}),
-        vision_config=CLIPVisionConfig(**CLIP, vocab_size=32000),  # a field that says nothing, as theirs have
-        image_token_index=480,
-        image_seq_length=16,
-        **pinpoints,
-    )
-    model = model_class(config)
-    scale_up(model)
-    model.save_pretrained(folder)
-    if old_names:
-        edit_weights(
-            folder,
-            lambda all_: {
-                key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in all_.items()
-            },
-        )
-    write_tokenizer(folder)
-    tokenizer = LlamaTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_mean=[0.1, 0.2, 0.3]
-    )
-    LlavaProcessor(processor, tokenizer, patch_size=14).save_pretrained(folder)
-    if old_names:
-        values = json.loads((folder / "processor_config.json").read_text())
-        (folder / "preprocessor_config.json").write_text(json.dumps(values.pop("image_processor")))
-        (folder / "processor_config.json").write_text(json.dumps(values))
-
-
 @pytest.mark.parametrize("old_names", [True, False], ids=["old_names", "new_names"])
 @pytest.mark.parametrize("is_next", [False, True], ids=["1.5", "next"])
 def test_from_llava_hf_and_back(is_next: bool, old_names: bool, tmp_path: Path):
@@ -264,122 +206,6 @@ def test_names_of_the_released_versions_in_between(tmp_path: Path):
     assert_same(weights_of(tmp_path / "llava"), weights_of(tmp_path / "expected"))
 
 
-# What is refused
-
-
-REFUSED = {
-    "linear": ({"mm_projector_type": "linear"}, "its projector is 'linear'"),
-    "mlp3x": ({"mm_projector_type": "mlp3x_gelu"}, "its projector is 'mlp3x_gelu'"),
-    "start_end": ({"mm_use_im_start_end": True}, "puts start and end tokens around images"),
-    "spatial": ({"mm_patch_merge_type": "spatial", "image_aspect_ratio": "anyres"}, "joins tiles by"),
-    "flat_tiles": ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type='flat' with image_aspect_ratio='anyres'"),
-    "onevision": ({**NEXT, "image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9'"),
-    "next_cls": ({**NEXT, "mm_vision_select_feature": "cls_patch"}, "its tiles keep the CLS token"),
-    "quantised": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
-}
-
-
-@pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_no_counterpart_in_transformers(changes: dict[str, Any], reason: str, copied, tmp_path: Path, capsys):
-    source = copied()
-    edit_config(source, **changes)
-    assert convert(source, tmp_path / "native", "transformers") == 2
-    error = capsys.readouterr().err
-    assert f"{source} has no counterpart in transformers: " in error and reason in error
-    assert not list(tmp_path.glob("native*"))
-
-
-NATIVE_REFUSED = {
-    "projector": ({"projector_hidden_act": "relu"}, "its projector has activation 'relu'"),
-    "bias": ({"multimodal_projector_bias": False}, "bias=False"),
-    "layers": ({"vision_feature_layer": [-2, -5]}, "reads several layers"),
-    "text": ({"text_config": {"model_type": "gemma"}}, "its language model is 'gemma'"),
-    "vision": ({"vision_config": {"model_type": "pixtral"}}, "its vision tower is 'pixtral'"),
-    "siglip": ({"vision_config": SIGLIP}, "leaves out the first patch"),
-    "video": (
-        {"architectures": ["LlavaNextVideoForConditionalGeneration"], "model_type": "llava_next_video"},
-        "is a LlavaNextVideoForConditionalGeneration, which has no counterpart",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "reason"), NATIVE_REFUSED.values(), ids=NATIVE_REFUSED)
-def test_no_counterpart_in_llavas_layout(changes: dict[str, Any], reason: str, tmp_path: Path, capsys):
-    write_native(tmp_path / "native")
-    edit_config(tmp_path / "native", **changes)
-    assert convert(tmp_path / "native", tmp_path / "llava", "original") == 2
-    assert reason in capsys.readouterr().err
-    assert not list(tmp_path.glob("llava*"))
-
-
-def test_tokens_that_would_be_lost(tmp_path: Path, capsys):
-    write_native(tmp_path / "native")
-    tokenizer = AutoProcessor.from_pretrained(tmp_path / "native").tokenizer
-    tokenizer.add_tokens(["<box>"])
-    tokenizer.save_pretrained(tmp_path / "native")
-    assert convert(tmp_path / "native", tmp_path / "llava", "original") == 2
-    assert "its vocabulary has ['<box>'] after <image> (480)" in capsys.readouterr().err
-
-
-def test_other_bad_input(copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, offline):
-    """One line, before a weight is read; nothing is left."""
-    source = copied()
-    full, empty = tmp_path / "full", tmp_path / "empty"
-    full.mkdir()
-    empty.mkdir()
-    (full / "notes").write_text("")
-    convert(source, tmp_path / "native", "transformers")
-    out = tmp_path / "out"
-    for arguments, message in (
-        ((source, full, "transformers"), f"DST {full} exists: choose a new folder"),
-        ((empty, out, "transformers"), f"{empty} has no config.json"),
-        (("nobody/nothing", out, "original"), "SRC nobody/nothing is neither a folder nor to be had from the hub"),
-        ((tmp_path / "native", out, "transformers"), "in that layout already: did you mean --to original?"),
-        ((source, out, "original"), "is a LlavaLlamaForCausalLM, which has no counterpart in LLaVA's layout"),
-    ):
-        assert convert(*arguments) == 2
-        assert message in capsys.readouterr().err
-    usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=9))
-    assert convert(source, out, "transformers") == 2
-    assert f"DST {out} needs 0.0 GB but {tmp_path} has 0.0 GB free" in capsys.readouterr().err
-    monkeypatch.undo()
-    for folder, lost in ((source, "model.norm.weight"), (tmp_path / "native", "multi_modal_projector.linear_1.bias")):
-        edit_weights(folder, without(lost))
-        assert convert(folder, out, "transformers" if folder == source else "original") == 2
-        assert "1 missing from the checkpoint" in capsys.readouterr().err
-    (source / "model.safetensors").unlink()
-    assert convert(source, out, "transformers") == 2
-    assert "is no full checkpoint: make one" in capsys.readouterr().err
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_run_that_is_stopped_leaves_nothing(copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Stopped after the first shard; then one that was killed before it could clean up is done anew."""
-    source = copied()
-    save = llava.convert.save_file
-    written: list[Path] = []
-
-    def interrupted(tensors: Any, path: Path, **options: Any) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(path)
-        save(tensors, path, **options)
-
-    monkeypatch.setattr(llava.convert, "_SHARD_BYTES", 100_000)
-    monkeypatch.setattr(llava.convert, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "native", "transformers")
-    assert written[0].parent.name == "native.partial"
-    assert not list(tmp_path.glob("native*"))
-    monkeypatch.undo()
-    (tmp_path / "native.partial").mkdir()
-    (tmp_path / "native.partial/model-00001-of-00009.safetensors").write_text("half of it")
-    assert convert(source, tmp_path / "native", "transformers") == 0
-    assert [file.name for file in (tmp_path / "native").glob("*.safetensors")] == ["model.safetensors"]
-    assert not list(tmp_path.glob("*.partial"))
-
-
 def test_old_files(tmp_path: Path):
     """Buffers that older versions saved, a newline vector that nothing reads, ``<im_patch>`` by LLaVA's default."""
     source = write_checkpoint(tmp_path / "llava")
@@ -395,3 +221,15 @@ def test_old_files(tmp_path: Path):
     assert AutoConfig.from_pretrained(tmp_path / "native").image_token_index == 481  # after <im_patch>
     assert convert(tmp_path / "native", tmp_path / "back", "original") == 0
     assert_same(weights_of(tmp_path / "back"), expected)
+
+
+def test_what_the_config_does_not_say_stays_unsaid(copied, tmp_path: Path):
+    """LLaVA's defaults hold again: images are cropped, not padded, and ``<im_patch>`` is added."""
+    source = copied()
+    edit_config(source, "image_aspect_ratio", "mm_use_im_patch_token", "mm_use_im_start_end")
+    convert(source, tmp_path / "native", "transformers")
+    convert(tmp_path / "native", tmp_path / "back", "original")
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert not config.keys() & {"image_aspect_ratio", "mm_use_im_patch_token", "mm_use_im_start_end"}
+    adapter = load_pretrained_model(str(tmp_path / "native"), device="cpu")[1]
+    assert getattr(adapter.config, "image_aspect_ratio", None) is None

@@ -274,7 +274,7 @@ def test_videos_of_video_llava(family):
 def test_benchmarks_of_videos(family, takes: bool):
     """Only Video-LLaVA is asked about videos; the others pool them in their own ways."""
     _, model, _, _ = family
-    question = Question("clip_1", "What is it?", (Visual("clip.mp4", list, count=8),))
+    question = Question("clip_1", "What is it?", (Visual("clip.mp4", list, frames=8),))
     if takes:
         refuse_videos(model, [question])
         return

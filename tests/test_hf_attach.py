@@ -105,6 +105,7 @@ def test_no_class_is_modified(family: str):
     before = {cls: dict(vars(cls)) for cls in classes}
     outputs(visionzip(model, K, M), inputs_of(family))
     assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:VisionZip reads encoder layer")
@@ -287,109 +288,3 @@ def test_a_projector_of_several_layers():
 def test_an_unsupported_model():
     with pytest.raises(TypeError, match=r"does not support LlamaForCausalLM.*LlavaNextForConditionalGeneration"):
         visionzip(LlamaForCausalLM(text_config()))
-
-
-def without(name: str) -> Any:
-    return lambda inputs: {key: value for key, value in inputs.items() if key != name}
-
-
-def cut(inputs: Any) -> dict[str, Tensor]:
-    return {**inputs, "input_ids": inputs["input_ids"][:, :20], "attention_mask": inputs["attention_mask"][:, :20]}
-
-
-def more_images(inputs: Any) -> dict[str, Tensor]:
-    return {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
-
-
-def no_placeholders(inputs: Any) -> dict[str, Tensor]:
-    return {**inputs, "input_ids": torch.full_like(inputs["input_ids"], 9)}
-
-
-def fewer_images(inputs: Any) -> dict[str, Tensor]:
-    ids = inputs["input_ids"].repeat(1, 2)
-    return {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
-
-
-def other_size(inputs: Any) -> dict[str, Tensor]:
-    return {**inputs, "pixel_values": inputs["pixel_values"][..., :42, :42]}
-
-
-def other_dimensions(inputs: Any) -> dict[str, Tensor]:
-    return {**inputs, "pixel_values": inputs["pixel_values"][None]}
-
-
-def other_layer(inputs: Any) -> dict[str, Any]:
-    return {**inputs, "vision_feature_layer": -1}
-
-
-def four_dimensional_mask(inputs: Any) -> dict[str, Tensor]:
-    length = inputs["input_ids"].shape[1]
-    return {**inputs, "attention_mask": torch.ones(1, 1, length, length)}
-
-
-MISFITS = [
-    (without("pixel_values"), r"the prompts have 16 image placeholders \(id 3\), but no pixel_values were given"),
-    (cut, r"prompt 0 has a run of 11 image placeholders .* takes 16 \(image 0 .*do not truncate it, or raise max_len"),
-    (more_images, "the prompts have placeholders for 1 of 2 images: give as many images as the prompts have <image>"),
-    (no_placeholders, "the prompts have placeholders for 0 of 1 images"),
-    (fewer_images, "prompt 0 has more runs of image placeholders .* than there are images: 1 were given"),
-    (other_size, r"pixel_values must be \(N, 3, 56, 56\) for this model, got \(1, 3, 42, 42\): .* own processor"),
-    (other_dimensions, r"pixel_values must be \(N, 3, 56, 56\) for this model, got \(1, 1, 3, 56, 56\)"),
-    (other_layer, r"vision_feature_layer=-1 was given, .* call visionzip\(model, layer=…\), or unzip"),
-    (four_dimensional_mask, r"attention_mask has shape \(1, 1, 30, 30\) .* takes \(B, L\)"),
-]
-
-
-@pytest.mark.parametrize("change, message", MISFITS, ids=[getattr(row[0], "__name__", "no pixels") for row in MISFITS])
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_inputs_that_do_not_fit(change: Any, message: str, call: str):
-    model = visionzip(llava(), K, M)
-    inputs = change(inputs_of("llava"))
-    with pytest.raises(ValueError, match=message):
-        model(**inputs) if call == "forward" else model.generate(**inputs, max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    "changes, length",
-    [({"num_additional_image_tokens": 0}, 15), ({"vision_feature_select_strategy": None}, 17), ({"patch_size": 7}, 64)],
-    ids=str,
-)
-def test_the_processor_of_another_model(changes: dict[str, Any], length: int):
-    inputs = llava_processor(**changes)(images=pictures((90, 60)), text=TEXT, return_tensors="pt")
-    message = f"a run of {length} image placeholders .* this model takes 16 .* of another model \\(patch_size, num_add"
-    with pytest.raises(ValueError, match=message):
-        visionzip(llava(), K, M)(**inputs)
-
-
-def test_labels_and_positions_of_another_length():
-    inputs = inputs_of("llava")
-    for name in ("labels", "position_ids"):
-        with pytest.raises(ValueError, match=rf"{name} has shape \(1, 5\), but the prompts have \(1, 30\)"):
-            visionzip(llava(), K, M)(**inputs, **{name: torch.zeros(1, 5, dtype=torch.long)})
-
-
-def test_a_decoding_loop_of_ones_own_with_the_long_mask():
-    """Positions of the mask no longer are those of the cache; that must not go unnoticed where it masks something."""
-    model = visionzip(llava(), K, M)
-    processor = llava_processor()
-    images = pictures((90, 60), (60, 90))
-    inputs = processor(images=images, text=["<image>", "longer <image>"], padding=True, return_tensors="pt")
-    cache = model(**inputs).past_key_values
-    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
-    with pytest.raises(
-        ValueError, match="attention_mask has 25 positions, but the cache holds 14 tokens and 1 are new"
-    ):
-        model(input_ids=torch.tensor([[9], [9]]), attention_mask=mask, past_key_values=cache)
-
-
-def test_a_cache_that_does_not_fit():
-    model, inputs = visionzip(llava(), K, M), inputs_of("llava")
-    cache = model(**inputs).past_key_values
-    with pytest.raises(ValueError, match="holds 20 tokens, and the prompt has 20 when zipped, so nothing in it is new"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
-    text = {name: torch.cat([inputs[name], inputs[name][:, :3]], dim=1) for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match="With a cache of earlier turns, pass the new tokens alone"):
-        model.generate(**text, past_key_values=cache, max_new_tokens=2)
-    cache.crop(-8)
-    with pytest.raises(ValueError, match="holds 12 tokens, which ends inside image 0"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)

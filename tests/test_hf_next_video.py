@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hf_models import VIDEO
-from hf_video_models import (
+from hf_plain import (
     Run,
-    build,
     plain_answers,
     plain_encode,
     plain_logits,
@@ -17,10 +16,9 @@ from hf_video_models import (
     plain_rows,
     plain_tiles,
     plain_zip,
-    processor_for,
     text_labels,
-    video,
 )
+from hf_video_models import build, processor_for, video
 from torch import Tensor
 
 from checkpoints import picture
@@ -72,14 +70,14 @@ def plain_features(
     images, videos = [], []
     full = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
     for run, tiles, size in zip(full, inputs["pixel_values"], sizes, strict=True):
-        zipped = plain_zip(*plain_encode(tower, tiles[: TILES[size]], -2, True), K, M, True)
-        images.append((len(run), project(plain_tiles(zipped, GRIDS[size], SIDE, M, True))))
+        zipped = plain_zip(*plain_encode(tower, tiles[: TILES[size]]), K, M)
+        images.append((len(run), project(plain_tiles(zipped, GRIDS[size], SIDE, M))))
     for frames in inputs["pixel_values_videos"]:
         tokens = []
-        for hidden, score, key in zip(*plain_encode(tower, frames, -2, True), strict=True):
+        for hidden, score, key in zip(*plain_encode(tower, frames), strict=True):
             patches = model.model.vision_resampler(hidden[None, 1:])[0] if mode == "conv" else pooled(hidden[1:], mode)
             states, keys = torch.cat([hidden[:1], patches]), torch.cat([key[:1], pooled(key[1:])])
-            zipped = plain_zip(states[None], pooled(score[:, None]).T, keys[None], K, M, True)
+            zipped = plain_zip(states[None], pooled(score[:, None]).T, keys[None], K, M)
             tokens.append(project(zipped[0][0]))
         videos.append((FRAME * len(frames), torch.cat(tokens)))
     return {"images": images, "videos": videos}

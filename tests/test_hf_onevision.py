@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hf_models import VIDEO
-from hf_video_models import (
+from hf_plain import (
     Run,
-    build,
     plain_answers,
     plain_encode,
     plain_logits,
@@ -17,10 +16,9 @@ from hf_video_models import (
     plain_rows,
     plain_tiles,
     plain_zip,
-    processor_for,
     text_labels,
-    video,
 )
+from hf_video_models import build, processor_for, video
 from torch import Tensor
 
 from checkpoints import picture
@@ -74,7 +72,7 @@ def plain_features(model: Any, inputs: Any, sizes: list[tuple[int, int] | None])
     for index, size in enumerate(sizes):
         tiles = inputs["pixel_values"][index]
         tiles = tiles[: TILES[size] if size else 1]
-        zipped = plain_zip(*plain_encode(tower, tiles, -1, False), K, M, False)
+        zipped = plain_zip(*plain_encode(tower, tiles, -1), K, M)
         if size is None:
             images.append((SIDE * SIDE + 1, torch.cat([project(zipped[0][0]), newline[None]])))
         else:
@@ -82,9 +80,9 @@ def plain_features(model: Any, inputs: Any, sizes: list[tuple[int, int] | None])
             images.append((len(run), project(plain_tiles(zipped, GRIDS[size], SIDE, M, False))))
     for frames in inputs.get("pixel_values_videos", ()):
         tokens = []
-        for hidden, score, key in zip(*plain_encode(tower, frames, -1, False), strict=True):
+        for hidden, score, key in zip(*plain_encode(tower, frames, -1), strict=True):
             field = pooled(project(hidden))[None]
-            tokens.append(plain_zip(field, pooled(score[:, None]).T, pooled(key)[None], K, M, False)[0][0])
+            tokens.append(plain_zip(field, pooled(score[:, None]).T, pooled(key)[None], K, M)[0][0])
         videos.append((FRAME * len(frames) + 1, torch.cat([*tokens, newline[None]])))
     return {"images": images, "videos": videos}
 

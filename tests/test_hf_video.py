@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_video_models import FAMILIES, build, processor_for, text_labels, video
+from hf_plain import text_labels
+from hf_video_models import FAMILIES, build, processor_for, video
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, pipeline
@@ -154,3 +155,30 @@ def test_gradient_checkpointing_changes_no_gradient(model: Any, mixed: Any):
     projectors = [each.model.multi_modal_projector.linear_1.weight.grad for each in (model, checkpointed)]
     assert projectors[0].abs().sum() > 0
     assert torch.equal(*projectors)
+
+
+def test_no_class_is_modified(model: Any, mixed: Any):
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    before = {cls: dict(vars(cls)) for cls in classes}
+    visionzip(model, 4, 2).generate(**mixed, **GREEDY)
+    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+MISSING = [
+    ("onevision", "apply_pooling"),
+    ("onevision", "pack_image_features"),
+    ("onevision", "image_newline"),
+    ("next_video", "vision_resampler"),
+    ("video_llava", "image_tower"),
+    ("video_llava", "video_tower"),
+]
+
+
+@pytest.mark.parametrize("family, name", MISSING, ids=str)
+def test_a_missing_attribute_fails_at_once(family: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    """Another version of transformers must not fail in the middle of a generation."""
+    model = build(family, edge=EDGES[family])
+    monkeypatch.delattr(type(model.model) if hasattr(type(model.model), name) else model.model, name)
+    with pytest.raises(TypeError, match=rf"of transformers .* has no {name}: VisionZip was tested with"):
+        visionzip(model, 4, 2)

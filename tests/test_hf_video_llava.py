@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 import torch
 from hf_models import VIDEO
-from hf_video_models import (
+from hf_plain import (
     Run,
-    build,
     plain_answers,
     plain_encode,
     plain_logits,
     plain_loss,
     plain_rows,
     plain_zip,
-    processor_for,
     text_labels,
-    video,
 )
+from hf_video_models import build, processor_for, video
 from torch import Tensor
 
 from checkpoints import picture
@@ -52,8 +50,8 @@ def plain_features(model: Any, inputs: Any) -> dict[str, list[Run]]:
     """What takes the place of each run of placeholders: encoder with eager attention, explicit selection, projector."""
 
     def zipped(tower: Any, pixels: Tensor) -> list[Tensor]:
-        encoded = plain_encode(tower, pixels, -2, True)
-        return [model.model.multi_modal_projector(tokens) for tokens, _ in plain_zip(*encoded, K, M, True)]
+        encoded = plain_encode(tower, pixels)
+        return [model.model.multi_modal_projector(tokens) for tokens, _ in plain_zip(*encoded, K, M)]
 
     images = zipped(model.model.image_tower, inputs["pixel_values_images"])
     videos = [zipped(model.model.video_tower, frames) for frames in inputs["pixel_values_videos"]]

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,22 +43,6 @@ def generate(model: Any) -> Tensor:
     edge = model.get_vision_tower().config.image_size
     pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
     return model.generate(PROMPT, images=pixels.to(model.dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-
-
-@pytest.fixture
-def publish(tmp_path: Path, offline, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], str]:
-    """Puts a folder where a download from the hub would have, so that it is found by its hub name."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def make(folder: Path, name: str) -> str:
-        cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (cached / "refs").mkdir(parents=True)
-        (cached / "refs" / "main").write_text("0" * 40)
-        (cached / "snapshots").mkdir()
-        folder.rename(cached / "snapshots" / ("0" * 40))
-        return name
-
-    return make
 
 
 # Full checkpoints

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from data_video import write_video
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from checkpoints import CLIP, picture
 from llava.cli import main
+from llava.model.multimodal_encoder.languagebind import LanguageBindImageProcessor
 from llava.video import load_video, process_videos, process_visuals
 
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
@@ -98,6 +100,23 @@ def test_pixels_are_the_released_ones(size: tuple[int, int]):
         np.testing.assert_allclose(found[:, 1, row, column].numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(300, 300), (90, 60), (60, 91)])
+def test_images_are_scaled_as_released(size: tuple[int, int]):
+    """torchvision 0.15 resizes a tensor by this call; PIL, with which CLIP's own processor does it, smooths besides."""
+    edges = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    still = picture(0, size)
+    (found,) = LanguageBindImageProcessor(**edges).preprocess([still], return_tensors="pt")["pixel_values"]
+    values = torch.from_numpy(np.array(still)).permute(2, 0, 1).float() / 255
+    width, height = (int(56 * length / min(size)) for length in size)
+    scaled = F.interpolate(values[None], size=(height, width), mode="bicubic", align_corners=False)[0]
+    top, left = round((height - 56) / 2), round((width - 56) / 2)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (PROCESSOR.image_mean, PROCESSOR.image_std))
+    torch.testing.assert_close(found, (scaled[:, top : top + 56, left : left + 56] - mean) / std, atol=1e-5, rtol=0)
+    if size == (300, 300):
+        (smooth,) = PROCESSOR.preprocess([still], return_tensors="pt")["pixel_values"]
+        assert (found - smooth).std() > 0.5
+
+
 def test_a_video_for_models_with_and_without_videos():
     """One tensor, or its frames as images."""
 
@@ -141,9 +160,10 @@ def test_chat_says_what_is_wrong(ask: Callable[..., int], clip: Path, tmp_path: 
     assert ask(["Well?"], "--video", str(clip), "--frames", "13") == 2
     assert "has only 12 frames, but 13 were asked for" in capsys.readouterr().err
     picture(0).save(tmp_path / "photo.png")
-    assert ask([f"/video {tmp_path}/photo.png", f"/video {clip}", "And now?"]) == 0
+    assert ask([f"/video {tmp_path}/photo.png", f"/image {clip}", f"/video {clip}", "And now?"]) == 0
     printed = capsys.readouterr().out
-    assert "photo.png is an image, not a video" in printed and "(136 visual)" in printed
+    assert "photo.png is an image, not a video" in printed and "clip.mp4 is not a readable image" in printed
+    assert "(136 visual)" in printed
 
 
 def test_chat_with_a_model_of_images(ask: Callable[..., int], make_checkpoint, clip: Path, capsys):

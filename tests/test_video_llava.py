@@ -20,14 +20,16 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for
 from llava.model.builder import load_pretrained_model
 from llava.serve.chat import ChatSession
+from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.train import train
 from llava.video import process_videos
+from slow_languagebind import encode, project, tower_weights
 from visionzip import compress_tokens, unzip, visionzip
 from visionzip.baselines import random_tokens
 
 IMG = IMAGE_TOKEN_INDEX
 EDGE = 112  # 8 x 8 patches
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
-Weights = dict[str, Tensor]
 
 
 @pytest.fixture
@@ -60,68 +62,6 @@ def prompt(*parts: int) -> Tensor:
     return torch.tensor([ids])
 
 
-# A plain reference: the released encoder's arithmetic on a checkpoint's weights, one step a line.
-
-
-def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
-
-
-def attend(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention within each row of x (B, S, D): its output, its matrix (B, H, S, S), and its keys (B, S, H, Dh)."""
-    queries, keys, values = (linear(weights, f"{name}.{key}_proj", x).unflatten(-1, (4, -1)) for key in "qkv")
-    matrix = torch.einsum("bqhd,bkhd->bhqk", queries, keys).div(queries.shape[-1] ** 0.5).softmax(-1)
-    mixed = torch.einsum("bhqk,bkhd->bqhd", matrix, values).flatten(2)
-    return linear(weights, f"{name}.out_proj", mixed), matrix, keys
-
-
-def encode(weights: Weights, pixels: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames (T, 3, h, w) through the first 3 of 4 layers; attention over time within windows of frames, if any.
-
-    Returns the hidden states (T, S, D), and the attention and the keys of the last of these layers.
-    """
-    patches = F.conv2d(pixels, weights["embeddings.patch_embedding.weight"], stride=14).flatten(2).transpose(1, 2)
-    cls = weights["embeddings.class_embedding"].expand(len(pixels), 1, -1)
-    hidden = torch.cat([cls, patches], dim=1) + weights["embeddings.position_embedding.weight"]
-    hidden = norm(weights, "pre_layrnorm", hidden)
-    for number in range(3):
-        layer = {
-            key.removeprefix(f"encoder.layers.{number}."): value
-            for key, value in weights.items()
-            if key.startswith(f"encoder.layers.{number}.")
-        }
-        if window is not None:
-            parts = []
-            for start in range(0, len(hidden), window):
-                part = hidden[start : start + window]
-                part = part + layer["temporal_embedding"][0, : len(part), None]
-                over_time, _, _ = attend(
-                    layer, "temporal_attn", norm(layer, "temporal_layer_norm1", part).transpose(0, 1)
-                )
-                parts.append(part + over_time.transpose(0, 1))
-            hidden = torch.cat(parts)
-        over_space, matrix, keys = attend(layer, "self_attn", norm(layer, "layer_norm1", hidden))
-        hidden = hidden + over_space
-        inner = linear(layer, "mlp.fc1", norm(layer, "layer_norm2", hidden))
-        hidden = hidden + linear(layer, "mlp.fc2", inner * torch.sigmoid(1.702 * inner))  # quick_gelu
-    return hidden, matrix, keys
-
-
-def project(weights: Weights, tokens: Tensor) -> Tensor:
-    inner = F.gelu(linear(weights, "model.mm_projector.0", tokens))
-    return linear(weights, "model.mm_projector.2", inner)
-
-
-def tower_weights(folder: Path, kind: str) -> Weights:
-    prefix = f"model.{kind}_tower.{kind}_tower."
-    weights = load_file(folder / "model.safetensors")
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
 # Checkpoints
 
 
@@ -145,6 +85,16 @@ def test_original_checkpoint(folder: Path):
         *(f"temporal_layer_norm1.{end}" for end in ("weight", "bias")),
         *(f"temporal_attn.{name}_proj.{end}" for name in ("q", "k", "v", "out") for end in ("weight", "bias")),
     }
+
+
+def test_old_buffers_are_passed_over(folder: Path, tmp_path: Path):
+    """The released files have what older versions of transformers saved besides."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    for kind in ("image", "video"):
+        buffers[f"model.{kind}_tower.{kind}_tower.embeddings.position_ids"] = torch.arange(65)[None]
+    edit_weights(old, lambda weights: weights | buffers)
+    assert torch.equal(torch.stack(load(old).visual_tokens([video()])), torch.stack(load(folder).visual_tokens([video()])))
 
 
 def test_towers_from_their_own_folders(make_video_checkpoint: Callable[..., Path], folder: Path):
@@ -384,7 +334,7 @@ def test_a_conversation_about_a_video(folder: Path):
     first = session.ask("What happens?", [frames, picture(9)])
     assert first.visual_tokens == 9 * 17
     prompts = session.conversation.get_prompt()
-    assert "USER: " + "<image>" * 8 + "\n<image>\nWhat happens?" in prompts
+    assert "USER: " + "<image>" * 9 + "\nWhat happens?" in prompts
     second = session.ask("And then?")
     assert second.visual_tokens == 0 and second.cached_tokens > 9 * 17
     fresh = ChatSession(model, tokenizer, processor, "llava_v1", **GREEDY)
@@ -424,3 +374,12 @@ def test_wrong_kinds_are_refused(model: Any):
         process_videos([picture(0)], model.get_image_tower().image_processor)
     with pytest.raises(ValueError, match=r"videos\[0\] has no frames"):
         process_videos([[]], model.get_image_tower().image_processor)
+
+
+@pytest.mark.parametrize("vision_tower", [None, "some/tower"])
+def test_training_is_refused(folder: Path, tmp_path: Path, vision_tower: str | None):
+    """Before the data is read, which is not there."""
+    arguments = ModelArguments(str(folder), vision_tower, tune_mm_mlp_adapter=True)
+    training = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match=r"Video-LLaVA-tiny is a Video-LLaVA, which is not trained here"):
+        train(arguments, DataArguments(data_path=str(tmp_path / "none.json")), training)

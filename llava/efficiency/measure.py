@@ -112,8 +112,11 @@ def make_prompt(model: Any, text_tokens: int, batch: int) -> Prompt:
         tiles = columns * rows + 1
     shape = (3, edge, edge) if tiles == 1 else (tiles, 3, edge, edge)
     images = [torch.randn(shape, device=device, dtype=tower.dtype) for _ in range(batch)]
-    text_ids = getattr(config, "image_token_id", config.vocab_size)  # transformers has its placeholder behind them
-    words = torch.randint(3, text_ids, (text_tokens,), device=device)
+    words = torch.arange(3, config.vocab_size, device=device)
+    if isinstance(model, TransformersLlava):  # its vocabulary has placeholders, wherever they are
+        for name in ("image_token_id", "video_token_id"):
+            words = words[words != getattr(model.native.config, name, -1)]
+    words = words[torch.randint(len(words), (text_tokens,), device=device)]
     before = text_tokens * 35 // 60  # about where LLaVA's template has the image
     sentinel = words.new_tensor([IMAGE_TOKEN_INDEX])
     ids = torch.cat([words[:before], sentinel, words[before:]])
@@ -262,7 +265,7 @@ def processor_inputs(model: TransformersLlava, prompt: Prompt) -> dict[str, Tens
     with torch.inference_mode():
         run = len(model.visual_tokens(prompt.images[:1], sizes[:1])[0])
     repeats = torch.where(prompt.ids[0] == IMAGE_TOKEN_INDEX, run, 1)
-    ids = prompt.ids.masked_fill(prompt.ids == IMAGE_TOKEN_INDEX, model.config.image_token_id)
+    ids = prompt.ids.masked_fill(prompt.ids == IMAGE_TOKEN_INDEX, model.native.config.image_token_id)
     ids = ids.repeat_interleave(repeats, dim=1)  # the same text in all rows
     pixels = model.pixel_inputs(prompt.images, sizes)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}

@@ -1,11 +1,13 @@
 """The two layouts of a LLaVA checkpoint: LLaVA's own, and that of transformers' ``LlavaForConditionalGeneration``.
 
-Names of weights and fields of the config, each way. What one of them cannot say is refused, with the reason.
+Names of weights and fields of the config, each way. What one of them cannot say is refused, with the reason. Of
+transformers' other families, which have no counterpart, what LLaVA's config says about images.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
@@ -19,6 +21,7 @@ NATIVE = {"LlavaForConditionalGeneration": LlavaConfig, "LlavaNextForConditional
 STORED = "original_llava"
 
 BACKBONES = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM, "qwen2": LlavaQwenForCausalLM}
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 # Its other fields are in the backbone's config, or these.
 _RECOVERED = {"model_type", "visionzip", "mm_vision_config", "mm_image_newline", "_name_or_path"}
 _TOWER_NAMES = {
@@ -34,6 +37,39 @@ _PREFIXES = (
     ("lm_head.", "language_model.lm_head.", r"(language_model\.)?lm_head\."),
     ("model.", "language_model.model.", r"(language_model\.model|model\.language_model)\."),
 )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one of transformers' families takes images.
+
+    Attributes:
+        model: its class.
+        aspect_ratio: LLaVA's ``image_aspect_ratio``, which transformers' configs do not have; None leaves images to
+            the processor below.
+        tiles: an image is several tiles, whose number follows from its size.
+        processor: of images, where it is not that of the vision tower.
+        own_videos: it reads videos in a way of its own, for which there is nothing here.
+        tower: its encoder of images.
+    """
+
+    model: str
+    aspect_ratio: str | None
+    tiles: bool = False
+    processor: str | None = None
+    own_videos: bool = False
+    tower: str = "vision_tower"
+
+
+KINDS = {
+    "llava": Kind("LlavaForConditionalGeneration", "pad"),
+    "llava_next": Kind("LlavaNextForConditionalGeneration", "anyres", tiles=True),
+    "llava_next_video": Kind("LlavaNextVideoForConditionalGeneration", "anyres", tiles=True, own_videos=True),
+    "llava_onevision": Kind(
+        "LlavaOnevisionForConditionalGeneration", None, True, "LlavaOnevisionImageProcessorPil", own_videos=True
+    ),
+    "video_llava": Kind("VideoLlavaForConditionalGeneration", "pad", tower="image_tower"),
+}
 
 
 def native_key(key: str) -> str:
@@ -138,7 +174,7 @@ def original_config(native: Any, path: str) -> Any:
             f"its language model is {text.model_type!r}, supported are {list(BACKBONES)}",
         ),
         (
-            vision.model_type not in ("clip_vision_model", "siglip_vision_model"),
+            vision.model_type not in TOWERS,
             f"its vision tower is {vision.model_type!r}, supported are CLIP and SigLIP",
         ),
         (
@@ -158,29 +194,45 @@ def original_config(native: Any, path: str) -> Any:
         (getattr(native, "quantization_config", None) is not None, "its weights are quantised"),
     )
     model_class = BACKBONES[text.model_type]
-    stored = getattr(native, STORED, {}).get("config", {})
     tower = _TOWER_NAMES.get((vision.model_type, vision.hidden_size, vision.image_size), "vision_tower")
     values = {
         "mm_vision_tower": tower,
-        "image_aspect_ratio": "anyres" if is_next else "pad",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        **stored,
+        # LLaVA's own defaults are others: what it does not say in its config must not be said here.
+        **(_stored(native) or {"mm_use_im_start_end": False, "mm_use_im_patch_token": False}),
         **_plain(text),
+        **image_fields(native),
         "tie_word_embeddings": native.tie_word_embeddings,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": vision.hidden_size,
-        "mm_vision_select_layer": native.vision_feature_layer,
-        "mm_vision_select_feature": "cls_patch" if cls_token and strategy == "full" else "patch",
         "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
-        "mm_vision_config": vision.to_diff_dict(),
         "architectures": [model_class.__name__],
     }
-    if is_next:
-        values["image_grid_pinpoints"] = [[w, h] for h, w in native.image_grid_pinpoints]
-    if setting := getattr(native, "visionzip", None):
-        values["visionzip"] = setting
     return model_class.config_class(**values)
+
+
+def image_fields(native: Any) -> dict[str, Any]:
+    """What LLaVA's config says about images: the encoder, what is read of it, and how they are cut.
+
+    Args:
+        native: the config of one of :data:`KINDS`.
+    """
+    vision, kind, stored = native.vision_config, KINDS[native.model_type], _stored(native)
+    keeps_cls = vision.model_type == "clip_vision_model" and native.vision_feature_select_strategy == "full"
+    fields = {
+        "mm_vision_config": vision.to_diff_dict(),
+        "mm_vision_select_layer": native.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if keeps_cls else "patch",
+        "image_aspect_ratio": stored.get("image_aspect_ratio") if stored else kind.aspect_ratio,
+        "visionzip": getattr(native, "visionzip", None),
+    }
+    if kind.tiles:  # (height, width) there
+        fields["image_grid_pinpoints"] = [[width, height] for height, width in native.image_grid_pinpoints]
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _stored(native: Any) -> dict[str, Any]:
+    """LLaVA's config from before a checkpoint was converted; nothing if it never was LLaVA's."""
+    return getattr(native, STORED, {}).get("config", {})
 
 
 def original_values(config: Any) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
+def main_dtype(weights: Iterable[Tensor]) -> torch.dtype:
+    """Type of most of the values in some weights, which may be meta tensors."""
+    sizes: dict[torch.dtype, int] = {}
+    for value in weights:
+        sizes[value.dtype] = sizes.get(value.dtype, 0) + value.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
 def check_weights(model: Any, found: dict[str, tuple[int, ...]], extra_weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Compare a checkpoint with the model by names and shapes, before anything large is read.
 

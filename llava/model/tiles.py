@@ -24,7 +24,7 @@ def tile_layouts(
     """The layout of each image, None for one of a single tile.
 
     Args:
-        counts: tiles of each image, the whole image included.
+        counts: tiles of each image, the whole image included; 0 for one that is not looked at.
         image_sizes: (width, height) of each.
         pinpoints: the config's ``image_grid_pinpoints``.
         edge: edge of a tile in pixels.
@@ -34,7 +34,7 @@ def tile_layouts(
     """
     layouts: list[Layout | None] = []
     for index, count in enumerate(counts):
-        if count == 1:
+        if count <= 1:
             layouts.append(None)
             continue
         if image_sizes is None:

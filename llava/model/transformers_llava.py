@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.layouts import STORED
-from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
+from llava.model.layouts import KINDS, TOWERS, image_fields
+from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes, first_places
 from llava.model.loading import has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -33,45 +32,27 @@ from llava.model.tokenizer import load_tokenizer
 from visionzip import VisionZipConfig, visionzip
 from visionzip.integrations import REGISTRY, Integration, find_integration
 
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one of transformers' families takes images.
-
-    Attributes:
-        model: its class.
-        aspect_ratio: LLaVA's ``image_aspect_ratio``, which transformers' configs do not have; None leaves images to
-            the processor below.
-        tiles: an image is several tiles, whose number follows from its size.
-        processor: of images, where it is not that of the vision tower.
-        own_videos: it reads videos in a way of its own, for which there is nothing here.
-        tower: its encoder of images.
-    """
-
-    model: str
-    aspect_ratio: str | None
-    tiles: bool = False
-    processor: str | None = None
-    own_videos: bool = False
-    tower: str = "vision_tower"
-
-
-KINDS = {
-    "llava": Kind("LlavaForConditionalGeneration", "pad"),
-    "llava_next": Kind("LlavaNextForConditionalGeneration", "anyres", tiles=True),
-    "llava_next_video": Kind("LlavaNextVideoForConditionalGeneration", "anyres", tiles=True, own_videos=True),
-    "llava_onevision": Kind(
-        "LlavaOnevisionForConditionalGeneration", None, True, "LlavaOnevisionImageProcessorPil", own_videos=True
-    ),
-    "video_llava": Kind("VideoLlavaForConditionalGeneration", "pad", tower="image_tower"),
-}
-
 
 def is_transformers(values: dict[str, Any]) -> bool:
     """Whether a ``config.json`` is in transformers' layout (early uploads of LLaVA-1.5 share its ``model_type``)."""
     return {"text_config", "vision_config"} <= values.keys() and "mm_vision_tower" not in values
+
+
+def refuse_videos(values: dict[str, Any]) -> None:
+    """Check, before it is loaded, that a model may be asked about videos.
+
+    Args:
+        values: its ``config.json``, of either layout.
+
+    Raises:
+        ValueError: it is one of transformers' that pools videos in a way of its own.
+    """
+    kind = KINDS.get(values.get("model_type", "")) if is_transformers(values) else None
+    if kind is not None and kind.own_videos:
+        raise ValueError(
+            f"{kind.model} reads videos in its own way, which these commands do not feed: ask it about images here, "
+            "and about videos with transformers' processor; of transformers' models VideoLlava takes videos here"
+        )
 
 
 def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrainedTokenizerBase, Any, Any, int]:
@@ -90,10 +71,10 @@ def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrained
     """
     values, _ = PretrainedConfig.get_config_dict(model_path)
     kind, encoder = KINDS.get(values["model_type"]), values["vision_config"].get("model_type")
-    if kind is None or encoder not in _TOWERS:
+    if kind is None or encoder not in TOWERS:
         raise ValueError(
             f"{model_path} is a transformers model of type {values['model_type']!r} with a vision tower of type "
-            f"{encoder!r}: supported are {', '.join(KINDS)} with {' or '.join(_TOWERS)}"
+            f"{encoder!r}: supported are {', '.join(KINDS)} with {' or '.join(TOWERS)}"
         )
     if Path(model_path).is_dir() and has_weights(model_path):
         weight_shapes(model_path)  # says which file is missing or damaged
@@ -157,7 +138,7 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
     def __init__(self, native: Any) -> None:
         _Language.__init__(self, native)
         self.kind = KINDS[native.config.model_type]
-        self.config = _llava_config(native.config, self.kind)
+        self.config = _llava_config(native.config)
         with torch.device("meta"):
             tower = build_vision_tower(self.config, delay_load=True)
         tower.vision_tower.vision_model = getattr(native.model, self.kind.tower)
@@ -212,19 +193,14 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         """
         check_images(images)
         images = list(images)  # holds them: an object's id is its own only while it lives
-        sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
-        keys = [(id(image), size) for image, size in zip(images, sizes, strict=True)]
-        first = {key: index for index, key in reversed(list(enumerate(keys)))}
-        videos = [index for index in first.values() if self._is_video(images[index])]
-        single = [index for index in first.values() if index not in videos]
-        found: dict[int, list[Tensor]] = {}
-        if single:
-            inputs = self.pixel_inputs([images[i] for i in single], image_sizes and [image_sizes[i] for i in single])
+        first = first_places(images, image_sizes)
+        videos = [place for place in sorted(set(first)) if self._is_video(images[place])]
+        found = {place: self._frame_tokens(images[place], place) for place in videos}
+        if single := sorted(set(first) - set(videos)):
+            inputs = self.pixel_inputs(images, image_sizes, single)
             features = self.native.model.get_image_features(**inputs).pooler_output
-            found |= {index: [tokens] for index, tokens in zip(single, features, strict=True)}
-        for index in videos:
-            found[index] = self._frame_tokens(images[index], index)
-        return [tokens for key in keys for tokens in found[first[key]]]
+            found |= {place: [tokens] for place, tokens in zip(single, features, strict=True)}
+        return [tokens for place in first for tokens in found[place]]
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images and videos in a prompt: one for each frame."""
@@ -245,53 +221,49 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
         return list(self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output)
 
-    def pixel_inputs(self, images: Sequence[Tensor], image_sizes: Sizes | None = None) -> dict[str, Tensor]:
+    def pixel_inputs(
+        self, images: Sequence[Tensor], image_sizes: Sizes | None = None, wanted: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Images as arguments of the model inside: ``pixel_values`` and, of tiles, ``image_sizes``.
 
         Args:
             images: as in :meth:`generate`.
             image_sizes: (width, height) of each.
+            wanted: places of those that are to be in them; None takes all.
 
         Raises:
             ValueError: a pixel is not finite, or the tiles do not fit the image's size.
             TypeError: the images are not tensors.
         """
         tower, tiled = self.get_vision_tower(), self.kind.tiles
-        edge = tower.config.image_size
-        tiles = [as_tiles(image, index, edge) for index, image in enumerate(images)]
+        edge, pinpoints = tower.config.image_size, getattr(self.config, "image_grid_pinpoints", None)
+        wanted = range(len(images)) if wanted is None else wanted
+        tiles = {place: as_tiles(images[place], place, edge) for place in wanted}
         if self.kind.processor and image_sizes is not None:  # it fills tiles up to the most of a batch
-            shapes = [get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, edge) for size in image_sizes]
-            tiles = [image[: 1 + math.prod(shape)] for image, shape in zip(tiles, shapes, strict=True)]
-        counts = [len(image) for image in tiles]
-        if any((count > 1) != tiled for count in counts):
+            for place, image in tiles.items():
+                shape = get_anyres_image_grid_shape(image_sizes[place], pinpoints, edge)
+                tiles[place] = image[: 1 + math.prod(shape)]
+        if any((len(image) > 1) != tiled for image in tiles.values()):
             raise ValueError(
-                f"images come as {counts} tiles, but this model reads each as "
+                f"images come as {[len(image) for image in tiles.values()]} tiles, but this model reads each as "
                 f"{'the whole image and a grid of tiles' if tiled else 'one tile'}: prepare them with process_images"
             )
-        check_finite(torch.cat(tiles), counts)
-        pixels = pad_sequence(tiles, batch_first=True).to(device=tower.device, dtype=tower.dtype)
+        counts = [len(tiles.get(place, ())) for place in range(len(images))]  # of all, as messages count them
+        check_finite(torch.cat(list(tiles.values())), counts)
+        pixels = pad_sequence(list(tiles.values()), batch_first=True).to(device=tower.device, dtype=tower.dtype)
         if not tiled:
             return {"pixel_values": pixels[:, 0]}
-        tile_layouts(counts, image_sizes, self.config.image_grid_pinpoints, edge)  # checks them
-        sizes = [(height, width) for width, height in image_sizes]
+        tile_layouts(counts, image_sizes, pinpoints, edge)  # checks them
+        sizes = [(height, width) for width, height in (image_sizes[place] for place in wanted)]
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes, device=tower.device)}
 
 
-def _llava_config(config: PretrainedConfig, kind: Kind) -> PretrainedConfig:
+def _llava_config(native: PretrainedConfig) -> PretrainedConfig:
     """The language model's config with LLaVA's fields, of a transformers model's."""
-    own = copy.deepcopy(config.get_text_config())
-    original = getattr(config, STORED, {}).get("config", {})  # of a checkpoint that came from LLaVA's layout
-    own.mm_vision_tower = config.name_or_path
-    own.mm_vision_config = config.vision_config.to_dict()
-    own.mm_vision_select_layer = config.vision_feature_layer
-    own.mm_vision_select_feature = "patch" if config.vision_feature_select_strategy == "default" else "cls_patch"
-    own.mm_use_im_start_end = False
-    own.image_token_id = config.image_token_id
-    own.image_aspect_ratio = original.get("image_aspect_ratio") if original else kind.aspect_ratio
-    if kind.tiles:  # (height, width) there
-        own.image_grid_pinpoints = [[width, height] for height, width in config.image_grid_pinpoints]
-    if getattr(config, "visionzip", None):
-        own.visionzip = config.visionzip
+    own = copy.deepcopy(native.get_text_config())
+    for name, value in image_fields(native).items():
+        setattr(own, name, value)
+    own.mm_vision_tower = native.name_or_path
     return own
 
 

@@ -72,7 +72,10 @@ def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
         marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
     present = text.count(DEFAULT_IMAGE_TOKEN)
     if present == 0:
-        return "".join(f"{marker * count}\n" for count in counts) + text
+        groups = [marker * count for count in counts]
+        if groups and getattr(config, "mm_video_tower", None):  # Video-LLaVA has one line break, behind all of them
+            groups = ["".join(groups)]
+        return "".join(f"{group}\n" for group in groups) + text
     if present != sum(counts):
         raise ValueError(
             f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {sum(counts)} images were given: give one each (a video "

@@ -77,7 +77,7 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         arguments.version,
         fraction=data.data_fraction,
         seed=42 if training.data_seed is None else training.data_seed,
-        has_tower=arguments.vision_tower is not None or is_llava(arguments.model_name_or_path),
+        has_tower=is_llava(arguments.model_name_or_path) or arguments.vision_tower is not None,
         skip_bad=data.skip_bad_samples,
     )
     if len(records.kept) < training.world_size:

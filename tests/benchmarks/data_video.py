@@ -118,7 +118,8 @@ def video_of(data: Data, video: str) -> bytes:
     return file.getvalue()
 
 
-def write_folder(root: Path, name: str) -> None:
+def write_folder(root: Path, name: str) -> Path:
+    """Video-LLaVA's folder of a benchmark below a data root; returns it."""
     data = DATA[name]
     folder = root / "GPT_Zero_Shot_QA" / data.folder
     (folder / data.videos).mkdir(parents=True)
@@ -128,6 +129,7 @@ def write_folder(root: Path, name: str) -> None:
     answers = [{"answer": row[3], "type": row[4], "question_id": row[0]} for row in data.rows]
     (folder / "test_q.json").write_text(json.dumps(asked))
     (folder / "test_a.json").write_text(json.dumps(answers))
+    return folder
 
 
 def write_tables(root: Path, name: str) -> None:

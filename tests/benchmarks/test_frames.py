@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eval.frames import clip, videos_below
+from eval.benchmark import Question, Visual
+from eval.frames import clip, frames_of, videos_below, with_frames
 from llava.video import _count_packets, _decode, read_frames
 
 SPREAD = {12: [0, 1, 3, 4, 6, 7, 9, 11], 8: [0, 1, 2, 3, 4, 5, 6, 7], 3: [0, 0, 0, 0, 1, 1, 1, 2], 1: [0] * 8}
@@ -77,6 +78,22 @@ def test_frames_count_not_their_time(tmp_path: Path):
     assert shown(read_frames(path, "a")) == SPREAD[12]
 
 
+def test_frames_are_upright(tmp_path: Path):
+    """Held upright, a phone films lying frames and notes a quarter turn clockwise: their left is up."""
+    path = tmp_path / "phone.mp4"
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:, :24] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_rotation(-90)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")) + stream.encode())
+    (image,) = read_frames(path, "video", 1)
+    assert image.size == (32, 48)
+    upper, lower = np.split(np.asarray(image), 2)
+    assert upper.mean() > 200 and lower.mean() < 50
+
+
 def test_only_wanted_frames_are_kept():
     frames, total = _decode(video(12), "video", [3, 11, 3], "AUTO")
     assert total == 12
@@ -116,6 +133,22 @@ def sound() -> bytes:
     return file.getvalue()
 
 
+def song() -> bytes:
+    """A cover is a video stream to ffmpeg."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp3") as container:
+        audio = container.add_stream("libmp3lame", rate=16000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 48, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(picture) + cover.encode())
+        frame = av.AudioFrame(format="s16p", layout="mono", samples=1152)
+        frame.rate = 16000
+        container.mux(audio.encode(frame) + audio.encode())
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -125,8 +158,9 @@ def sound() -> bytes:
         (video(12, "libx264", "mp4")[:-300], "x.mp4 cannot be read as a video"),
         (video(12, "libx264", "matroska")[:700], "x.mp4 has no frames"),
         (sound(), "x.mp4 has no video stream"),
+        (song(), "x.mp4 has no video stream"),
     ],
-    ids=["empty", "a web page", "zeros", "mp4 without its end", "only a header", "sound"],
+    ids=["empty", "a web page", "zeros", "mp4 without its end", "only a header", "sound", "a song with its cover"],
 )
 def test_bad_files(tmp_path: Path, content: bytes, message: str):
     path = tmp_path / "x.mp4"
@@ -138,8 +172,9 @@ def test_bad_files(tmp_path: Path, content: bytes, message: str):
 
 def test_a_clip_is_read_when_it_is_opened(tmp_path: Path):
     path = tmp_path / "a.gif"
-    visual = clip(path, 5)
-    assert (visual.key, visual.count, visual.path) == (str(path), 5, path)
+    (question,) = with_frames([Question(1, "what?", (clip(path),))], 5)
+    (visual,) = question.visuals
+    assert (visual.key, visual.frames, visual.path) == (str(path), 5, path)
     with pytest.raises(FileNotFoundError, match=f"there is no video {path}"):
         visual.open()
     path.write_bytes(video(5))
@@ -178,3 +213,15 @@ def test_bad_archives(tmp_path: Path):
     path.write_bytes(damaged[:-20])
     with pytest.raises(ValueError, match=r"a\.zip is damaged"):
         videos_below(tmp_path)
+
+
+def test_frames_of_questions():
+    """Another number of them again and again, one of them too; images stay, and none without videos."""
+    image = Visual("image.png", lambda: [Image.new("RGB", (8, 8))])
+    questions = [Question(1, "one", (image,)), Question(2, "two", (image, clip(Path("a.gif"))))]
+    assert frames_of(questions) == 8 and frames_of(questions[:1]) is None
+    for count in (120, 1):
+        questions = with_frames(questions, count)
+        assert frames_of(questions) == count and questions[1].visuals[0] is image
+    with pytest.raises(ValueError, match="--frames 5: this benchmark has no videos"):
+        with_frames(questions[:1], 5)

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,19 @@ from torch import Tensor, nn
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import layers_needed
 from visionzip.integrations import generation
-from visionzip.integrations.huggingface import Family, Zipped, pad_token, pixel_names, renamed, sequence_length, visuals
+from visionzip.integrations.huggingface import (
+    NO_IDS,
+    Family,
+    Zipped,
+    cached_length,
+    has_pixels,
+    mask_misfit,
+    pad_token,
+    pixel_names,
+    renamed,
+    sequence_length,
+    visuals,
+)
 from visionzip.integrations.placeholders import Visual, find_runs, shorten
 
 TESTED = "5.23"  # of transformers; other versions warn
@@ -75,7 +88,7 @@ def vision_tower(family: Family, model: nn.Module) -> nn.Module:
 
 def default_config(family: Family, model: nn.Module) -> VisionZipConfig:
     """The family's setting, with the encoder layer on whose output the model's projector was trained."""
-    _check_attributes(model, ("config",))
+    _check_attributes(model, ("config.vision_feature_layer",))
     layer = _feature_layer(model)
     return dataclasses.replace(family.default, layer=layer if layer < 0 else layer - 1)
 
@@ -92,21 +105,31 @@ def _feature_layer(model: nn.Module) -> int:
     return layers[0]
 
 
-def _check_attributes(holder: Any, names: tuple[str, ...]) -> None:
-    if missing := [name for name in names if not hasattr(holder, name)]:
+def _check_attributes(holder: Any, names: Iterable[str]) -> None:
+    if missing := [name for name in names if not _has(holder, name)]:
         raise TypeError(
             f"{type(holder).__name__} of transformers {transformers.__version__} has no {', '.join(missing)}: "
             f"VisionZip was tested with {TESTED}.x"
         )
 
 
+def _has(holder: Any, name: str) -> bool:
+    """``hasattr`` with dotted names."""
+    try:
+        attrgetter(name)(holder)
+    except AttributeError:
+        return False
+    return True
+
+
 def _check_model(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     _check_attributes(model, ("model", "config", "generate", "generation_config"))
     methods = [f"get_{name}_features" for name in family.modalities]
-    _check_attributes(model.model, (*family.towers, *methods, "multi_modal_projector", "language_model"))
-    _check_attributes(model.config, tuple(f"{name}_token_id" for name in family.modalities))
-    pixels = [modality.pixels for modality in family.modalities.values()]
-    if missing := [name for name in pixels if name not in inspect.signature(type(model).forward).parameters]:
+    _check_attributes(model.model, (*family.towers, *methods, "multi_modal_projector", "language_model", *family.needs))
+    tokens = [f"{name}_token_id" for name in family.modalities]
+    _check_attributes(model.config, (*tokens, "vision_feature_layer", "vision_feature_select_strategy"))
+    taken = [*pixel_names(family), "mm_encoder_outputs"]
+    if missing := [name for name in taken if name not in inspect.signature(type(model).forward).parameters]:
         raise TypeError(f"{type(model).__name__}.forward of transformers {transformers.__version__} takes no {missing}")
     _feature_layer(model)
     for name in family.towers:
@@ -123,6 +146,7 @@ def _check_encoder(tower: nn.Module, config: VisionZipConfig) -> None:
         return getattr(holder, names[0])
 
     check(check(tower, "embeddings", "encoder", "config"), "patch_embedding")
+    check(tower.config, "image_size", "patch_size", "num_hidden_layers")
     layers = check(tower.encoder, "layers")
     attention = check(layers[layers_needed(tower, config.layer) - 1], "self_attn")
     check(attention, "q_proj", "k_proj", "num_heads", "scale")
@@ -165,9 +189,8 @@ def _warn(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
 def _shorten_arguments(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the model and of its base model."""
     given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs if args else kwargs
-    given = renamed(zipped.family, given)
-    if any(given.get(name) is not None for name in pixel_names(zipped.family)):
-        return (), _shortened(zipped, module, given)
+    if has_pixels(zipped.family, given):
+        return (), _shortened(zipped, module, renamed(zipped.family, given))
     if not torch.compiler.is_compiling():
         _check_text(zipped, module, given)
     return None  # text, or a step of decoding
@@ -177,26 +200,25 @@ def _check_text(zipped: Zipped, module: nn.Module, given: Mapping[str, Any]) -> 
     """Check a forward without pixels; ``generate`` has checked its own.
 
     Raises:
-        ValueError: a prompt has placeholders, or the mask is one of a prompt that was not shortened.
+        ValueError: a prompt has placeholders but no pixels, or the mask is one of a prompt that was not shortened.
     """
-    ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
-    if ids is None or given.get("mm_encoder_outputs") is not None or getattr(cache, "is_compileable", False):
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None or given.get("mm_encoder_outputs") is not None:
         return
-    past = 0 if cache is None else cache.get_seq_length()
-    if past == 0:
+    on_device = getattr(given.get("past_key_values"), "is_compileable", False)
+    if on_device and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return  # a step of generate: not worth a transfer of the cache's length
+    if cached_length(given) == 0:
         visuals(zipped, getattr(module, "model", module), given)
-    # Harmless while nothing is masked, so the values are looked at last.
-    elif isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > past + ids.shape[1] and not mask.all():
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are "
-            "new: images take fewer tokens in a zipped model. Use generate, or a mask of the cache's length"
-        )
+    _check_mask(given)
 
 
 @torch.compiler.disable  # reads the ids
 def _shortened(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("input_ids") is None:
-        raise ValueError("a zipped model needs input_ids beside pixels, to shorten the placeholders in them")
+        raise ValueError(NO_IDS)
+    _refuse_positions(given)
+    _check_mask(given)
     base = getattr(module, "model", module)
     found = visuals(zipped, base, given)
     # The model has shortened what its base model is called with.
@@ -204,6 +226,30 @@ def _shortened(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict
         return given
     edits = find_runs(given["input_ids"], found)
     return given | shorten(given, edits, pad_token(module)).arguments
+
+
+def _check_mask(given: Mapping[str, Any]) -> None:
+    # A wrong length is harmless while nothing is masked, so the values are looked at last.
+    if (misfit := mask_misfit(given)) and not given["attention_mask"].all():
+        raise ValueError(misfit)
+
+
+def _refuse_positions(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that point at tokens of the prompts as they were.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep has positions in the prompts, which are shorter in a zipped model: give a number, which "
+            "counts from the end"
+        )
+    if names := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if given.get(name) is not None]:
+        raise ValueError(
+            f"{' and '.join(names)} count tokens of the prompts, which are shorter in a zipped model: leave them out; "
+            "position_ids that start anew tell packed prompts apart"
+        )
 
 
 def _count(input_ids: Tensor, visual: Visual) -> int:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionzip.integrations.huggingface import Zipped, pad_token, pixel_names, renamed, visuals
+from visionzip.integrations.huggingface import (
+    NO_IDS,
+    Zipped,
+    cached_length,
+    has_pixels,
+    mask_misfit,
+    pad_token,
+    pixel_names,
+    renamed,
+    visuals,
+)
 from visionzip.integrations.placeholders import Edit, find_runs, shorten
 
 if TYPE_CHECKING:
@@ -58,19 +68,24 @@ def generate(
     }
     stock = type(model).generate
     prompt = kwargs.get("input_ids") if inputs is None else inputs
+    if kwargs.get("inputs_embeds") is not None and has_pixels(zipped.family, kwargs):
+        raise ValueError(NO_IDS)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
         return stock(model, inputs, **own, **kwargs)
     kwargs = renamed(zipped.family, kwargs) | {"input_ids": prompt}
+    if misfit := mask_misfit(kwargs):
+        raise ValueError(misfit)
     found = visuals(zipped, model.model, kwargs)
     if not any(visual.runs for visual in found):
         return stock(model, **own, **kwargs)
 
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
+    mask = kwargs["attention_mask"]
     short = shorten(kwargs, find_runs(prompt, found), pad_token(model), side="left")
     kwargs |= short.arguments
-    _skip_cached(zipped, model, kwargs, short.edits)
+    _skip_cached(zipped, model, kwargs, short.edits, mask)
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
 
@@ -132,12 +147,36 @@ def _count_users_prompt(
     return generation_config
 
 
-def _skip_cached(zipped: Zipped, model: nn.Module, kwargs: dict[str, Any], edits: list[list[Edit]]) -> None:
-    """With a cache of earlier turns, encode only the images behind it; transformers skips the tokens before."""
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
+def _check_padding(mask: Tensor) -> None:
+    """Refuse, with a cache of earlier turns, padding between tokens of a prompt.
+
+    The cache has the prompts padded on the left, whichever side the padding was on in the first turn.
+
+    Raises:
+        ValueError: there is such padding. Not where other rows are padded on the left, as then all were.
+    """
+    gaps = (mask[:, 1:] > mask[:, :-1]).any(dim=1)
+    if mask[:, 0].all() and gaps.any():
+        raise ValueError(
+            f"attention_mask has padding inside prompt {int(gaps.nonzero()[0])}: with past_key_values, prompts must be "
+            "padded on the left, and behind an answer that ended early the mask must be 1. Or leave past_key_values out"
+        )
+
+
+def _skip_cached(
+    zipped: Zipped, model: nn.Module, kwargs: dict[str, Any], edits: list[list[Edit]], users_mask: Tensor
+) -> None:
+    """With a cache of earlier turns, keep only the images behind it; transformers skips the tokens before.
+
+    Where there are none behind it, none are encoded.
+
+    Raises:
+        ValueError: the cache holds more than the prompts, or ends inside an image, or is padded otherwise.
+    """
+    past = cached_length(kwargs)
     if past == 0 or kwargs["attention_mask"].shape[1] != kwargs["input_ids"].shape[1]:
         return  # nothing before, or the new tokens alone
+    _check_padding(users_mask)
     if past >= kwargs["input_ids"].shape[1]:
         raise ValueError(
             f"past_key_values holds {past} tokens, and the prompt has {kwargs['input_ids'].shape[1]} when zipped, so "

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import compress_images, has_cls_token
-from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels, full_length, short_length
+from visionzip.integrations.huggingface import (
+    Family,
+    Modality,
+    check_layer,
+    check_pixels,
+    full_length,
+    short_length,
+    side_length,
+)
 from visionzip.integrations.placeholders import Run
 from visionzip.tiles import tile_order
 
@@ -63,10 +72,9 @@ def image_features(
     counts = [1 + rows * columns for rows, columns in shapes]
     compressed = compress_images(tower, flat_tiles(pixel_values, counts), config)
     features = base.multi_modal_projector(compressed.tokens)
-    side = tower.config.image_size // tower.config.patch_size
     kept = compressed.dominant_indices.split(counts)
     images = [
-        join_tiles(tokens, indices, shape, side, has_cls_token(tower))
+        join_tiles(tokens, indices, shape, side_length(tower), has_cls_token(tower))
         for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True)
     ]
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
@@ -96,9 +104,7 @@ def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:
 
 def grids(base: nn.Module, image_sizes: Any) -> list[tuple[int, int]]:
     """(rows, columns) of each image's grid of tiles, by the model's own rule."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape  # noqa: PLC0415 - large
-
-    edge = base.config.vision_config.image_size
+    edge = base.vision_tower.config.image_size
     return [get_anyres_image_grid_shape(size, base.config.image_grid_pinpoints, edge) for size in _pairs(image_sizes)]
 
 
@@ -127,11 +133,13 @@ def _pairs(image_sizes: Any) -> list[tuple[int, int]]:
 
 def _grid_length(base: nn.Module, size: tuple[int, int], rows: int, columns: int) -> int:
     """Patches of the grid that are left after unpadding, and a newline for each of their rows."""
-    from transformers.models.llava_next.modeling_llava_next import unpad_image  # noqa: PLC0415 - large
-
-    side = base.config.vision_config.image_size // base.config.vision_config.patch_size
+    side = side_length(base.vision_tower)
     height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size).shape[1:]
     return height * (width + 1)
 
 
-FAMILY = Family("LLaVA-NeXT (transformers)", {"image": Modality("pixel_values", image_runs, image_features)})
+FAMILY = Family(
+    "LLaVA-NeXT (transformers)",
+    {"image": Modality("pixel_values", image_runs, image_features)},
+    needs=("config.image_grid_pinpoints",),
+)

@@ -18,7 +18,7 @@ from visionzip.compress import compress_tokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token, score_images
 from visionzip.integrations.hf_llava_next import image_features, image_runs
-from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels
+from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels, side_length
 from visionzip.integrations.placeholders import Run
 
 
@@ -33,7 +33,7 @@ def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str,
 
 def pooled_length(base: nn.Module) -> int:
     """Tokens of a frame after pooling: its pooled patches and, if there is one, its CLS token."""
-    return (_side(base.vision_tower) // base.config.spatial_pool_stride) ** 2 + has_cls_token(base.vision_tower)
+    return (side_length(base.vision_tower) // base.config.spatial_pool_stride) ** 2 + has_cls_token(base.vision_tower)
 
 
 def video_features(
@@ -69,7 +69,7 @@ def video_features(
     scored = score_images(tower, pixel_values_videos.flatten(0, 1), config.layer)
 
     def average(values: Tensor) -> Tensor:
-        field = values.mT.unflatten(-1, (_side(tower), _side(tower)))
+        field = values.mT.unflatten(-1, (side_length(tower), side_length(tower)))
         return F.avg_pool2d(field, base.config.spatial_pool_stride).flatten(2).mT
 
     states, keys = scored.hidden_states, scored.keys
@@ -86,14 +86,11 @@ def video_features(
     return BaseModelOutputWithPooling(pooler_output=features.flatten(1, 2))
 
 
-def _side(tower: nn.Module) -> int:
-    return tower.config.image_size // tower.config.patch_size
-
-
 FAMILY = Family(
     "LLaVA-NeXT-Video (transformers)",
     {
         "image": Modality("pixel_values", image_runs, image_features),
         "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),
     },
+    needs=("config.image_grid_pinpoints", "config.spatial_pool_stride", "vision_resampler"),
 )

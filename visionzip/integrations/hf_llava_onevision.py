@@ -29,6 +29,7 @@ from visionzip.integrations.huggingface import (
     check_pixels,
     full_length,
     short_length,
+    side_length,
 )
 from visionzip.integrations.placeholders import Run
 
@@ -96,7 +97,7 @@ def image_features(
         if grid is None:
             images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
         else:
-            images.append(join_tiles(tokens, indices, grid, _side(tower), has_cls_token(tower)))
+            images.append(join_tiles(tokens, indices, grid, side_length(tower), has_cls_token(tower)))
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
 
 
@@ -111,7 +112,7 @@ def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str,
 
 def pooled_length(base: nn.Module) -> int:
     """Tokens of a frame after pooling: 14 x 14 of 27 x 27, and a CLS token if there is one."""
-    return math.ceil(_side(base.vision_tower) / 2) ** 2 + has_cls_token(base.vision_tower)
+    return math.ceil(side_length(base.vision_tower) / 2) ** 2 + has_cls_token(base.vision_tower)
 
 
 def video_features(
@@ -187,14 +188,17 @@ def _tiles(grid: tuple[int, int] | None) -> int:
     return 1 if grid is None else 1 + grid[0] * grid[1]
 
 
-def _side(tower: nn.Module) -> int:
-    return tower.config.image_size // tower.config.patch_size
-
-
 FAMILY = Family(
     "LLaVA-OneVision (transformers)",
     {
         "image": Modality("pixel_values", image_runs, image_features),
         "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),
     },
+    needs=(
+        "config.image_grid_pinpoints",
+        "config.vision_aspect_ratio",
+        "image_newline",
+        "pack_image_features",
+        "apply_pooling",
+    ),
 )

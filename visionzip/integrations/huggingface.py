@@ -63,12 +63,15 @@ class Family:
         modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
             ``get_<name>_features``.
         towers: attributes of the base model that hold image encoders.
+        needs: what else of the base model the family's functions use, dotted (``"config.spatial_pool_stride"``): a
+            version of transformers that has it no more fails at ``visionzip(model)``.
         default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
     """
 
     name: str
     modalities: Mapping[str, Modality]
     towers: tuple[str, ...] = ("vision_tower",)
+    needs: tuple[str, ...] = ()
     default: VisionZipConfig = field(default_factory=VisionZipConfig)
 
 
@@ -84,9 +87,14 @@ class Zipped:
 # --- what a family's file needs ---
 
 
+def side_length(tower: nn.Module) -> int:
+    """Patches along the edge of an image."""
+    return tower.config.image_size // tower.config.patch_size
+
+
 def sequence_length(tower: nn.Module) -> int:
     """S, tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
-    return (tower.config.image_size // tower.config.patch_size) ** 2 + has_cls_token(tower)
+    return side_length(tower) ** 2 + has_cls_token(tower)
 
 
 def short_length(tower: nn.Module, config: VisionZipConfig) -> int:
@@ -132,12 +140,20 @@ def check_layer(base: nn.Module, vision_feature_layer: Any) -> None:
         )
 
 
-# --- the runs of a call ---
+# --- a call ---
+
+NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
 
 
 def pixel_names(family: Family) -> list[str]:
     """The arguments that have images and videos."""
     return [modality.pixels for modality in family.modalities.values()]
+
+
+def has_pixels(family: Family, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is given images or videos, by their present names or former ones."""
+    former = [modality.former_pixels for modality in family.modalities.values() if modality.former_pixels]
+    return any(arguments.get(name) is not None for name in (*pixel_names(family), *former))
 
 
 def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +189,26 @@ def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None
             "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
             "the whole conversation with all its images"
         )
+
+
+def cached_length(arguments: Mapping[str, Any]) -> int:
+    """Tokens in the cache that a call is given."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
+    """What is wrong with a mask (B, P + L), if its P positions before the prompts are not those of the cache."""
+    ids, mask, past = arguments["input_ids"], arguments.get("attention_mask"), cached_length(arguments)
+    if past == 0 or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if mask.shape[1] <= ids.shape[1] or mask.shape[1] == past + ids.shape[1]:
+        return None
+    return (
+        f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are new: "
+        "images take fewer tokens in a zipped model. Give a mask of that length, or generate from the whole "
+        "conversation with all its images"
+    )
 
 
 def pad_token(model: nn.Module) -> int | None:

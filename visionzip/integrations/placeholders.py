@@ -73,9 +73,11 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
                 used += len(own)
                 edits[row] += own
         if used < len(visual.runs):
+            kind = visual.modality
             raise ValueError(
-                f"the prompts have placeholders for {used} of {len(visual.runs)} {visual.modality}s: give as many "
-                f"{visual.modality}s as the prompts have <{visual.modality}>, in order"
+                f"the prompts have placeholders (id {visual.token_id}) for {used} of {len(visual.runs)} {kind}s: give "
+                f"as many {kind}s as the prompts have <{kind}>, in order, from the model's own processor (another's "
+                "placeholders may have another id)"
             )
     return [sorted(row) for row in edits]
 
@@ -149,7 +151,7 @@ def shorten(
     mask = arguments.get("attention_mask")
     _check_shapes(ids, given, mask)
     keep = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].to(ids.device)
-    bounds = [_content(row) for row in keep.bool().cpu()]
+    bounds = [_content(row, own) for row, own in zip(keep.bool().cpu(), edits, strict=True)]
     sources = [_sources(row, *bound) for row, bound in zip(edits, bounds, strict=True)]
     sides = _sides(bounds, ids.shape[1], side)
     length = max(map(len, sources))
@@ -175,9 +177,10 @@ def shorten(
 
 
 def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None) -> None:
-    if mask is not None and (mask.ndim != 2 or mask.shape[0] != ids.shape[0] or mask.shape[1] < ids.shape[1]):
+    shape = None if mask is None else tuple(getattr(mask, "shape", (type(mask).__name__,)))
+    if shape is not None and (len(shape) != 2 or shape[0] != ids.shape[0] or shape[1] < ids.shape[1]):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} for prompts of {tuple(ids.shape)}: a zipped model takes "
+            f"attention_mask has shape {shape} for prompts of {tuple(ids.shape)}: a zipped model takes "
             "(B, L), or (B, past + L) with a cache"
         )
     for name, values in given.items():
@@ -185,10 +188,14 @@ def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None)
             raise ValueError(f"{name} has shape {tuple(values.shape)}, but the prompts have {tuple(ids.shape)}")
 
 
-def _content(keep: Tensor) -> tuple[int, int]:
+def _content(keep: Tensor, edits: list[Edit]) -> tuple[int, int]:
     """Start and end of a prompt without the padding around it; a mask (L,) of zeros alone is taken as a prompt."""
     kept = keep.nonzero().flatten()
-    return (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, len(keep))
+    if not len(kept):
+        return 0, len(keep)
+    # Images that are masked are no padding.
+    starts, ends = [edit.start for edit in edits], [edit.start + edit.full for edit in edits]
+    return min([int(kept[0]), *starts]), max([int(kept[-1]) + 1, *ends])
 
 
 def _sources(edits: list[Edit], start: int, end: int) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
@@ -98,10 +100,33 @@ class LanguageBindVideoModel(LanguageBindImageModel):
             init.normal_(module.temporal_embedding, std=self.config.hidden_size**-0.5)
 
 
+class LanguageBindImageProcessor(CLIPImageProcessorPil):
+    """CLIP's, with the released code's scaling: bicubic, of unrounded values, and without smoothing.
+
+    The released code scales tensors with torchvision 0.15, which does not smooth them; CLIP's own processor (and that of
+    transformers' VideoLlava) scales with PIL, which does. Source: LanguageBind's ``processing_image.py``, and the versions
+    that Video-LLaVA pins.
+    """
+
+    def resize(self, image: np.ndarray, size: Any, resample: Any = None, **kwargs: Any) -> np.ndarray:
+        """An image (3, height, width) with its short side at ``size.shortest_edge``: (3, h, w) float32."""
+        short = min(image.shape[-2:])
+        target = tuple(int(size.shortest_edge * length / short) for length in image.shape[-2:])
+        values = torch.from_numpy(image).float()
+        return F.interpolate(values[None], size=target, mode="bicubic", align_corners=False)[0].numpy()
+
+    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+        """The middle of an image (3, h, w), by torchvision's rounding: half a pixel goes to the even side."""
+        height, width = image.shape[-2:]
+        top, left = round((height - size.height) / 2), round((width - size.width) / 2)
+        return image[:, top : top + size.height, left : left + size.width]
+
+
 class LanguageBindImageTower(CLIPVisionTower):
     """``LanguageBind/LanguageBind_Image``: CLIP ViT-L/14 at 224 pixels, 256 patches without the CLS token."""
 
     model_class = LanguageBindImageModel
+    processor_class = LanguageBindImageProcessor
     config_key = "mm_image_config"
     key_mapping = {r"^vision_model\.": ""}  # noqa: RUF012 - as in LanguageBind's folders
     encoder_prefix = "image_tower."
