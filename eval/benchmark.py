@@ -20,7 +20,7 @@ class Visual:
 
     Attributes:
         key: the same for the same image: questions about it then share its visual tokens. A path, or a row's name.
-        open: the RGB images that the model gets: one, or a video's frames, for which it takes ``count``, how many. Raises
+        open: the RGB images that the model gets: one, or a video's frames (it takes ``count``, how many). Raises
             ValueError or OSError with its name.
         frames: of a video, how many of its frames these are; None: it is an image.
         path: the file, where it is one; it is looked for before any work starts.
@@ -30,7 +30,6 @@ class Visual:
     open: Callable[..., list[Image.Image]]
     frames: int | None = None
     path: Path | None = None
-| None = None
 
 
 @dataclass(frozen=True)

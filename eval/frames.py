@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,14 @@ def clip(path: Path) -> Visual:
     return Visual(str(path), partial(read_frames, path, str(path)), FRAMES, path)
 
 
-def with_frames(questions: Iterable[Question], count: int) -> list[Question]:
-    """The same questions, with so many frames of each video; shorter ones have some more than once.
+def with_frames(questions: Sequence[Question], count: int | None) -> Sequence[Question]:
+    """The same questions, with so many frames of each video; shorter ones have some more than once. None: as they are.
 
     Raises:
         ValueError: none is about a video.
     """
+    if count is None:
+        return questions
 
     def longer(visual: Visual) -> Visual:
         if visual.frames is None:

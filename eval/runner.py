@@ -59,12 +59,8 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args.model_path)
     runs = plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
     data = data_of(benchmark, args)
-    every = data.questions()
-    if args.frames:
-        every = with_frames(every, args.frames)
+    every = _questions(args, data, config)
     questions = every[: args.limit]
-    if frames_of(questions):
-        refuse_videos(vars(config))
     if not args.skip_bad:
         check_files(questions)
     args.conv_mode = args.conv_mode or benchmark.conv_mode or template_for(args.model_path)
@@ -137,6 +133,14 @@ def run(args: argparse.Namespace) -> None:
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
     write_table(folder)
+
+
+def _questions(args: argparse.Namespace, data: Any, config: Any) -> list[Question]:
+    """All questions, with ``--frames`` of each video."""
+    every = with_frames(data.questions(), args.frames)
+    if frames_of(every):
+        refuse_videos(vars(config))
+    return every
 
 
 class _Loader:

@@ -117,12 +117,19 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
         source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file,
         av.open(file, metadata_errors="ignore") as container,
     ):
-        if container.format.name == "image2" or container.format.name.endswith("_pipe"):  # ffmpeg's, of still images
+        if _is_still(container):
             raise ValueError(f"{name} is an image, not a video: give it as an image")
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
             raise ValueError(f"{name} has no video stream: fetch it again")
         yield container, stream
+
+
+def _is_still(container: Any) -> bool:
+    """Whether a file is an image, by ffmpeg's name of its format, or the brand of those that videos have too (HEIC)."""
+    name = container.format.name
+    brand = container.metadata.get("major_brand")
+    return name in ("image2", "ico") or name.endswith("_pipe") or brand in ("avif", "heic", "heix", "mif1")
 
 
 # Into tensors

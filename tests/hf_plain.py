@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 def plain_encode(tower: nn.Module, pixels: Tensor, layer: int = -2) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, S, D) of an encoder layer, score (B, N) of each patch, keys (B, S, Dk), by eager attention."""
-    eager = copy.deepcopy(tower)
-    eager.set_attn_implementation("eager")
+    eager = tower
+    if tower.config._attn_implementation != "eager":  # a copy, which gets the gradients
+        eager = copy.deepcopy(tower)
+        eager.set_attn_implementation("eager")
     output = eager(pixels, output_attentions=True, output_hidden_states=True)
     index = layer % len(eager.encoder.layers)
     scored = eager.encoder.layers[index]

@@ -12,7 +12,6 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def norm(weights: Weights, name: str, x: Tensor) -> Tensor:
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 

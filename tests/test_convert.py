@@ -27,7 +27,7 @@ from checkpoints import (
     write_checkpoint,
     write_qwen_tokenizer,
 )
-from layouts import LAYOUTS, assert_same, weights_of
+from layouts import LAYOUTS, assert_same, convert, weights_of, write_native
 from llava.model.builder import load_pretrained_model, read_config
 from llava.model.tokenizer import load_tokenizer
 

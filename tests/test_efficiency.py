@@ -111,6 +111,7 @@ def test_bad_input_about_frames(flags: list[str], message: str, capsys):
         (["--tokens", "320"], "llava-next-tiny has 320 visual tokens per image; give fewer"),
         (["--plot", "latency.txt"], "give a file that ends in .png, .svg, .pdf"),
         (["--model-path", "somewhere"], "--model-path somewhere: give one of them"),
+        (["--shape", "video-llava-tiny", "--transformers"], "only images have shapes of transformers' classes"),
         (["--methods", "vanilla", "--compile"], "have visionzip among --methods"),
     ],
 )

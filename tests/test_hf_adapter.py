@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hf_video_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoints import NEXT, edit_config, picture
 from eval.__main__ import main as eval_command
-from eval.benchmark import Question, Visual
-from eval.runner import refuse_videos
 from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -224,65 +221,6 @@ def test_eval_gives_the_answers_of_llavas_layout(make_checkpoint, converted, tmp
     assert tokens[0] == tokens[1]
 
 
-@pytest.fixture
-def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Any, Any]:
-    """Tokenizer, model and image processor of a video family, loaded from a folder, and the stock processor."""
-    stock = hf_video_models.processor_for(request.param)
-    for part in (hf_video_models.build(request.param), stock.tokenizer, stock.image_processor):
-        part.save_pretrained(tmp_path / "hf")
-    return *load_pretrained_model(str(tmp_path / "hf"), device="cpu")[:3], stock
-
-
-@pytest.mark.parametrize("family", ["onevision", "next_video", "video_llava"], indirect=True)
-@pytest.mark.parametrize("zipped", [False, True])
-def test_images_of_the_video_families(family, zipped: bool):
-    """An image that needs no padding or cropping: the answer is that of the stock processor and model."""
-    tokenizer, model, processor, stock = family
-    if zipped:
-        visionzip(model, dominant=5, contextual=2)
-    image, question = picture(0, (56, 56)), "<image>What is it?"
-    inputs = stock(images=[image], text=question, return_tensors="pt")
-    inputs["pixel_values"] = inputs.pop("pixel_values_images", inputs.get("pixel_values"))
-    expected = model.native.generate(**inputs, do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
-    ids = tokenizer_image_token(question, tokenizer, return_tensors="pt")[None]
-    pixels = process_images([image, picture(1)], processor, model.config)  # beside another one
-    found = model.generate(ids, images=[pixels[0]], image_sizes=[(56, 56)], do_sample=False, max_new_tokens=6)
-    assert found.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("family", ["video_llava"], indirect=True)
-def test_videos_of_video_llava(family):
-    """A video (3, frames, h, w) has an ``<image>`` for each frame, and the answer is that of the stock processor."""
-    tokenizer, model, processor, stock = family
-    assert model.takes_videos
-    inputs = stock(videos=[hf_video_models.video(0)], text="<video>What is it?", return_tensors="pt")
-    video = inputs["pixel_values_videos"][0].transpose(0, 1)
-    ids = tokenizer_image_token("<image>" * 3 + "What is it?", tokenizer, return_tensors="pt")[None]
-    for tokens in (17, 7):  # CLS stays in videos
-        expected = model.native.generate(**inputs, do_sample=False, max_new_tokens=6)
-        found = model.generate(ids, images=[video], do_sample=False, max_new_tokens=6)
-        assert found.tolist() == expected[:, inputs["input_ids"].shape[1] :].tolist()
-        image = process_images([picture(0)], processor, model.config)[0]
-        mixed = model.visual_tokens([image, video, image])
-        assert [len(each) for each in mixed] == [tokens - (tokens == 17), *[tokens] * 3, tokens - (tokens == 17)]
-        visionzip(model, dominant=5, contextual=2)
-    with pytest.raises(ValueError, match=r"have 1 <image> .* but 3 images were given"):
-        model.generate(ids[:, ids[0].tolist().index(-200) + 2 :], images=[video])
-
-
-@pytest.mark.parametrize(("family", "takes"), [("onevision", False), ("video_llava", True)], indirect=["family"])
-def test_benchmarks_of_videos(family, takes: bool):
-    """Only Video-LLaVA is asked about videos; the others pool them in their own ways."""
-    _, model, _, _ = family
-    question = Question("clip_1", "What is it?", (Visual("clip.mp4", list, frames=8),))
-    if takes:
-        refuse_videos(model, [question])
-        return
-    with pytest.raises(ValueError, match="LlavaOnevisionForConditionalGeneration reads videos in its own way"):
-        refuse_videos(model, [question])
-    refuse_videos(model, [Question("image_1", "What is it?", (Visual("image.png", list),))])
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised(bits: int, converted):
     """Only the language model is; zipped and unzipped again it answers as before."""
@@ -367,7 +305,8 @@ def test_images_that_are_not_the_models(both):
         (lambda: anyres.visual_tokens([image], [(90, 60)]), r"come as \[1\] tiles, .* the whole image and a grid"),
         (lambda: anyres.visual_tokens([tiles]), "give image_sizes"),
         (lambda: anyres.visual_tokens([tiles], [(30, 100)]), r"makes a grid of 1 x"),
-        (lambda: model.visual_tokens([image.log()]), "NaN or infinite"),
+        (lambda: model.visual_tokens([image, image, image.log()]), r"images\[2\] has \d+ pixels that are NaN"),
+        (lambda: model.visual_tokens([image, image], [(90, 60)]), "image_sizes has 1 entries for 2 images"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

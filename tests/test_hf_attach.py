@@ -288,3 +288,20 @@ def test_a_projector_of_several_layers():
 def test_an_unsupported_model():
     with pytest.raises(TypeError, match=r"does not support LlamaForCausalLM.*LlavaNextForConditionalGeneration"):
         visionzip(LlamaForCausalLM(text_config()))
+
+
+def test_a_generate_of_the_users_own_is_used_and_comes_back():
+    """As tools that log calls put it on the object: it is given the short prompts."""
+    model, inputs = llava(), inputs_of("llava")
+    stock, lengths = model.generate, []
+
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["input_ids"].shape[1])
+        return stock(*args, **kwargs)
+
+    model.generate = logged
+    visionzip(visionzip(model, 8, 1), K, M)
+    expected = outputs(visionzip(llava(), K, M), inputs)
+    assert same(outputs(model, inputs), expected)
+    assert lengths == [inputs["input_ids"].shape[1] - PATCHES + K + M]
+    assert unzip(model).generate is logged

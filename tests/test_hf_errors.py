@@ -198,3 +198,19 @@ def test_embeddings_beside_pixels(call: str, with_ids: bool, model: Any):
         del inputs["input_ids"]
     with pytest.raises(ValueError, match="input_ids"):
         getattr(model, call)(**inputs)
+
+
+def test_a_zipped_assistant():
+    """Transformers gives it placeholders without their images; unzipped it may help, and with text it does."""
+    assistant = visionzip(llava(seed=1), K, M)
+    model, options = llava(), {"max_new_tokens": 4, "do_sample": False}
+    with pytest.raises(ValueError, match=r"cannot assist with prompts that have images, .*: unzip\(assistant_model\)"):
+        model.generate(**one_image(), assistant_model=assistant, **options)
+    text = llava_processor()(text="no picture", return_tensors="pt")
+    assert torch.equal(model.generate(**text, assistant_model=assistant, **options), model.generate(**text, **options))
+
+
+def test_no_prompts():
+    inputs = {name: value[:0] for name, value in one_image().items()}
+    with pytest.raises(ValueError, match=r"input_ids must be \(B, L\) with B >= 1, got \(0, 30\)"):
+        visionzip(llava(), K, M)(**inputs)

@@ -197,6 +197,27 @@ def test_a_second_turn_with_the_cache_of_the_first(whole: bool, image: bool, mod
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("ended_early", [False, True])
+def test_a_second_turn_of_a_batch_with_the_cache_of_the_first(ended_early: bool, side: str, model: Any):
+    """Rows get images, or none, and padding in either turn; an answer that ended early may be masked behind its end."""
+    first = llava_batch(texts=["<image> a", "bb <image> longer", "no image"])
+    turn = model.generate(**first, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    processor = llava_processor(side)
+    texts = ["and <image>", "or", "a longer question"]
+    second = processor(images=IMAGES[3:4], text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    said = torch.ones(3, 4, dtype=torch.long)
+    if ended_early:
+        said[1, 2:] = 0
+    conversation = {
+        "input_ids": torch.cat([turn.sequences, second["input_ids"]], dim=1),
+        "attention_mask": torch.cat([first["attention_mask"], said, second["attention_mask"]], dim=1),
+        "pixel_values": torch.stack([first["pixel_values"][0], *second["pixel_values"], first["pixel_values"][1]]),
+    }
+    expected = answers(model, conversation)
+    assert torch.equal(answers(model, conversation, past_key_values=turn.past_key_values), expected)
+
+
 def test_a_static_cache_of_the_zipped_length(model: Any):
     inputs = llava_batch(texts=TEXTS[:1])
     room = inputs["input_ids"].shape[1] - PATCHES + K + M + 5

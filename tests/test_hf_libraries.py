@@ -13,6 +13,7 @@ from hf_models import (
     build,
     content,
     llava,
+    llava_batch,
     llava_next,
     llava_processor,
     next_processor,
@@ -20,7 +21,8 @@ from hf_models import (
     text_config,
     vision_config,
 )
-from peft import LoraConfig, get_peft_model
+from hf_plain import plain_encode, plain_loss, plain_zip, text_labels
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -121,6 +123,22 @@ def test_peft_adapters(task: str | None, zip_first: bool):
     torch.testing.assert_close(outputs(merged, inputs)[1], found[1], atol=1e-3, rtol=1e-3)
 
 
+def test_a_saved_adapter_has_no_setting(tmp_path: Path):
+    """PEFT saves the adapter without the model's config: say again how it was zipped. A merged model keeps it."""
+    inputs = batch()
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], init_lora_weights=False)
+    adapted = get_peft_model(visionzip(llava(), K, M), settings).eval()
+    expected = outputs(adapted, inputs)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(llava(), tmp_path / "adapter").eval()
+    assert not hasattr(again.config, "visionzip")
+    assert same(outputs(visionzip(again, K, M), inputs), expected)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = visionzip(AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")).eval()
+    assert merged.config.visionzip["dominant"] == K
+    torch.testing.assert_close(outputs(merged, inputs)[1], expected[1], atol=1e-3, rtol=1e-3)
+
+
 class Examples(torch.utils.data.Dataset):
     """The rows of a batch, of one image each."""
 
@@ -163,6 +181,23 @@ def test_the_trainer_with_gradient_checkpointing(reentrant: bool, tmp_path: Path
     trainer.save_model(str(tmp_path / "tuned"))
     again = visionzip(AutoModelForImageTextToText.from_pretrained(tmp_path / "tuned"))
     assert same(outputs(again.eval(), batch()), outputs(model.eval(), batch()))
+
+
+def test_gradients_equal_the_plain_reference():
+    """Of every parameter: the encoder's through the tokens that are kept and merged, but none through the choice."""
+    inputs = llava_batch("right", TEXTS)
+    labels = text_labels(inputs)
+    model, plain = visionzip(llava(attention="eager"), K, M), llava(attention="eager")
+    model(**inputs, labels=labels).loss.backward()
+    zipped = plain_zip(*plain_encode(plain.model.vision_tower, inputs["pixel_values"]), K, M)
+    images = [(PATCHES, plain.model.multi_modal_projector(tokens)) for tokens, _ in zipped]
+    plain_loss(plain, inputs, labels, images).backward()
+    found, expected = dict(model.named_parameters()), dict(plain.named_parameters())
+    reached = {name for name, value in expected.items() if value.grad is not None}
+    assert {"lm_head.weight", "model.vision_tower.encoder.layers.0.mlp.fc1.weight"} < reached
+    assert reached == {name for name, value in found.items() if value.grad is not None}
+    for name in reached:
+        torch.testing.assert_close(found[name].grad, expected[name].grad, atol=1e-4, rtol=1e-3)
 
 
 def test_gradients_with_and_without_checkpointing_are_the_same():

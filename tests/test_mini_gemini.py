@@ -82,7 +82,7 @@ class TestMining:
         torch.manual_seed(0)
         projectors = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256)) for width in (256, 20, 20)]
         for projector in projectors:
-            nn.init.normal_(projector[1].weight, std=3)
+            nn.init.normal_(projector[1].weight, std=8)
         tokens, candidates = torch.randn(1, 8, 256).half(), torch.randn(1, 8, 5, 20).half()
         expected = mine(tokens.float(), candidates.float(), *projectors)
         found = mine(tokens, candidates, *(projector.half() for projector in projectors))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
-from checkpoints import LANGUAGE_MODEL, edit_config, edit_weights, write_tokenizer
+from checkpoints import LANGUAGE_MODEL, SIGLIP, edit_config, edit_weights, write_tokenizer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for
 from llava.model import MGMLlamaForCausalLM
@@ -109,8 +109,9 @@ class TestCheckpoint:
         edit_weights(copied, lambda weights: {k: v for k, v in weights.items() if not k.startswith(prefix)})
         publish(copied.parent / "tower", "openai/clip-vit-large-patch14-336")
         publish(copied.parent / "aux", "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup")
-        model = load_pretrained_model(str(copied), device="cpu")[1]
-        assert torch.equal(model.encode_images(pixels()), expected)
+        for path in (str(copied), publish(shutil.copytree(copied, copied.parent / "more"), "YanweiLi/MGM-7B")):
+            model = load_pretrained_model(path, device="cpu")[1]
+            assert torch.equal(model.encode_images(pixels()), expected)
         (copied.parent / CLIP_NAME).mkdir(parents=True)
         monkeypatch.chdir(copied.parent)
         assert resolve_tower_path(CLIP_NAME, SimpleNamespace()) == CLIP_NAME
@@ -200,6 +201,9 @@ class TestBadInput:
     def test_a_config_that_does_not_fit(self, copied: Path, unread, fields: dict[str, Any], match: str) -> None:
         edit_config(copied, **fields)
         self.fails(copied, ValueError, match)
+
+    def test_a_tower_without_a_cls_token(self, make, unread) -> None:
+        self.fails(make(vision=SIGLIP), ValueError, "SigLipVisionTower as mm_vision_tower is not supported")
 
     def test_no_high_resolution_tower(self, copied: Path, unread, offline) -> None:
         edit_config(copied, mm_vision_tower_aux="model_zoo/OpenAI/openclip-convnext-large")

@@ -53,3 +53,26 @@ def tile_order(
     cls_positions = (start + torch.arange(first_patch, device=device)).flatten()
     contextual_positions = (start + torch.arange(kept, length, device=device)).flatten()
     return torch.cat([whole_image, patch_positions, cls_positions, contextual_positions])
+
+
+def join_tiles(
+    tokens: Tensor, dominant_indices: Tensor, grid: tuple[int, int], side: int, *, cls_token: bool = True
+) -> Tensor:
+    """One image's compressed tiles in the order of :func:`tile_order`.
+
+    Args:
+        tokens: (T, K + M, D) of its tiles, before or after the projector.
+        dominant_indices: (T, K) as there.
+        grid: (columns, rows) as there.
+        side: patches along one edge of a tile.
+        cls_token: as there.
+
+    Returns:
+        (T * (K + M), D).
+
+    Raises:
+        ValueError: the grid does not hold T - 1 tiles.
+    """
+    contextual = tokens.shape[1] - dominant_indices.shape[1]
+    order = tile_order(dominant_indices, contextual, grid, (side, side), cls_token=cls_token)
+    return tokens.flatten(0, 1)[order.to(tokens.device)]

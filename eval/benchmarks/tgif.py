@@ -1,7 +1,7 @@
 """TGIF-QA: short open questions about animated GIFs.
 
-Data: Video-LLaVA's ``GPT_Zero_Shot_QA/TGIF_Zero_Shot_QA`` with ``test_q.json``, ``test_a.json`` and ``mp4/``. Public code
-that checks this folder expects 25,751 questions (not looked at here), as many as the test sets of TGIF-QA's four tasks
+Data: Video-LLaVA's ``GPT_Zero_Shot_QA/TGIF_Zero_Shot_QA`` with ``test_q.json``, ``test_a.json`` and ``mp4/``. Public
+code that checks this folder expects 25,751 questions (not looked at here), as many as TGIF-QA's four test sets have
 together; Video-ChatGPT's authors used one of them, FrameQA, with 13,691 about 7,132 GIFs. There is no data set of
 lmms-lab. From a folder of parquet files (``data/test-*.parquet``) the columns are those of IG-VLM's
 ``TGIF_FrameQA.csv``: video_id, video_name, question, answer, question_type; the id is video_id (FRAMEQA1159),

@@ -125,6 +125,11 @@ def _check(args: argparse.Namespace) -> list[Way]:
     tokens = args.tokens
     if args.model_path and not tokens:
         raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
+    if args.model_path and config_values(args.model_path).get("mm_vision_tower_aux"):
+        raise ValueError(
+            f"--model-path {args.model_path} is a Mini-Gemini, whose second tower and mining are no phases of these "
+            "commands: use `visionzip benchmark mining`"
+        )
     args.methods = _methods(args)
     if args.shape:
         shape = SHAPES[args.shape]

@@ -99,11 +99,15 @@ def build_model(name: str, device: str, dtype: torch.dtype, transformers: bool =
         transformers: of transformers' own class.
 
     Raises:
-        ValueError: the shape is unknown.
+        ValueError: the shape is unknown, or of videos with ``transformers``.
     """
     if name not in SHAPES:
         raise ValueError(f"--shape {name} is unknown: use one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
+    if transformers and shape.frames is not None:
+        raise ValueError(
+            f"--shape {name} --transformers: only images have shapes of transformers' classes; leave one out"
+        )
     model_class, config = (_transformers_config if transformers else _config)(shape)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()

@@ -46,17 +46,18 @@ _PLAIN_BACKBONES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
 _PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTER_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-# Patterns for the start of a module's name.
+# Names of modules, with all that is in them.
 _NOT_QUANTIZED = [
     "model.vision_tower",
+    "model.vision_tower_aux",
     "model.image_tower",
     "model.video_tower",
     "model.mm_projector",
     "model.multi_modal_projector",
-    "model.vlm_uni",
+    *(f"model.vlm_uni_{name}_projector" for name in ("query", "aux", "val")),
     "lm_head",
 ]
-TOWER_FIELDS = ("mm_vision_tower", "mm_image_tower", "mm_video_tower")
+TOWER_FIELDS = ("mm_vision_tower", "mm_vision_tower_aux", "mm_image_tower", "mm_video_tower")
 
 
 def load_pretrained_model(
@@ -124,7 +125,7 @@ def load_pretrained_model(
     image_processor = tower.image_processor
     extra = {_own_name(key): value for key, value in load_weights(extra_file).items()} if extra_file else {}
     if model_base:  # a relative folder is inside model_path, not the base
-        for field in (*TOWER_FIELDS, "mm_vision_tower_aux"):
+        for field in TOWER_FIELDS:
             if getattr(config, field, None):
                 setattr(config, field, resolve_tower_path(getattr(config, field), config))
     model = model_class.from_pretrained(model_base or model_path, config=config, extra_weights=extra, **options)
@@ -219,7 +220,8 @@ def read_config(model_path: str, model_name: str | None = None) -> tuple[type, P
         model_class = _MODEL_TYPES.get(model_type) or _MODEL_TYPES[f"llava_{hint}"]
     if model_class is LlavaLlamaForCausalLM and values.get("mm_video_tower"):
         model_class = VideoLlavaLlamaForCausalLM  # its checkpoints have the names of LLaVA-1.5's
-    if model_class is None or not any(values.get(field) for field in TOWER_FIELDS):
+    first = [values.get(field) for field in TOWER_FIELDS if field != "mm_vision_tower_aux"]  # that one is a second
+    if model_class is None or not any(first):
         raise ValueError(
             f"{model_path} is not an original LLaVA checkpoint (architecture {architecture!r}, model_type "
             f"{model_type!r}, mm_vision_tower {values.get('mm_vision_tower')!r}): supported are {', '.join(_MODELS)} "

@@ -1,23 +1,21 @@
-"""What all LLaVA models share: visual tokens, where they go in the prompt, and loading that does not lose weights.
+"""What all LLaVA models share: visual tokens, and where they go in the prompt.
 
 The classes here are mixed in before a backbone's own (``class LlavaLlamaModel(LlavaMetaModel, LlamaModel)``).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.loading import NEWLINE, check_weights, no_load_report, settle_weights, weight_shapes
+from llava.model.loading import CheckedLoading
 from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -27,6 +25,7 @@ from llava.model.prompts import (
     check_images,
     check_mask,
     check_prompts,
+    first_places,
     images_per_row,
     pad_rows,
     padding_mask,
@@ -35,14 +34,11 @@ from llava.model.prompts import (
     visual_positions,
 )
 from llava.model.tiles import Layout, lay_out_tiles, tile_layouts, unpad_image
-from visionzip.tiles import tile_order
+from visionzip.tiles import join_tiles
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 logger = logging.get_logger(__name__)
-
-# Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
-_OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
 
 Images = Tensor | Sequence[Tensor] | Sequence[EncodedImage]
 Sizes = Sequence[tuple[int, int]]
@@ -81,7 +77,7 @@ class LlavaMetaModel:
         return super().forward(*args, **kwargs)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(CheckedLoading):
     """Causal language model that also takes images."""
 
     backbone_class: ClassVar[type[nn.Module]]
@@ -95,74 +91,6 @@ class LlavaMetaForCausalLM:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.register_forward_pre_hook(_own_memory)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str,
-        *args: Any,
-        extra_weights: dict[str, Tensor] | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a checkpoint, and fail if a weight of the model is not in it or one of it not in the model.
-
-        The vision tower's weights come from ``config.mm_vision_tower`` where the checkpoint has none. Everything else
-        as in transformers. A local checkpoint is checked by names and shapes before anything large is read.
-
-        Args:
-            pretrained_model_name_or_path: folder or hub name.
-            *args: as in transformers, as are the ``**kwargs``.
-            extra_weights: weights by name that replace or complete the checkpoint's (a tuned projector).
-            output_loading_info: return the loading info too.
-            **kwargs: ``config``, ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, …
-
-        Raises:
-            OSError: a file is missing or damaged.
-            ValueError: a weight is missing, unexpected or of another shape.
-        """
-        path, weights = pretrained_model_name_or_path, extra_weights or {}
-        if path is not None and Path(path).is_dir() and not kwargs.keys() & _OTHER_SOURCES:
-            config = copy.deepcopy(kwargs.pop("config", None))
-            if not isinstance(config, PretrainedConfig):
-                own = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}  # "auto" is no type
-                config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
-                kwargs |= own
-            config.name_or_path = str(path)
-            kwargs["config"] = config
-            if getattr(config, "quantization_config", None) is None:
-                found = weight_shapes(path)
-                if NEWLINE in found or NEWLINE in weights:
-                    config.mm_image_newline = True
-                with torch.device("meta"):
-                    model = cls(copy.deepcopy(config))
-                weights = check_weights(model, found, weights)
-        kwargs["ignore_mismatched_sizes"] = True  # settle_weights names them, and an extra weight may replace them
-        with no_load_report():
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        settle_weights(model, info, weights)
-        for tower in model.towers().values():
-            tower.requires_grad_(False)  # loading has made new, trainable parameters
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Save with the original keys, as transformers does; what the vision tower needs is put beside the weights.
-
-        Encoder weights that the checkpoint never had are left out again (see ``settle_weights``).
-        """
-        tower = self.get_vision_tower()
-        if tower is None:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        for each in self.towers().values():
-            setattr(self.config, each.config_key, each.config.to_diff_dict())
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if not kwargs.get("is_main_process", True):
-            return
-        try:
-            tower.image_processor.save_pretrained(save_directory)
-        except OSError as error:
-            logger.warning("saved without the image processor: %s", error)
 
     def get_model(self) -> Any:
         """The backbone, with ``vision_tower``, ``mm_projector`` and ``embed_tokens``."""
@@ -461,9 +389,7 @@ class LlavaMetaForCausalLM:
         side = tower.num_patches_per_side
         if dominant_indices is None:
             return lay_out_tiles(tokens, layout, side, newline)
-        contextual = tokens.shape[1] - dominant_indices.shape[1]
-        order = tile_order(dominant_indices, contextual, layout.grid, (side, side), cls_token=tower.cls_token)
-        return tokens.flatten(0, 1)[order.to(tokens.device)]
+        return join_tiles(tokens, dominant_indices, layout.grid, side, cls_token=tower.cls_token)
 
 
 def _own_memory(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -475,19 +401,3 @@ def _own_memory(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
     if hidden.stride(0) == hidden.shape[1:].numel():
         return None
     return (hidden.clone(memory_format=torch.contiguous_format),)
-
-
-def first_places(images: list[Tensor], image_sizes: Sizes | None) -> list[int]:
-    """For each image, where the same tensor object, with the same size, is first in the list.
-
-    Raises:
-        ValueError: there are more or fewer sizes than images.
-    """
-    if image_sizes is not None and len(image_sizes) != len(images):
-        raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(images)} images: give one for each")
-    sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
-    places: dict[Any, int] = {}
-    return [
-        places.setdefault((id(image), size), index)
-        for index, (image, size) in enumerate(zip(images, sizes, strict=True))
-    ]

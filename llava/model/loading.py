@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -13,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
+logger = logging.getLogger(__name__)
+
 # Buffers that older transformers saved with the weights; they are computed now.
 NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type is flat
 _OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+# Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
+_OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
 # In the order in which transformers looks for them.
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -240,3 +246,78 @@ def no_load_report() -> Iterator[None]:
         yield
     finally:
         source.removeFilter(is_wanted)
+
+
+class CheckedLoading:
+    """``from_pretrained`` and ``save_pretrained`` of models with vision towers, which lose no weight unsaid.
+
+    Mixed in before transformers' own class. It has ``get_vision_tower()`` and ``towers()``.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        extra_weights: dict[str, Tensor] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint, and fail if a weight of the model is not in it or one of it not in the model.
+
+        The vision tower's weights come from ``config.mm_vision_tower`` where the checkpoint has none. Everything else
+        as in transformers. A local checkpoint is checked by names and shapes before anything large is read.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name.
+            *args: as in transformers, as are the ``**kwargs``.
+            extra_weights: weights by name that replace or complete the checkpoint's (a tuned projector).
+            output_loading_info: return the loading info too.
+            **kwargs: ``config``, ``dtype``, ``device_map``, ``attn_implementation``, ``quantization_config``, …
+
+        Raises:
+            OSError: a file is missing or damaged.
+            ValueError: a weight is missing, unexpected or of another shape.
+        """
+        path, weights = pretrained_model_name_or_path, extra_weights or {}
+        if path is not None and Path(path).is_dir() and not kwargs.keys() & _OTHER_SOURCES:
+            config = copy.deepcopy(kwargs.pop("config", None))
+            if not isinstance(config, PretrainedConfig):
+                own = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}  # "auto" is no type
+                config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+                kwargs |= own
+            config.name_or_path = str(path)
+            kwargs["config"] = config
+            if getattr(config, "quantization_config", None) is None:
+                found = weight_shapes(path)
+                if NEWLINE in found or NEWLINE in weights:
+                    config.mm_image_newline = True
+                with torch.device("meta"):
+                    model = cls(copy.deepcopy(config))
+                weights = check_weights(model, found, weights)
+        kwargs["ignore_mismatched_sizes"] = True  # settle_weights names them, and an extra weight may replace them
+        with no_load_report():
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        settle_weights(model, info, weights)
+        for tower in model.towers().values():
+            tower.requires_grad_(False)  # loading has made new, trainable parameters
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Save with the original keys, as transformers does; what the vision tower needs is put beside the weights.
+
+        Encoder weights that the checkpoint never had are left out again (see ``settle_weights``).
+        """
+        tower = self.get_vision_tower()
+        if tower is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        for each in self.towers().values():
+            setattr(self.config, each.config_key, each.config.to_diff_dict())
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        try:
+            tower.image_processor.save_pretrained(save_directory)
+        except OSError as error:
+            logger.warning("saved without the image processor: %s", error)

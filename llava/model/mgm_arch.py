@@ -9,7 +9,9 @@ With VisionZip (the paper's Table 14) the CLIP tower's own attention chooses, an
 - the CLS token, which Mini-Gemini without VisionZip does not pass on, stands for the whole image: its sub-patches are
   averages over it, as many as a patch has.
 
-No VisionZip code for this family was released; the last two are decisions made here.
+No VisionZip code for this family was released; the last two are decisions made here. So is that each tile of an -HD
+image (the whole, then its quarters) is zipped by itself, to K + M tokens, and the tiles keep their order; the paper has
+no figures of -HD.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, Sizes, first_places
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.mining import average_patches, mine, sub_patches
 from llava.model.multimodal_encoder.openclip_encoder import STRIDE, OpenCLIPVisionTower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.prompts import check_finite, check_images
+from llava.model.prompts import check_finite, check_images, first_places
 
 __all__ = ["MGMMetaForCausalLM", "MGMMetaModel"]
 
@@ -95,6 +97,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         images_aux: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sizes | None = None,
         visual_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """LLaVA's, with Mini-Gemini's ``images_aux`` where that has it."""
@@ -111,6 +114,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
             _paired(images, images_aux),
             image_sizes,
             visual_mask,
+            logits_to_keep,
             **kwargs,
         )
 
@@ -225,20 +229,12 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         Returns:
             Tokens (B, N, D) and the numbers (B, n) of their patches: of all, or when zipped of all but the first token,
             which is CLS.
-
-        Raises:
-            ValueError: a control has dropped tokens behind the tower.
         """
         tower = self.get_vision_tower()
         batch = tiles.to(device=tower.device, dtype=tower.dtype)
         if tower.visionzip is None:
-            tokens, side = tower(batch), tower.num_patches_per_side
-            if tokens.shape[1] != side**2:
-                raise ValueError(
-                    f"the vision tower returned {tokens.shape[1]} tokens of {side**2} patches: controls that drop "
-                    "patches behind the tower do not say which ones, so Mini-Gemini cannot look closer at the others"
-                )
-            return tokens, torch.arange(side**2, device=tokens.device).expand(len(tokens), -1)
+            tokens = tower(batch)
+            return tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         compressed = tower.compress(batch)
         return compressed.tokens, torch.cat([compressed.dominant_indices[:, 1:], compressed.target_indices], dim=1) - 1
 
@@ -255,10 +251,11 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         """
         side, (grid, has_whole) = self.get_vision_tower().num_patches_per_side, _grid(self.config)
         size = maps[0].shape[-1] // (grid * side)  # positions along an edge of a patch
-        places = patches.to(maps[0].device).unflatten(0, (len(maps[0]), -1))
+        tiles, places = (values.unflatten(0, (len(maps[0]), -1)) for values in (tokens, patches.to(maps[0].device)))
         corners = torch.stack([places // side, places % side], dim=-1) * size
-        found = []
-        for tile in range(places.shape[1]):
+        model = self.get_model()
+        mined = []
+        for tile in range(places.shape[1]):  # one after the other: its sub-patches are 64 times as many as its tokens
             # The whole image's patches are `grid` times as wide, and have as many sub-patches.
             is_whole = has_whole and tile == 0
             scale = grid if is_whole else 1
@@ -268,16 +265,16 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
             if patches.shape[1] < tokens.shape[1]:
                 extent = side * size * scale
                 own = torch.cat([average_patches(maps, start, extent, size), own], dim=1)
-            found.append(own)
-        candidates = torch.stack(found, dim=1).flatten(0, 1).to(tokens)
-        model = self.get_model()
-        return mine(
-            tokens,
-            candidates,
-            model.vlm_uni_query_projector,
-            model.vlm_uni_aux_projector,
-            model.vlm_uni_val_projector,
-        )
+            mined.append(
+                mine(
+                    tiles[:, tile],
+                    own.to(tokens),
+                    model.vlm_uni_query_projector,
+                    model.vlm_uni_aux_projector,
+                    model.vlm_uni_val_projector,
+                )
+            )
+        return torch.stack(mined, dim=1).flatten(0, 1)
 
 
 def _paired(images: Any, images_aux: Any) -> Any:
@@ -326,7 +323,10 @@ def _check_sizes(config: Any, tower: VisionTower, aux: OpenCLIPVisionTower) -> N
     """
     patches = tower.num_patches_per_side * _grid(config)[0]
     if not tower.cls_token:
-        raise ValueError(f"{type(tower).__name__} as mm_vision_tower is not supported: Mini-Gemini has CLIP")
+        raise ValueError(
+            f"{type(tower).__name__} as mm_vision_tower is not supported: Mini-Gemini has CLIP, set mm_vision_tower in "
+            "the checkpoint's config.json to openai/clip-vit-large-patch14-336"
+        )
     if config.image_size_aux % (STRIDE * patches):
         raise ValueError(
             f"image_size_aux={config.image_size_aux} does not fit {patches} x {patches} patches: it must be a multiple "

@@ -76,9 +76,11 @@ def mine(
     """
     (key_norm, key_linear), (value_norm, value_linear) = aux_projector, val_projector
     normed = F.layer_norm(candidates, candidates.shape[-1:], eps=key_norm.eps)  # both norms, without their own scales
-    queries = (query_projector(tokens) @ key_linear.weight) * key_norm.weight
+    # Scaled down first: float16 has no room for the logits before.
+    queries = query_projector(tokens) * key_linear.out_features**-0.5
+    queries = (queries @ key_linear.weight) * key_norm.weight
     # The norm's and the projection's biases add the same to all of a token's logits: the softmax does not see them.
-    logits = (normed @ queries[..., None])[..., 0] / key_linear.out_features**0.5
+    logits = (normed @ queries[..., None])[..., 0]
     weights = logits.nan_to_num().softmax(dim=-1)
     mixture = (weights[..., None, :] @ normed)[..., 0, :]
     return value_linear(mixture * value_norm.weight + value_norm.bias)

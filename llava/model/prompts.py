@@ -102,6 +102,22 @@ def check_images(images: Tensor | Sequence[Tensor]) -> None:
         )
 
 
+def first_places(images: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]] | None) -> list[int]:
+    """For each image, where the same tensor object, with the same size, is first in the list.
+
+    Raises:
+        ValueError: there are more or fewer sizes than images.
+    """
+    if image_sizes is not None and len(image_sizes) != len(images):
+        raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(images)} images: give one for each")
+    sizes = [None] * len(images) if image_sizes is None else [tuple(size) for size in image_sizes]
+    places: dict[Any, int] = {}
+    return [
+        places.setdefault((id(image), size), index)
+        for index, (image, size) in enumerate(zip(images, sizes, strict=True))
+    ]
+
+
 def as_tiles(image: Any, index: int, edge: int) -> Tensor:
     """One image, (3, h, w) or (tiles, 3, h, w), as (tiles, 3, h, w).
 

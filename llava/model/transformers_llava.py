@@ -2,8 +2,10 @@
 
 Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tokenized apart from the image sentinel,
 LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
-text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not. Videos are
-for Video-LLaVA only.
+text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
+
+Videos are for Video-LLaVA only. OneVision's images are all cut into tiles; its stock processor gives those that share
+a prompt with others one tile each. FastV, SparseVLM and the controls hook into LLaVA's own classes: convert to these.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.layouts import KINDS, TOWERS, image_fields
-from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes, first_places
+from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
 from llava.model.loading import has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.prompts import as_tiles, check_finite, check_images
+from llava.model.prompts import as_tiles, check_finite, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
 from visionzip import VisionZipConfig, visionzip

@@ -27,13 +27,18 @@ def is_llava(path: str) -> bool:
 
     Raises:
         OSError: its config cannot be read.
-        ValueError: it is a Video-LLaVA.
+        ValueError: it is a Video-LLaVA or a Mini-Gemini.
     """
     values, _ = PretrainedConfig.get_config_dict(path)
     if values.get("mm_video_tower"):
         raise ValueError(
-            f"model_name_or_path={path} is a Video-LLaVA, which is not trained here (its data has videos, which are not "
-            "read): give a LLaVA-1.5 or LLaVA-NeXT"
+            f"model_name_or_path={path} is a Video-LLaVA, which is not trained here (its data has videos, which are "
+            "not read): give a LLaVA-1.5 or LLaVA-NeXT"
+        )
+    if values.get("mm_vision_tower_aux"):
+        raise ValueError(
+            f"model_name_or_path={path} is a Mini-Gemini, whose second tower the training here does not know: give a "
+            "LLaVA-1.5 or LLaVA-NeXT"
         )
     return bool(values.get("mm_vision_tower"))
 

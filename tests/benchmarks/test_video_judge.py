@@ -215,5 +215,3 @@ def test_a_graded_file(tmp_path: Path):
     path.write_text(json.dumps(entries["1"]))
     with pytest.raises(ValueError, match="is not a graded file"):
         graded(path)
-
-

@@ -43,7 +43,7 @@ def random_tokens(model: Model, tokens: int, seed: int = 0) -> Model:
     Raises:
         TypeError: the model is of no supported family.
         ValueError: ``tokens`` is outside 1 to the number of patches, the seed is negative, or the model is zipped,
-            reads grids of tiles or passes its CLS token on.
+            reads grids of tiles, passes its CLS token on, or looks closer at patches (Mini-Gemini).
     """
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: use 0 or more")
@@ -170,6 +170,11 @@ def _checked_tower(model: nn.Module, tokens: int) -> Any:
     if tower.visionzip is not None:
         raise ValueError("the model is zipped, so a control would see compressed tokens: call unzip(model) first")
     _refuse_tiles(target)
+    if hasattr(target, "get_vision_tower_aux"):
+        raise ValueError(
+            f"{type(target).__name__} looks closer at patches behind its vision tower, but controls drop some there "
+            "and do not say which: use a model without patch info mining (LLaVA-1.5)"
+        )
     if tower.cls_token and tower.select_feature != "patch":
         raise ValueError(
             f"mm_vision_select_feature={tower.select_feature!r} passes the CLS token on, but controls choose among "

@@ -56,8 +56,8 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
         zipped.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     # Partials, not bound methods: these would be looked up by name, on the class, when a model is unpickled.
     for name, modality in family.modalities.items():
-        setattr(model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
-    model.generate = functools.partial(generation.generate, model)
+        _hang(zipped, model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
+    _hang(zipped, model, "generate", functools.partial(generation.generate, model))
     model._visionzip = zipped
     model.config.visionzip = config.to_dict()
 
@@ -68,10 +68,17 @@ def detach(family: Family, model: nn.Module) -> None:
     if zipped is not None:
         for handle in zipped.handles:
             handle.remove()
-        for name in family.modalities:
-            vars(model.model).pop(f"get_{name}_features", None)
-        vars(model).pop("generate", None)
+        for module, name, own in zipped.replaced:
+            delattr(module, name)
+            if own is not None:
+                setattr(module, name, own)
     vars(model.config).pop("visionzip", None)
+
+
+def _hang(zipped: Zipped, module: nn.Module, name: str, function: Any) -> None:
+    """Put a function on an object, in the place of its class's or of one of the object's own."""
+    zipped.replaced.append((module, name, vars(module).get(name)))
+    setattr(module, name, function)
 
 
 def vision_tower(family: Family, model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from visionzip.integrations.huggingface import (
     renamed,
     visuals,
 )
-from visionzip.integrations.placeholders import Edit, find_runs, shorten
+from visionzip.integrations.placeholders import Edit, Visual, find_runs, shorten
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -51,7 +52,8 @@ def generate(
         stopping_criteria: as in transformers.
         prefix_allowed_tokens_fn: as in transformers.
         **kwargs: transformers' other arguments, and the model's. With ``past_key_values``, a prompt as long as its
-            ``attention_mask`` is the whole conversation with all its images, as in transformers.
+            ``attention_mask`` is the whole conversation with all its images (padded on the left), as in transformers;
+            otherwise it is the new tokens, with the new images.
 
     Returns:
         What transformers' own returns, with the user's prompts in front of the answers.
@@ -66,53 +68,87 @@ def generate(
         "stopping_criteria": stopping_criteria,
         "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
     }
-    stock = type(model).generate
+    stock = _stock(zipped, model)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
+    if getattr(generation_config, "is_assistant", False):
+        _refuse_images(zipped, model, prompt)
     if kwargs.get("inputs_embeds") is not None and has_pixels(zipped.family, kwargs):
         raise ValueError(NO_IDS)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
-        return stock(model, inputs, **own, **kwargs)
+        return stock(inputs, **own, **kwargs)
     kwargs = renamed(zipped.family, kwargs) | {"input_ids": prompt}
     if misfit := mask_misfit(kwargs):
         raise ValueError(misfit)
     found = visuals(zipped, model.model, kwargs)
     if not any(visual.runs for visual in found):
-        return stock(model, **own, **kwargs)
+        return stock(**own, **kwargs)
 
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
-    mask = kwargs["attention_mask"]
-    short = shorten(kwargs, find_runs(prompt, found), pad_token(model), side="left")
+    past = cached_length(kwargs)
+    if kwargs["attention_mask"].shape[1] != prompt.shape[1]:
+        past = 0  # the new tokens alone
+    if past:
+        kwargs.pop("position_ids", None)  # transformers counts them by the mask
+    short = shorten(kwargs, find_runs(prompt, found), pad_token(model), side="left", past=past)
     kwargs |= short.arguments
-    _skip_cached(zipped, model, kwargs, short.edits, mask)
+    if past:
+        _skip_cached(zipped, model, kwargs, found, short.new)
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
 
-    def shown(ids: Tensor) -> Tensor:
-        return _with_prompt(prompt, ids, length)
-
-    if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _Streamer(kwargs["streamer"], shown)
-    if logits_processor is not None:
-        own["logits_processor"] = [_Shown(each, shown) for each in logits_processor]
-    if stopping_criteria is not None:
-        own["stopping_criteria"] = [_Shown(each, shown) for each in stopping_criteria]
-    if prefix_allowed_tokens_fn is not None:
-        own["prefix_allowed_tokens_fn"] = lambda row, ids: prefix_allowed_tokens_fn(
-            row, torch.cat([prompt[row].to(ids.device), ids[length:]])
-        )
-    result = stock(model, **own, **kwargs)
+    shown = _show_users_prompt(own, kwargs, prompt, length)
+    result = stock(**own, **kwargs)
     if isinstance(result, Tensor):
         return shown(result)
     result.sequences = shown(result.sequences)
     return result
 
 
-def _with_prompt(prompt: Tensor, ids: Tensor, length: int) -> Tensor:
-    """Sequences (B * n, length + new) with the user's prompts (B, L) in the place of the short ones."""
-    users = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), dim=0)
-    return torch.cat([users, ids[:, length:]], dim=1)
+def _refuse_images(zipped: Zipped, model: nn.Module, prompt: Tensor) -> None:
+    """Refuse to assist with images: transformers shows an assistant the placeholders without them.
+
+    Raises:
+        ValueError: there are placeholders.
+    """
+    tokens = [getattr(model.config, f"{name}_token_id") for name in zipped.family.modalities]
+    if any((prompt == token).any() for token in tokens):
+        raise ValueError(
+            "a zipped model cannot assist with prompts that have images, as transformers gives an assistant their "
+            "placeholders alone: unzip(assistant_model)"
+        )
+
+
+def _stock(zipped: Zipped, model: nn.Module) -> Callable[..., Any]:
+    """The model's ``generate`` without VisionZip: of its class, or what the user had put in its place."""
+    replaced = next((own for _, name, own in zipped.replaced if name == "generate"), None)
+    return functools.partial(type(model).generate, model) if replaced is None else replaced
+
+
+def _show_users_prompt(
+    own: dict[str, Any], kwargs: dict[str, Any], prompt: Tensor, length: int
+) -> Callable[[Tensor], Tensor]:
+    """Let all that looks at the sequences see the user's prompts (B, L) in the place of the short ones.
+
+    Returns:
+        How: from sequences (B * n, length + new) to (B * n, L + new).
+    """
+
+    def shown(ids: Tensor) -> Tensor:
+        users = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), dim=0)
+        return torch.cat([users, ids[:, length:]], dim=1)
+
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _Streamer(kwargs["streamer"], shown)
+    for name in ("logits_processor", "stopping_criteria"):
+        if own[name] is not None:
+            own[name] = [_Shown(each, shown) for each in own[name]]
+    if (allowed := own["prefix_allowed_tokens_fn"]) is not None:
+        own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, torch.cat([prompt[row].to(ids.device), ids[length:]])
+        )
+    return shown
 
 
 def _setting(name: str, model: nn.Module, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
@@ -147,61 +183,25 @@ def _count_users_prompt(
     return generation_config
 
 
-def _check_padding(mask: Tensor) -> None:
-    """Refuse, with a cache of earlier turns, padding between tokens of a prompt.
-
-    The cache has the prompts padded on the left, whichever side the padding was on in the first turn.
-
-    Raises:
-        ValueError: there is such padding. Not where other rows are padded on the left, as then all were.
-    """
-    gaps = (mask[:, 1:] > mask[:, :-1]).any(dim=1)
-    if mask[:, 0].all() and gaps.any():
-        raise ValueError(
-            f"attention_mask has padding inside prompt {int(gaps.nonzero()[0])}: with past_key_values, prompts must be "
-            "padded on the left, and behind an answer that ended early the mask must be 1. Or leave past_key_values out"
-        )
-
-
 def _skip_cached(
-    zipped: Zipped, model: nn.Module, kwargs: dict[str, Any], edits: list[list[Edit]], users_mask: Tensor
+    zipped: Zipped, model: nn.Module, kwargs: dict[str, Any], found: list[Visual], new: list[Edit]
 ) -> None:
-    """With a cache of earlier turns, keep only the images behind it; transformers skips the tokens before.
+    """Keep only the images behind the cache of earlier turns; transformers skips the tokens before.
 
     Where there are none behind it, none are encoded.
-
-    Raises:
-        ValueError: the cache holds more than the prompts, or ends inside an image, or is padded otherwise.
     """
-    past = cached_length(kwargs)
-    if past == 0 or kwargs["attention_mask"].shape[1] != kwargs["input_ids"].shape[1]:
-        return  # nothing before, or the new tokens alone
-    _check_padding(users_mask)
-    if past >= kwargs["input_ids"].shape[1]:
-        raise ValueError(
-            f"past_key_values holds {past} tokens, and the prompt has {kwargs['input_ids'].shape[1]} when zipped, so "
-            "nothing in it is new. Give the whole conversation with all its images, or the new tokens alone with an "
-            "attention_mask that covers the cache too"
-        )
-    flat = [edit for row in edits for edit in row]
-    if cut := next((edit for edit in flat if edit.start < past < edit.start + edit.short), None):
-        raise ValueError(
-            f"past_key_values holds {past} tokens, which ends inside {cut.modality} {cut.index}: it is of another "
-            "conversation, or of one that was not zipped"
-        )
     outputs = {}
-    for name, modality in zipped.family.modalities.items():
-        own = [edit for edit in flat if edit.modality == name]
-        new = sorted(edit.index for edit in own if edit.start >= past)
-        if kwargs.get(modality.pixels) is not None and new:
-            method = getattr(model.model, f"get_{name}_features")
+    for visual in found:
+        chosen = sorted(edit.index for edit in new if edit.modality == visual.modality)
+        if chosen:
+            method = getattr(model.model, f"get_{visual.modality}_features")
             names = inspect.signature(method).parameters
-            outputs[name] = method(**{key: value for key, value in kwargs.items() if key in names})
-            every = outputs[name].pooler_output
+            output = outputs[visual.modality] = method(**{key: value for key, value in kwargs.items() if key in names})
+            every = output.pooler_output
             if isinstance(every, Tensor):  # of as many frames of each video, or of images
-                outputs[name].pooler_output = every.unflatten(0, (len(own), -1))[new].flatten(0, 1)
+                output.pooler_output = every.unflatten(0, (len(visual.runs), -1))[chosen].flatten(0, 1)
             else:
-                outputs[name].pooler_output = [every[index] for index in new]
+                output.pooler_output = [every[index] for index in chosen]
     for name in pixel_names(zipped.family):
         kwargs.pop(name, None)
     kwargs["mm_encoder_outputs"] = outputs

@@ -44,4 +44,4 @@ def image_features(
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(features))
 
 
-FAMILY = Family("LLaVA-1.5 (transformers)", {"image": Modality("pixel_values", image_runs, image_features)})
+FAMILY = Family({"image": Modality("pixel_values", image_runs, image_features)})

@@ -22,7 +22,7 @@ from visionzip.integrations.huggingface import (
     side_length,
 )
 from visionzip.integrations.placeholders import Run
-from visionzip.tiles import tile_order
+from visionzip.tiles import join_tiles
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
@@ -74,17 +74,10 @@ def image_features(
     features = base.multi_modal_projector(compressed.tokens)
     kept = compressed.dominant_indices.split(counts)
     images = [
-        join_tiles(tokens, indices, shape, side_length(tower), has_cls_token(tower))
+        join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=has_cls_token(tower))
         for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True)
     ]
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
-
-
-def join_tiles(tokens: Tensor, dominant_indices: Tensor, grid: tuple[int, int], side: int, cls_token: bool) -> Tensor:
-    """One image's sequence (T * (K + M), D) from its tiles' tokens (T, K + M, D); ``grid`` is (rows, columns)."""
-    contextual = tokens.shape[1] - dominant_indices.shape[1]
-    order = tile_order(dominant_indices, contextual, grid[::-1], (side, side), cls_token=cls_token)
-    return tokens.flatten(0, 1)[order.to(tokens.device)]
 
 
 def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:
@@ -139,7 +132,6 @@ def _grid_length(base: nn.Module, size: tuple[int, int], rows: int, columns: int
 
 
 FAMILY = Family(
-    "LLaVA-NeXT (transformers)",
     {"image": Modality("pixel_values", image_runs, image_features)},
     needs=("config.image_grid_pinpoints",),
 )

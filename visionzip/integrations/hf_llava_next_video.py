@@ -87,7 +87,6 @@ def video_features(
 
 
 FAMILY = Family(
-    "LLaVA-NeXT-Video (transformers)",
     {
         "image": Modality("pixel_values", image_runs, image_features),
         "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),

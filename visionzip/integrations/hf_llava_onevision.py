@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from visionzip.compress import compress_tokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import compress_images, has_cls_token, score_images
-from visionzip.integrations.hf_llava_next import check_tiles, flat_tiles, grids, join_tiles
+from visionzip.integrations.hf_llava_next import check_tiles, flat_tiles, grids
 from visionzip.integrations.huggingface import (
     Family,
     Modality,
@@ -32,6 +32,7 @@ from visionzip.integrations.huggingface import (
     side_length,
 )
 from visionzip.integrations.placeholders import Run
+from visionzip.tiles import join_tiles
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
@@ -97,7 +98,7 @@ def image_features(
         if grid is None:
             images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
         else:
-            images.append(join_tiles(tokens, indices, grid, side_length(tower), has_cls_token(tower)))
+            images.append(join_tiles(tokens, indices, grid[::-1], side_length(tower), cls_token=has_cls_token(tower)))
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
 
 
@@ -189,7 +190,6 @@ def _tiles(grid: tuple[int, int] | None) -> int:
 
 
 FAMILY = Family(
-    "LLaVA-OneVision (transformers)",
     {
         "image": Modality("pixel_values", image_runs, image_features),
         "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),

@@ -1,7 +1,9 @@
 """transformers' VideoLlava: two CLIP encoders, one for images and one for videos, whose frames are read one by one.
 
 Every image and every frame is compressed alone. The paper's 136 tokens of a video (its Table 3) are 17 of each of 8
-frames; how many of them are dominant it does not say: 15 + 2 is the ratio of its settings for LLaVA-1.5.
+frames; how many of them are dominant it does not say: 15 + 2 here; by the ratio of its settings for images it
+would be 14 + 3.
+The original model attends over time in its video encoder; this class has no such weights.
 """
 
 from __future__ import annotations
@@ -103,7 +105,6 @@ def video_features(
 
 
 FAMILY = Family(
-    "VideoLlava (transformers)",
     {
         "image": Modality("pixel_values", image_runs, image_features, former_pixels="pixel_values_images"),
         "video": Modality("pixel_values_videos", video_runs, video_features),

@@ -13,6 +13,21 @@ forward is typed again:
 A family is one file with a :class:`Family` in it. It says two things of images, and of videos if it has them: how long
 each one's run of placeholders is before and after (from shapes and the config alone, nothing is computed), and how the
 zipped visual tokens are made. Everything else is here.
+
+What ``generate`` returns begins with the user's own prompts. Everything else that a call returns has the length of the
+short ones: logits, hidden states and attentions (a Trainer's ``compute_metrics`` gets fewer logits than labels), and
+the KV cache.
+
+Refused, each with an error that names the cure: pixels beside ``inputs_embeds``; ``logits_to_keep`` as positions and
+``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four dimensions beside pixels; a zipped
+``assistant_model`` for prompts with images; a second turn with the cache of the first whose mask has the long prompts'
+length or whose prompts are padded on the right; encoders other than CLIP and SigLIP; projectors of several layers.
+
+To know: PEFT saves an adapter without the model's config, so say ``visionzip(model, …)`` again after loading one (a
+merged model keeps its setting). ``model.forward(…)`` called by that name, as old versions of PEFT do, runs no hooks of
+the model, so that ``labels`` are not shortened and the loss fails; ``model(…)`` it is. ``DataParallel`` runs the
+encoder of all replicas on the first device. ``torch.compile(model, fullgraph=True)`` fails on prompts with images, as
+it does without VisionZip; decoding steps are one graph.
 """
 
 from __future__ import annotations
@@ -59,7 +74,6 @@ class Family:
     """One model family of transformers.
 
     Attributes:
-        name: for messages.
         modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
             ``get_<name>_features``.
         towers: attributes of the base model that hold image encoders.
@@ -68,7 +82,6 @@ class Family:
         default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
     """
 
-    name: str
     modalities: Mapping[str, Modality]
     towers: tuple[str, ...] = ("vision_tower",)
     needs: tuple[str, ...] = ()
@@ -77,11 +90,20 @@ class Family:
 
 @dataclass(eq=False)
 class Zipped:
-    """What hangs on a zipped model as ``model._visionzip``."""
+    """What hangs on a zipped model as ``model._visionzip``.
+
+    Attributes:
+        family: how it is zipped.
+        config: the setting.
+        handles: of the hooks.
+        replaced: module and name of each function that was put on it, and what the user had put there before, if
+            anything.
+    """
 
     family: Family
     config: VisionZipConfig
     handles: list[RemovableHandle] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
 # --- what a family's file needs ---
@@ -206,8 +228,8 @@ def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are new: "
-        "images take fewer tokens in a zipped model. Give a mask of that length, or generate from the whole "
-        "conversation with all its images"
+        "images take fewer tokens in a zipped model. Give a mask of that length, with zeros where the cache holds "
+        "padding, or generate from the whole conversation with all its images"
     )
 
 

@@ -61,9 +61,11 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
         The runs of each row, in order.
 
     Raises:
-        ValueError: a run is not made of whole images, or there are more or fewer than images. The message names row
-            and image, both lengths and what to do.
+        ValueError: there is no prompt; a run is not made of whole images, or there are more or fewer than images. The
+            message names row and image, both lengths and what to do.
     """
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"input_ids must be (B, L) with B >= 1, got {tuple(input_ids.shape)}")
     edits: list[list[Edit]] = [[] for _ in input_ids]
     for visual in visuals:
         used = 0
@@ -121,20 +123,25 @@ class Shortened(NamedTuple):
     Attributes:
         arguments: those of the model that run along with the tokens, as far as they were given (an ``attention_mask``
             in any case where rows differ in length), with L' for L.
-        edits: the runs of each row, where they are now.
+        new: the runs that are not in the cache yet; all of them without one.
     """
 
     arguments: dict[str, Tensor]
-    edits: list[list[Edit]]
+    new: list[Edit]
 
 
 def shorten(
-    arguments: Mapping[str, Any], edits: list[list[Edit]], pad_token_id: int | None, side: str | None = None
+    arguments: Mapping[str, Any],
+    edits: list[list[Edit]],
+    pad_token_id: int | None,
+    side: str | None = None,
+    past: int = 0,
 ) -> Shortened:
     """Prompts with runs as long as the zipped model's visual tokens.
 
     Rows lose their padding and are padded anew to the longest of them, each on the side where it was, and otherwise on
-    the side of the others or the left, so that ``logits[:, -1]`` is still each row's next token.
+    the side of the others or the left, so that ``logits[:, -1]`` is still each row's next token. With a cache, what it
+    holds is padded to its length, and what is new is padded on its own behind that.
 
     Args:
         arguments: ``input_ids`` (B, L) and, if given, ``attention_mask`` (B, P + L) with P positions of a cache,
@@ -142,20 +149,24 @@ def shorten(
         edits: of :func:`find_runs`.
         pad_token_id: id for padding; 0 if None.
         side: ``"left"`` or ``"right"`` for all rows.
+        past: tokens in the cache with which the prompts begin, where they do; then with ``side="left"``, with a mask
+            and without ``position_ids``.
 
     Raises:
-        ValueError: an argument has another shape.
+        ValueError: an argument has another shape, or the cache is not one of these prompts.
     """
     ids = arguments["input_ids"]
     given = {name: arguments[name] for name in (*_FILL, "position_ids") if arguments.get(name) is not None}
     mask = arguments.get("attention_mask")
     _check_shapes(ids, given, mask)
     keep = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].to(ids.device)
-    bounds = [_content(row, own) for row, own in zip(keep.bool().cpu(), edits, strict=True)]
+    kept = keep.bool().cpu()
+    bounds = [_content(row, own) for row, own in zip(kept, edits, strict=True)]
     sources = [_sources(row, *bound) for row, bound in zip(edits, bounds, strict=True)]
     sides = _sides(bounds, ids.shape[1], side)
-    length = max(map(len, sources))
-    index = torch.stack([_pad(row, length, on, -1) for row, on in zip(sources, sides, strict=True)])
+    column = _cached_columns(sources, edits, kept, past) if past else 0
+    blocks = [[row[row < column] for row in sources], [row[row >= column] for row in sources]]
+    index = torch.cat([_pad(block, sides) for block in blocks], dim=1)
 
     def pick(values: Tensor, fill: int) -> Tensor:
         own = index.to(values.device)
@@ -165,15 +176,41 @@ def shorten(
     new = {name: pick(values, fills[name]) for name, values in given.items() if name != "position_ids"}
     if "position_ids" in given:
         new["position_ids"] = _positions(given["position_ids"].expand_as(ids), index)
-    if mask is not None or any(len(row) < length for row in sources):
+    if mask is not None or (index < 0).any():
         new_mask = pick(keep, 0)
-        past = new_mask.new_ones(len(ids), 0) if mask is None else mask[:, : -ids.shape[1]]
-        new["attention_mask"] = torch.cat([past.to(new_mask), new_mask], dim=1).to(keep if mask is None else mask)
-    moved = [
-        _moved(row, bound[0], length - len(source) if on == "left" else 0)
-        for row, bound, source, on in zip(edits, bounds, sources, sides, strict=True)
-    ]
-    return Shortened(new, moved)
+        before = new_mask.new_ones(len(ids), 0) if mask is None else mask[:, : -ids.shape[1]]
+        new["attention_mask"] = torch.cat([before.to(new_mask), new_mask], dim=1).to(keep if mask is None else mask)
+    return Shortened(new, [edit for row in edits for edit in row if edit.start >= column])
+
+
+def _cached_columns(sources: list[Tensor], edits: list[list[Edit]], kept: Tensor, past: int) -> int:
+    """How many columns of the prompts (B, L) a cache of ``past`` tokens holds.
+
+    Its rows are padded on the left, so the longest of them fills it: that one's next token is the first new column.
+
+    Raises:
+        ValueError: nothing is new, the cache ends inside an image, or it was padded in another way.
+    """
+    if all(len(row) <= past for row in sources):
+        raise ValueError(
+            f"past_key_values holds {past} tokens, and the prompt has {max(map(len, sources))} when zipped, so nothing "
+            "in it is new. Give the whole conversation with all its images, or the new tokens alone with an "
+            "attention_mask that covers the cache too"
+        )
+    column = min(int(row[past]) for row in sources if len(row) > past)
+    if cut := next((edit for row in edits for edit in row if edit.start < column < edit.start + edit.full), None):
+        raise ValueError(
+            f"past_key_values holds {past} tokens, which ends inside {cut.modality} {cut.index}: it is of another "
+            "conversation, or of one that was not zipped"
+        )
+    cached = kept[:, :column]
+    if cached[:, 0].all() and not cached.all():  # else rows are padded on the left, and a gap is behind an answer
+        raise ValueError(
+            f"attention_mask has padding inside prompt {int((~cached).any(dim=1).nonzero()[0])}: with past_key_values, "
+            "prompts must be padded on the left, and behind an answer that ended early the mask must be 1. Or leave "
+            "past_key_values out"
+        )
+    return column
 
 
 def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None) -> None:
@@ -216,9 +253,14 @@ def _sides(bounds: list[tuple[int, int]], length: int, side: str | None) -> list
     return [side or own or others for own in found]
 
 
-def _pad(row: Tensor, length: int, side: str, fill: int) -> Tensor:
-    longest = row.new_empty(length)
-    return pad_sequence([row, longest], batch_first=True, padding_value=fill, padding_side=side)[0]
+def _pad(rows: list[Tensor], sides: list[str]) -> Tensor:
+    """Rows of positions as (B, longest), -1 for padding."""
+    longest = rows[0].new_empty(max(map(len, rows)))
+    padded = [
+        pad_sequence([row, longest], batch_first=True, padding_value=-1, padding_side=side)[0]
+        for row, side in zip(rows, sides, strict=True)
+    ]
+    return torch.stack(padded)
 
 
 def _positions(positions: Tensor, index: Tensor) -> Tensor:
@@ -232,12 +274,3 @@ def _positions(positions: Tensor, index: Tensor) -> Tensor:
     anew = first | (real & (own != before + 1) & (index > 0))
     start = torch.where(anew, places, -1).cummax(1).values.clamp(min=0)
     return (own.gather(1, start) + places - start).masked_fill(~real, 0)
-
-
-def _moved(edits: list[Edit], start: int, padding: int) -> list[Edit]:
-    """The runs at their new places, of a row whose content started at ``start`` and now has ``padding`` before it."""
-    moved, shift = [], padding - start
-    for edit in edits:
-        moved.append(edit._replace(start=edit.start + shift))
-        shift += edit.short - edit.full
-    return moved

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel, Sizes, first_places
+from llava.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
-from llava.model.prompts import check_finite, check_images
+from llava.model.prompts import check_finite, check_images, first_places
 
 
 class VideoLlavaLlamaConfig(LlamaConfig):

@@ -103,9 +103,9 @@ class LanguageBindVideoModel(LanguageBindImageModel):
 class LanguageBindImageProcessor(CLIPImageProcessorPil):
     """CLIP's, with the released code's scaling: bicubic, of unrounded values, and without smoothing.
 
-    The released code scales tensors with torchvision 0.15, which does not smooth them; CLIP's own processor (and that of
-    transformers' VideoLlava) scales with PIL, which does. Source: LanguageBind's ``processing_image.py``, and the versions
-    that Video-LLaVA pins.
+    The released code scales tensors with torchvision 0.15, which does not smooth them; CLIP's own processor (and that
+    of transformers' VideoLlava) scales with PIL, which does. Source: LanguageBind's ``processing_image.py``, and the
+    versions that Video-LLaVA pins.
     """
 
     def resize(self, image: np.ndarray, size: Any, resample: Any = None, **kwargs: Any) -> np.ndarray:

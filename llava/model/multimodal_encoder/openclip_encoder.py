@@ -1,7 +1,8 @@
 """OpenCLIP's ConvNeXt, Mini-Gemini's high-resolution tower: the maps of its four stages.
 
 Written out with the names of its checkpoints (``stages.0.blocks.0.conv_dw``, …), which transformers' ConvNeXt does not
-have; OpenCLIP's own package would bring timm, and that cannot be imported without torchvision.
+have; OpenCLIP's own package would bring timm, and that cannot be imported without torchvision. Of timm 1.0.29's
+``convnext_large`` and ``convnext_base``, with the same random weights, names and maps were the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _EPS = 1e-6  # ConvNeXt's, everywhere
+_XXLARGE = 384  # width of the first stage, where that is not so
 STRIDE = 4  # pixels along an edge of a position in the first stage's map
 
 
 class OpenCLIPVisionTower(nn.Module):
-    """ConvNeXt-L of ``laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup``, or another size of it.
+    """ConvNeXt-L of ``laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup``, or OpenCLIP's Base.
 
-    Without stochastic depth: the tower is never trained here.
+    Without stochastic depth. The released code builds this tower behind the call that ends training mode, so that by
+    its text it drops blocks at random (up to one in ten) when it answers, too; here the same image is the same tokens.
 
     Args:
         vision_tower: hub name or folder with OpenCLIP's weights (``config.mm_vision_tower_aux``); a relative folder may
@@ -195,6 +198,11 @@ def _architecture(weights: dict[str, Tensor], name: str) -> ConvNextConfig:
             depths[stage] = max(depths.get(stage, 0), block + 1)
             widths[stage] = len(value)
     stages = range(len(depths))
+    if widths.get(0) == _XXLARGE:
+        raise ValueError(
+            f"the vision tower mm_vision_tower_aux={name!r} is OpenCLIP's ConvNeXt-XXLarge, whose norms have another "
+            "epsilon: supported are Large, which Mini-Gemini has, and Base"
+        )
     if not depths or set(depths) != set(stages) or any(2 * widths[a] != widths[b] for a, b in pairwise(stages)):
         raise ValueError(
             f"the vision tower mm_vision_tower_aux={name!r} is not OpenCLIP's ConvNeXt: supported is what "

@@ -17,6 +17,13 @@ from visionzip.encoder import compress_images, hidden_states, layers_needed
 
 logger = logging.getLogger(__name__)
 
+_ON_HUB = {  # where the towers that Mini-Gemini's config.json name are
+    "model_zoo/OpenAI/clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
+    "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup": (
+        "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
+    ),
+}
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -320,6 +327,11 @@ class VisionTower(nn.Module):
 
 
 def resolve_tower_path(name: str, args: Any) -> str:
-    """``name``, or the folder of that name inside the model's checkpoint if there is one."""
+    """Where a tower is: the folder ``name``, that inside the model's checkpoint, or ``name`` on the hub.
+
+    Mini-Gemini's checkpoints name folders of its repository, which hold models of the hub.
+    """
     inside = Path(getattr(args, "_name_or_path", "") or ".") / name
-    return str(inside) if not Path(name).is_dir() and inside.is_dir() else name
+    if Path(name).is_dir():
+        return name
+    return str(inside) if inside.is_dir() else _ON_HUB.get(name, name)

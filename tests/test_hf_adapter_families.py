@@ -1,0 +1,166 @@
+"""Transformers' OneVision, LLaVA-NeXT-Video and Video-LLaVA behind this package's commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hf_video_models
+import pytest
+import torch
+from data_video import DATA as VIDEO_DATA
+from data_video import video_of, write_folder
+
+from checkpoints import picture
+from eval.__main__ import main as eval_command
+from llava.cli import main
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from playground.scenes import make_test_set, write_parquet
+from visionzip import visionzip
+
+FAMILIES = ["onevision", "next_video", "video_llava"]
+OWN_VIDEOS = ["onevision", "next_video"]
+# That need no padding where the stock processor crops.
+SIZES = {"onevision": (90, 60), "next_video": (30, 100), "video_llava": (56, 56)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's checkpoint, as transformers saves it."""
+    folders: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name) / "hf"
+            stock = hf_video_models.processor_for(name)
+            for part in (hf_video_models.build(name), stock.tokenizer, stock.image_processor):
+                part.save_pretrained(folders[name])
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest, saved) -> tuple[Any, Any, Any, Any]:
+    """Tokenizer, model and image processor of a family, and the stock processor."""
+    loaded = load_pretrained_model(str(saved(request.param)), device="cpu")[:3]
+    return *loaded, hf_video_models.processor_for(request.param)
+
+
+@pytest.mark.parametrize(("family", "size"), SIZES.items(), indirect=["family"], ids=SIZES)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_images(family, size: tuple[int, int], zipped: bool):
+    """The answer is that of the stock processor and model, also beside another image."""
+    tokenizer, model, processor, stock = family
+    if zipped:
+        visionzip(model, dominant=5, contextual=2)
+    image, question = picture(0, size), "<image>What is it?"
+    inputs = stock(images=[image], text=question, return_tensors="pt")
+    inputs["pixel_values"] = inputs.pop("pixel_values_images", inputs.get("pixel_values"))
+    expected = model.native.generate(**inputs, do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    ids = tokenizer_image_token(question, tokenizer, return_tensors="pt")[None]
+    pixels = process_images([image, picture(1, (100, 100))], processor, model.config)  # more tiles
+    found = model.generate(ids, images=[pixels[0]], image_sizes=[size], do_sample=False, max_new_tokens=6)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", ["video_llava"], indirect=True)
+def test_videos_of_video_llava(family):
+    """A video (3, frames, h, w) has an ``<image>`` for each frame, and the answer is that of the stock processor."""
+    tokenizer, model, processor, stock = family
+    assert model.takes_videos
+    inputs = stock(videos=[hf_video_models.video(0)], text="<video>What is it?", return_tensors="pt")
+    video = inputs["pixel_values_videos"][0].transpose(0, 1)
+    ids = tokenizer_image_token("<image>" * 3 + "What is it?", tokenizer, return_tensors="pt")[None]
+    for tokens in (17, 7):  # CLS stays in videos
+        expected = model.native.generate(**inputs, do_sample=False, max_new_tokens=6)
+        found = model.generate(ids, images=[video], do_sample=False, max_new_tokens=6)
+        assert found.tolist() == expected[:, inputs["input_ids"].shape[1] :].tolist()
+        image = process_images([picture(0)], processor, model.config)[0]
+        mixed = model.visual_tokens([image, video, image])
+        assert [len(each) for each in mixed] == [tokens - (tokens == 17), *[tokens] * 3, tokens - (tokens == 17)]
+        visionzip(model, dominant=5, contextual=2)
+    with pytest.raises(ValueError, match=r"have 1 <image> .* but 3 images were given"):
+        model.generate(ids[:, ids[0].tolist().index(-200) + 2 :], images=[video])
+    with pytest.raises(ValueError, match=r"images\[2\] has 1 pixels that are NaN"):
+        model.visual_tokens(
+            [image, video, image.masked_fill(torch.arange(image.numel()).view_as(image) == 7, torch.nan)]
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_visualize_and_benchmark(name: str, saved, tmp_path: Path):
+    model, output = ["--model-path", str(saved(name)), "--device", "cpu"], tmp_path / "times.json"
+    picture(0).save(tmp_path / "cube.png")
+    files = ["--image", str(tmp_path / "cube.png"), "--out", str(tmp_path / "figures")]
+    assert main(["visualize", *model, "--dominant", "5", "--contextual", "2", *files]) == 0
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
+    tiles = 1 if name == "video_llava" else 5
+    request = [*model, "--tokens", str(7 * tiles), "--rounds", "1", "--dtype", "float32", "--output", str(output)]
+    assert main(["benchmark", "prefill", *request]) == 0
+    vanilla, zipped = json.loads(output.read_text())["results"]
+    newlines = {"onevision": 8, "next_video": 8, "video_llava": 0}[name]  # one for each row of the grid
+    assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (16 * tiles + newlines, 7 * tiles)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eval_on_images(name: str, saved, tmp_path: Path):
+    """Batches answer as single questions do, a run goes on, and each image has the tokens that were asked for."""
+    data = tmp_path / "scenes.parquet"
+    write_parquet(list(make_test_set(seed=5, per_type=40)), data)
+    places = ["--model-path", str(saved(name)), "--data", str(data), "--conv-mode", "vicuna_v1", "--device", "cpu"]
+    asked = ["run", "scenes", *places, "--method", "vanilla", "visionzip", "--tokens", "6"]
+    found = []
+    for size, limits in (("1", ["6"]), ("4", ["4", "6"])):
+        out = tmp_path / size
+        for limit in limits:
+            assert eval_command([*asked, "--batch-size", size, "--limit", limit, "--output", str(out)]) == 0
+        files = sorted((out / "answers").glob("*.jsonl"))
+        found.append({file.name: [json.loads(line)["text"] for line in file.open()] for file in files})
+    assert found[0] == found[1] and all(len(texts) == 6 for texts in found[0].values())
+    rows = json.loads((tmp_path / "4/results.json").read_text())["rows"]
+    assert rows[1]["visual_tokens"] == (6 if name == "video_llava" else 30)
+
+
+def test_eval_on_videos(saved, tmp_path: Path):
+    """All tokens of a frame are its patches and CLS; Video-LLaVA's processor keeps that."""
+    folder = write_folder(tmp_path, "msvd")
+    places = ["--model-path", str(saved("video_llava")), "--data", str(folder), "--output", str(tmp_path / "out")]
+    asked = ["--method", "vanilla", "visionzip", "--tokens", "6", "--judge", "exact", "--device", "cpu"]
+    assert eval_command(["run", "msvd", *places, *asked, "--limit", "2"]) == 0
+    vanilla, zipped = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (8 * 17, 8 * 6)
+
+
+@pytest.mark.parametrize("name", OWN_VIDEOS)
+def test_other_families_are_not_asked_about_videos(name: str, saved, tmp_path: Path, monkeypatch, capsys):
+    """They pool videos in their own ways; said before the model is loaded, and within a chat."""
+    folder, video = write_folder(tmp_path, "msvd"), tmp_path / "clip.avi"
+    video.write_bytes(video_of(VIDEO_DATA["msvd"], "bQJQGoJF7_k_162_169"))
+    model = ["--model-path", str(saved(name)), "--device", "cpu"]
+    message = "reads videos in its own way, which these commands do not feed"
+    out = ["--output", str(tmp_path / "out"), "--data", str(folder), "--judge", "exact", "--method", "vanilla"]
+    monkeypatch.setattr("llava.model.builder.load_transformers_model", None)
+    assert eval_command(["run", "msvd", *model, *out]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["chat", *model, "--video", str(video)]) == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    lines = iter([f"/video {video}", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", *model]) == 0
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_chat_about_a_video(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    video = tmp_path / "clip.avi"
+    video.write_bytes(video_of(VIDEO_DATA["msvd"], "bQJQGoJF7_k_162_169"))
+    lines = iter(["What is shown?", "And then?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    budget = ["--dominant", "5", "--contextual", "2", "--temperature", "0", "--max-new-tokens", "3"]
+    model = ["--model-path", str(saved("video_llava")), "--device", "cpu"]
+    assert main(["chat", *model, *budget, "--video", str(video)]) == 0
+    assert f"({8 * 7} visual)" in (printed := capsys.readouterr().out) and "(0 visual)" in printed
