@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.sources import need, read_json
+from llava.video import FRAMES
 
 MISSING = "\N{EN DASH}"
 AVERAGE = "Avg."
@@ -229,8 +230,8 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
     """Our results below a folder: of every json file with benchmark, model and rows.
 
     Returns:
-        the results; and what is left out, with the reason: runs over a part of a benchmark, with the proxy judge, or
-        with another share of dominant tokens than the paper's.
+        the results; and what is left out, with the reason: runs over a part of a benchmark, with another number of
+        frames, with the proxy judge, or with another share of dominant tokens than the paper's.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -271,6 +272,8 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
 def _why_not(content: Mapping[str, Any]) -> str | None:
     if content.get("limited"):
         return "only a part of the questions"
+    if (frames := content.get("setting", {}).get("frames")) not in (None, FRAMES):
+        return f"{frames} frames of each video, not {FRAMES}"
     return "judged by the offline proxy" if content.get("judge") == "exact" else None
 
 

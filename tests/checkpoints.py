@@ -266,3 +266,8 @@ def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
     """An image of noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+def pixels(count: int, seed: int = 0, edge: int = 56) -> torch.Tensor:
+    """Images of noise as a model takes them: (count, 3, edge, edge)."""
+    return torch.randn(count, 3, edge, edge, generator=torch.Generator().manual_seed(seed))

@@ -40,6 +40,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.tokenizer import load_tokenizer
 from llava.train.data import InstructionData, read_records
+from playground.scenes import make_test_set, write_parquet
 from recorded import write_recorded_checkpoint
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
@@ -176,6 +177,14 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
         write_tokenizer(folder, legacy=legacy)
         made[legacy] = load_tokenizer(folder)
     return made
+
+
+@pytest.fixture(scope="session")
+def scenes_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a test set of 280 questions about drawn scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_parquet(list(make_test_set(seed=5, per_type=40)), folder / "test.parquet")
+    return folder
 
 
 @pytest.fixture(scope="session")

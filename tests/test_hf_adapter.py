@@ -21,7 +21,6 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.transformers_llava import TransformersLlava
 from llava.serve.chat import ChatSession
-from playground.scenes import make_test_set, write_parquet
 from visionzip import unzip, visionzip
 from visionzip.baselines import fastv
 from visionzip.visualize import inspect_tokens
@@ -201,16 +200,15 @@ def test_benchmark_of_a_shape(tmp_path: Path):
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
-def test_eval_gives_the_answers_of_llavas_layout(make_checkpoint, converted, tmp_path: Path, options: dict[str, Any]):
-    data = tmp_path / "scenes"
-    data.mkdir()
-    write_parquet(list(make_test_set(seed=5, per_type=40)), data / "test.parquet")
+def test_eval_gives_the_answers_of_llavas_layout(
+    make_checkpoint, converted, scenes_data: Path, tmp_path: Path, options: dict[str, Any]
+):
     answers, tokens = [], []
     for name, model in (("llava", make_checkpoint(**options)), ("transformers", converted(**options))):
         out = tmp_path / name
-        places = ["--model-path", str(model), "--data", str(data), "--output", str(out), "--conv-mode", "vicuna_v1"]
-        methods = ["--method", "vanilla", "visionzip", "dominant-only", "--tokens", "6"]
-        command = ["run", "scenes", *places, *methods, "--device", "cpu", "--batch-size", "8", "--limit", "16"]
+        places = ["--model-path", str(model), "--data", str(scenes_data), "--output", str(out), "--device", "cpu"]
+        methods = ["--method", "vanilla", "visionzip", "dominant-only", "--tokens", "6", "--conv-mode", "vicuna_v1"]
+        command = ["run", "scenes", *places, *methods, "--batch-size", "8", "--limit", "16"]
         assert eval_command(command) == 0
         rows = json.loads((out / "results.json").read_text())["rows"]
         tokens.append([row["visual_tokens"] for row in rows])
@@ -237,11 +235,9 @@ def test_quantised(bits: int, converted):
     assert ask(*loaded) == before
 
 
-def test_what_is_not_for_these_models_is_refused(converted, tmp_path: Path, capsys):
+def test_what_is_not_for_these_models_is_refused(converted, scenes_data: Path, tmp_path: Path, capsys):
     model = ["--model-path", str(converted()), "--device", "cpu"]
-    data = tmp_path / "scenes.parquet"
-    write_parquet(list(make_test_set(seed=5, per_type=40)), data)
-    run = ["run", "scenes", "--data", str(data), *model, "--limit", "2", "--output", str(tmp_path / "out")]
+    run = ["run", "scenes", "--data", str(scenes_data), *model, "--limit", "2", "--output", str(tmp_path / "out")]
     convert = "TransformersLlava is a model of transformers.*visionzip convert SRC DST --to original"
     for command, arguments, message in (
         (eval_command, [*run, "--method", "fastv", "--tokens", "6"], convert),

@@ -18,7 +18,6 @@ from eval.__main__ import main as eval_command
 from llava.cli import main
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from playground.scenes import make_test_set, write_parquet
 from visionzip import visionzip
 
 FAMILIES = ["onevision", "next_video", "video_llava"]
@@ -107,12 +106,10 @@ def test_visualize_and_benchmark(name: str, saved, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_eval_on_images(name: str, saved, tmp_path: Path):
+def test_eval_on_images(name: str, saved, scenes_data: Path, tmp_path: Path):
     """Batches answer as single questions do, a run goes on, and each image has the tokens that were asked for."""
-    data = tmp_path / "scenes.parquet"
-    write_parquet(list(make_test_set(seed=5, per_type=40)), data)
-    places = ["--model-path", str(saved(name)), "--data", str(data), "--conv-mode", "vicuna_v1", "--device", "cpu"]
-    asked = ["run", "scenes", *places, "--method", "vanilla", "visionzip", "--tokens", "6"]
+    places = ["--model-path", str(saved(name)), "--data", str(scenes_data), "--device", "cpu"]
+    asked = ["run", "scenes", *places, "--conv-mode", "vicuna_v1", "--method", "vanilla", "visionzip", "--tokens", "6"]
     found = []
     for size, limits in (("1", ["6"]), ("4", ["4", "6"])):
         out = tmp_path / size

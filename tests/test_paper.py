@@ -308,10 +308,12 @@ def test_left_out_results_are_told(tmp_path: Path):
     write(tmp_path / "c.json", "gqa", ("visionzip", 64, 30.0), ("vanilla", None, None))
     path = tmp_path / "c.json"
     path.write_text(path.read_text().replace('"dominant": 54, "contextual": 10', '"dominant": 48, "contextual": 16'))
+    write(tmp_path / "d.json", "tgif", ("vanilla", None, 40.0), setting={"frames": 120})
     assert load_results(tmp_path)[0] == []
     text = paper_table(1, tmp_path, "markdown")
     assert "- Left out: a/results.json (only a part of the questions)." in text
     assert "- Left out: b.json (judged by the offline proxy)." in text
+    assert "- Left out: d.json (120 frames of each video, not 8)." in text
     assert "- Left out: c.json, visionzip 48+16 (not the paper's split)." in text
     assert cells(text)["64", "VisionZip", "ours"] == [EMPTY] * 12
 

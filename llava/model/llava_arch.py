@@ -339,9 +339,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         first = first_places(images, image_sizes)
         layouts = self._layouts([len(image) for image in tiles], image_sizes)
         # 0 for an image that came before, so that the messages of check_finite still count all of them
-        counts = [
-            len(image) if place == index else 0 for index, (image, place) in enumerate(zip(tiles, first, strict=True))
-        ]
+        counts = [len(image) if first[index] == index else 0 for index, image in enumerate(tiles)]
         used = [index for index, count in enumerate(counts) if count]
         if encoded:
             tokens = torch.cat([tiles[index] for index in used])
@@ -386,10 +384,9 @@ class LlavaMetaForCausalLM(CheckedLoading):
         if layout is None:
             return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
         tower = self.get_vision_tower()
-        side = tower.num_patches_per_side
         if dominant_indices is None:
-            return lay_out_tiles(tokens, layout, side, newline)
-        return join_tiles(tokens, dominant_indices, layout.grid, side, cls_token=tower.cls_token)
+            return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
+        return join_tiles(tokens, dominant_indices, layout.grid, tower.num_patches_per_side, cls_token=tower.cls_token)
 
 
 def _own_memory(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

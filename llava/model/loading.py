@@ -21,8 +21,8 @@ from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
 
-# Buffers that older transformers saved with the weights; they are computed now.
 NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type is flat
+# Buffers that older transformers saved with the weights; they are computed now.
 _OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 # Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
 _OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_judge import JudgeServer
+from judge_server import JudgeServer
 
 from eval.benchmark import Answer
 from eval.benchmarks.llavabench import BENCHMARK, RULE, graded, rating_of

@@ -11,7 +11,7 @@ from typing import Any
 import data_mmvet
 import numpy as np
 import pytest
-from test_judge import JudgeServer
+from judge_server import JudgeServer
 
 from eval.benchmark import Answer
 from eval.benchmarks.mmvet import BENCHMARK, PROMPT, Item, asked_again, grade_of, graded, matches, request_of

@@ -69,7 +69,7 @@ def detach(family: Family, model: nn.Module) -> None:
         for handle in zipped.handles:
             handle.remove()
         for module, name, own in zipped.replaced:
-            delattr(module, name)
+            vars(module).pop(name, None)
             if own is not None:
                 setattr(module, name, own)
     vars(model.config).pop("visionzip", None)

@@ -40,9 +40,10 @@ def generate(
 ) -> Any:
     """``generate`` of transformers, with all its arguments, on prompts whose runs of placeholders are shortened once.
 
-    Rows are padded on the left inside, whichever side the user's padding is on, so that each answers as it would
-    alone. Everything that shows the prompt shows the user's own: the returned sequences, a streamer, logits
-    processors, stopping criteria and prefix functions; ``max_length`` and ``min_length`` count it.
+    Rows are padded on the left inside, whichever side the user's padding is on, so that each answers as it would alone
+    (a batch without any image goes to transformers as it is). Everything that shows the prompt shows the user's own:
+    the returned sequences, a streamer, logits processors, stopping criteria and prefix functions; ``max_length`` and
+    ``min_length`` count it.
 
     Args:
         model: the zipped model.
@@ -70,7 +71,7 @@ def generate(
     }
     stock = _stock(zipped, model)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
-    if getattr(generation_config, "is_assistant", False):
+    if prompt is not None and getattr(generation_config, "is_assistant", False):
         _refuse_images(zipped, model, prompt)
     if kwargs.get("inputs_embeds") is not None and has_pixels(zipped.family, kwargs):
         raise ValueError(NO_IDS)
@@ -87,7 +88,7 @@ def generate(
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
     past = cached_length(kwargs)
-    if kwargs["attention_mask"].shape[1] != prompt.shape[1]:
+    if past and kwargs["attention_mask"].shape[1] != prompt.shape[1]:
         past = 0  # the new tokens alone
     if past:
         kwargs.pop("position_ids", None)  # transformers counts them by the mask

@@ -1,9 +1,8 @@
 """transformers' VideoLlava: two CLIP encoders, one for images and one for videos, whose frames are read one by one.
 
 Every image and every frame is compressed alone. The paper's 136 tokens of a video (its Table 3) are 17 of each of 8
-frames; how many of them are dominant it does not say: 15 + 2 here; by the ratio of its settings for images it
-would be 14 + 3.
-The original model attends over time in its video encoder; this class has no such weights.
+frames; how many of them are dominant it does not say: 15 + 2 here; by the ratio of its settings for images it would be
+14 + 3. The original model attends over time in its video encoder, for which this class has no weights.
 """
 
 from __future__ import annotations

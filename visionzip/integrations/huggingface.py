@@ -15,8 +15,8 @@ each one's run of placeholders is before and after (from shapes and the config a
 zipped visual tokens are made. Everything else is here.
 
 What ``generate`` returns begins with the user's own prompts. Everything else that a call returns has the length of the
-short ones: logits, hidden states and attentions (a Trainer's ``compute_metrics`` gets fewer logits than labels), and
-the KV cache.
+short ones: logits, hidden states and attentions, and the KV cache. So a Trainer's ``compute_metrics``,
+``compute_loss_func`` and ``label_smoothing_factor``, which compare logits with labels outside the model, do not fit.
 
 Refused, each with an error that names the cure: pixels beside ``inputs_embeds``; ``logits_to_keep`` as positions and
 ``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four dimensions beside pixels; a zipped
