@@ -1,4 +1,4 @@
-"""``python -m eval run``: tables, resumption, what it refuses, and the quickstart, on a tiny random model and test set."""
+"""``python -m eval run``: tables, going on, what it refuses, the quickstart; on a tiny random model and test set."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoints import NEXT, edit_config, picture
 from eval.__main__ import main as eval_command
+from layouts import write_part
 from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -278,6 +279,14 @@ def test_weights_that_are_missing_or_damaged(broken: Path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"cannot read the weights in .*model\.safetensors \(1000 bytes\)"):
         load_pretrained_model(str(broken), device="cpu")
+
+
+def test_a_part_of_a_llava_is_not_put_on_transformers_layout(broken: Path, make_checkpoint, tmp_path: Path):
+    """The names of the weights are others there; said by that, not by a list of them."""
+    write_part(make_checkpoint(), tmp_path / "tuned")
+    (tmp_path / "tuned/mm_projector.bin").touch()
+    with pytest.raises(ValueError, match=r"in transformers' layout: .*visionzip convert SRC DST --to original"):
+        load_pretrained_model(str(tmp_path / "tuned"), model_base=str(broken), device="cpu")
 
 
 def test_other_families_and_parts_are_refused(broken: Path):

@@ -117,6 +117,11 @@ def load_pretrained_model(
             raise ValueError(f"{model_path} is a whole checkpoint in transformers' layout: leave model_base out")
         return load_transformers_model(model_path, **options)
     model_class, config = read_config(model_path, model_name)
+    if model_base and find_file(model_base, "config.json") and is_transformers(config_values(model_base)):
+        raise ValueError(
+            f"model_base={model_base!r} is in transformers' layout: convert it with `visionzip convert SRC DST --to "
+            f"original`, for {model_path} to be put on it"
+        )
     adapter, extra_file = checkpoint_parts(model_path, model_base)
     tokenizer = load_tokenizer(model_base or model_path)
     with torch.device("meta"):
