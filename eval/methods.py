@@ -164,6 +164,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+# All others hook into LLaVA's own classes.
+ON_TRANSFORMERS = ("vanilla", "visionzip", "dominant-only", "contextual-only")
+
+
 def plan(
     methods: Sequence[str], tokens: Sequence[int], seeds: int, explicit: tuple[int, int] | None = None
 ) -> list[Run]:

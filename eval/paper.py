@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.paper_styles import MISSING, STYLES
 from eval.sources import need, read_json
 from llava.video import FRAMES
 
-MISSING = "\N{EN DASH}"
 AVERAGE = "Avg."
 _FILE = Path(__file__).with_name("paper.json")
 
@@ -325,9 +325,8 @@ def _variant(result: Result, name: str | None) -> float | None:
 
 def render(table: PaperTable, results: Sequence[Result], left_out: Sequence[str], style: str) -> str:
     """A table as markdown or LaTeX (with ``booktabs``); see :func:`paper_table`."""
-    styles = {"markdown": _markdown, "latex": _latex}
-    if style not in styles:
-        raise ValueError(f"--format {style}: there are {', '.join(styles)}")
+    if style not in STYLES:
+        raise ValueError(f"--format {style}: there are {', '.join(STYLES)}")
     averaged = any(row.average is not None for row in table.rows)
     header = ["tokens", "method", "", *(_heading(column) for column in table.columns), *[f"{AVERAGE} %"] * averaged]
     whole = [find(results, table, table.vanilla, column) for column in table.columns]
@@ -337,7 +336,7 @@ def render(table: PaperTable, results: Sequence[Result], left_out: Sequence[str]
         width = len(header) - 3
         first, *others = [[name, *cells[:width]] for name, *cells in lines]
         groups.append([[str(row.tokens), row.label, *first], *(["", "", *line] for line in others)])
-    return styles[style](table, header, groups, _remarks(table, left_out))
+    return STYLES[style](table.number, table.title, header, groups, _remarks(table, left_out))
 
 
 def _lines(table: PaperTable, row: Row, ours: Sequence[float | None], whole: Sequence[float | None]) -> list[list[str]]:
@@ -391,53 +390,3 @@ def _remarks(table: PaperTable, left_out: Sequence[str]) -> list[str]:
     if table.tiles > 1:
         remarks.append(f"Tokens are those of {table.tiles} tiles or frames together; our runs count those of one.")
     return [*remarks, *table.notes, *(f"Left out: {name}." for name in left_out)]
-
-
-def _markdown(table: PaperTable, header: list[str], groups: list[list[list[str]]], remarks: list[str]) -> str:
-    rule = ["---:", "---", "---", *["---:"] * (len(header) - 3)]
-    lines = [header, rule, *(line for group in groups for line in group)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### Table {table.number}: {table.title}\n\n{body}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
-
-
-def _latex(table: PaperTable, header: list[str], groups: list[list[list[str]]], remarks: list[str]) -> str:
-    def line(cells: list[str]) -> str:
-        return " & ".join(map(_escape, cells)).rstrip() + r" \\"
-
-    body = "\n\\midrule\n".join("\n".join(map(line, group)) for group in groups)
-    return "\n".join(
-        [
-            r"\begin{table}[t]",
-            r"\centering\small",
-            rf"\caption{{Table {table.number} of the VisionZip paper: {_escape(table.title)}. "
-            rf"{' '.join(map(_escape, remarks))}}}",
-            rf"\begin{{tabular}}{{rll{'r' * (len(header) - 3)}}}",
-            r"\toprule",
-            line(header),
-            r"\midrule",
-            body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "‡": r"$\ddagger$",
-    "†": r"$\dagger$",
-    "\N{MULTIPLICATION SIGN}": r"$\times$",
-    MISSING: "--",
-}
-
-
-def _escape(text: str) -> str:
-    """Text for LaTeX; a signed number in mathematics, for its minus."""
-    if re.fullmatch(r"[+-]\d+\.\d", text):
-        return f"${text}$"
-    return "".join(_LATEX.get(letter, letter) for letter in text)

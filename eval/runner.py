@@ -30,7 +30,7 @@ from eval.cost import covers, read_cost
 from eval.data import check_files, data_of, judge_of
 from eval.frames import check_context, frames_of, with_frames
 from eval.judge import Judge
-from eval.methods import Run, attached, plan
+from eval.methods import ON_TRANSFORMERS, Run, attached, plan
 from eval.registry import BENCHMARKS
 from eval.results import summarize
 from eval.table import write_atomically, write_table
@@ -40,7 +40,7 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
-from llava.model.transformers_llava import refuse_videos
+from llava.model.transformers_llava import is_transformers, refuse_videos
 
 ROOT = Path(__file__).resolve().parents[1]
 _LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     """
     benchmark, own = BENCHMARKS[args.benchmark], world()
     config = config_of(args.model_path)
-    runs = plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
+    runs = _plan(args, config)
     data = data_of(benchmark, args)
     every = _questions(args, data, config)
     questions = every[: args.limit]
@@ -133,6 +133,18 @@ def run(args: argparse.Namespace) -> None:
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1))
     write_table(folder)
+
+
+def _plan(args: argparse.Namespace, config: Any) -> list[Run]:
+    """The runs, of methods that are for the model's layout."""
+    others = [method for method in args.method if method not in ON_TRANSFORMERS]
+    if others and is_transformers(vars(config)):
+        raise ValueError(
+            f"--method {' '.join(others)}: {args.model_path} is a model of transformers, on which there are "
+            f"{', '.join(ON_TRANSFORMERS)}. For the others convert it, if it is a LLaVA-1.5 or LLaVA-NeXT: `visionzip "
+            "convert SRC DST --to original`"
+        )
+    return plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
 
 
 def _questions(args: argparse.Namespace, data: Any, config: Any) -> list[Question]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from mini_gemini import write_mini_gemini
-from training import turns
+from training import TRAINER, command, turns
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -211,6 +211,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records += [{"id": f"read-{index}", "conversations": turns("What is left?", f"{index}")} for index in (8, 9)]
     (folder / "data.json").write_text(json.dumps(records))
     return folder
+
+
+@pytest.fixture(scope="session")
+def llava(world: Path) -> Callable[..., int]:
+    """``python -m llava.train.train`` on the world's data, for four steps unless told otherwise."""
+    from llava.train import train as llava_training  # noqa: PLC0415 - takes seconds, which other tests do not need
+
+    def run(out: Path, **flags: Any) -> int:
+        own = {"output_dir": out, "data_path": world / "data.json", "image_folder": world / "images", "max_steps": 4}
+        return command(llava_training.main, **{**TRAINER, **own, **flags})
+
+    return run
 
 
 @pytest.fixture

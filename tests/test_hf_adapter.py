@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoints import NEXT, edit_config, picture
 from eval.__main__ import main as eval_command
-from layouts import write_part
+from layouts import convert, write_part
 from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -44,7 +44,7 @@ def converted(make_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Call
         source = make_checkpoint(**options)
         if str(source) not in folders:
             folders[str(source)] = tmp_path_factory.mktemp("converted") / "llava-1.5-tiny-hf"
-            assert main(["convert", str(source), str(folders[str(source)]), "--to", "transformers"]) == 0
+            assert convert(source, folders[str(source)], "transformers") == 0
         return folders[str(source)]
 
     return make
@@ -236,10 +236,14 @@ def test_quantised(bits: int, converted):
     assert ask(*loaded) == before
 
 
-def test_what_is_not_for_these_models_is_refused(converted, scenes_data: Path, tmp_path: Path, capsys):
+def test_what_is_not_for_these_models_is_refused(
+    converted, scenes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Before the model is loaded."""
+    monkeypatch.setattr("llava.model.builder.load_transformers_model", None)
     model = ["--model-path", str(converted()), "--device", "cpu"]
     run = ["run", "scenes", "--data", str(scenes_data), *model, "--limit", "2", "--output", str(tmp_path / "out")]
-    convert = "TransformersLlava is a model of transformers.*visionzip convert SRC DST --to original"
+    convert = "llava-1.5-tiny-hf is a model of transformers.*visionzip convert SRC DST --to original"
     for command, arguments, message in (
         (eval_command, [*run, "--method", "fastv", "--tokens", "6"], convert),
         (eval_command, [*run, "--method", "random", "--tokens", "6"], convert),
@@ -272,10 +276,18 @@ def test_weights_that_are_missing_or_damaged(broken: Path):
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("linear_1.weight"))
     kept = {key: value.clone() for key, value in weights.items() if key != name}
-    for change in ({}, {name: weights[name][:-1].clone()}):
+    other = "language_model.model.layers.2.mlp.up_proj.weight"
+    for wrong, change in (
+        (name, {}),
+        (name, {name: weights[name][:-1].clone()}),
+        (other, {name: weights[name], other: torch.ones(64, 32)}),
+    ):
         save_file(kept | change, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"lacks 1 weights of LlavaForConditionalGeneration.*linear_1\.weight"):
+        last = wrong.rpartition("layers.")[2]
+        with pytest.raises(ValueError, match=rf"do not fit LlavaForConditionalGeneration: 1 are missing.*{last}"):
             load_pretrained_model(str(broken), device="cpu")
+    save_file(weights | {"vision_tower.embeddings.position_ids": torch.arange(17)[None]}, file, {"format": "pt"})
+    load_pretrained_model(str(broken), device="cpu")  # of older versions, which saved buffers too
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"cannot read the weights in .*model\.safetensors \(1000 bytes\)"):
         load_pretrained_model(str(broken), device="cpu")
@@ -287,6 +299,14 @@ def test_a_part_of_a_llava_is_not_put_on_transformers_layout(broken: Path, make_
     (tmp_path / "tuned/mm_projector.bin").touch()
     with pytest.raises(ValueError, match=r"in transformers' layout: .*visionzip convert SRC DST --to original"):
         load_pretrained_model(str(tmp_path / "tuned"), model_base=str(broken), device="cpu")
+
+
+def test_the_processor_is_looked_for_before_the_weights_are_read(broken: Path, monkeypatch: pytest.MonkeyPatch):
+    for file in broken.glob("*processor_config.json"):
+        file.unlink()
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
+    with pytest.raises(OSError, match="has no image processor that can be read"):
+        load_pretrained_model(str(broken), device="cpu")
 
 
 def test_other_families_and_parts_are_refused(broken: Path):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from checkpoints import NEXT, SIGLIP, edit_config, picture
-from llava.cli import main
+from layouts import convert
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 
 def load_pair(source: Path, folder: Path) -> Pair:
-    assert main(["convert", str(source), str(folder), "--to", "transformers"]) == 0
+    assert convert(source, folder, "transformers") == 0
     _, own, image_processor, _ = load_pretrained_model(str(source), device="cpu")
     return Pair(own, AutoModelForImageTextToText.from_pretrained(folder).eval(), image_processor)
 

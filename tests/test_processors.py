@@ -10,16 +10,12 @@ import torch
 from transformers import AutoProcessor
 
 from checkpoints import NEXT, SIGLIP, picture, write_tokenizer
-from llava.cli import main
+from layouts import convert
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import chat_template
 from llava.model.tokenizer import load_tokenizer
-
-
-def convert(source: Path, destination: Path, to: str) -> None:
-    assert main(["convert", str(source), str(destination), "--to", to]) == 0
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type is flat
 # Buffers that older transformers saved with the weights; they are computed now.
-_OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 # Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
 _OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
 # In the order in which transformers looks for them.
@@ -175,7 +175,7 @@ def _complete(model: Any, info: dict[str, Any], extra_weights: dict[str, Tensor]
     """``extra_weights`` and what else the model needs; ValueError if that does not fit."""
     shapes = _shapes(model)
     missing = set(info["missing_keys"]) - extra_weights.keys()
-    unexpected = {key for key in info["unexpected_keys"] if key != NEWLINE and not _OBSOLETE.search(key)}
+    unexpected = {key for key in info["unexpected_keys"] if key != NEWLINE and not OBSOLETE.search(key)}
     unexpected |= extra_weights.keys() - shapes.keys()
     found = {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
     found |= {key: tuple(value.shape) for key, value in extra_weights.items() if key in shapes}

@@ -20,12 +20,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.layouts import KINDS, TOWERS, image_fields
+from llava.model.layouts import KINDS, TOWERS, Kind, image_fields
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
-from llava.model.loading import has_weights, no_load_report, weight_shapes
+from llava.model.loading import OBSOLETE, has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_finite, check_images, first_places
@@ -69,37 +69,53 @@ def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrained
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the model is of a family that is not supported here, or a weight is missing or of another shape.
+        ValueError: the model is of a family that is not supported here, or the weights do not fit it.
     """
     values, _ = PretrainedConfig.get_config_dict(model_path)
-    kind, encoder = KINDS.get(values["model_type"]), values["vision_config"].get("model_type")
-    if kind is None or encoder not in TOWERS:
+    name, encoder = values.get("model_type"), values["vision_config"].get("model_type")
+    if (kind := KINDS.get(name)) is None or encoder not in TOWERS:
         raise ValueError(
-            f"{model_path} is a transformers model of type {values['model_type']!r} with a vision tower of type "
-            f"{encoder!r}: supported are {', '.join(KINDS)} with {' or '.join(TOWERS)}"
+            f"{model_path} is a transformers model of type {name!r} with a vision tower of type {encoder!r}: supported "
+            f"are {', '.join(KINDS)} with {' or '.join(TOWERS)}"
         )
     if Path(model_path).is_dir() and has_weights(model_path):
         weight_shapes(model_path)  # says which file is missing or damaged
-    tokenizer = load_tokenizer(model_path)
+    tokenizer, image_processor = load_tokenizer(model_path), _image_processor(model_path, kind)
     with no_load_report():
         native, info = getattr(transformers, kind.model).from_pretrained(
             model_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    if wrong := sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}):
+    unexpected = {key for key in info["unexpected_keys"] if not OBSOLETE.search(key)}
+    if wrong := sorted({*info["missing_keys"], *unexpected, *(entry[0] for entry in info["mismatched_keys"])}):
         raise ValueError(
-            f"{model_path} lacks {len(wrong)} weights of {kind.model}, or has them in another shape, such as "
-            f"{', '.join(wrong[:3])}: it is incomplete, or its config.json is another model's; download it again"
+            f"the weights in {model_path} do not fit {kind.model}: {len(wrong)} are missing, not part of it, or of "
+            f"another shape, such as {', '.join(wrong[:3])}. The checkpoint is incomplete or its config.json belongs "
+            "to another model; download it again"
         )
     if native.generation_config.pad_token_id is None:
         pad = tokenizer.pad_token_id
         native.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     model = TransformersLlava(native).eval()
-    tower = model.get_vision_tower()
-    processor_class = getattr(transformers, kind.processor) if kind.processor else tower.processor_class
-    tower.image_processor = processor_class.from_pretrained(model_path)
+    model.get_vision_tower().image_processor = image_processor
     if getattr(native.config, "visionzip", None):
         visionzip(model)
-    return tokenizer, model, tower.image_processor, model.config.max_position_embeddings
+    return tokenizer, model, image_processor, model.config.max_position_embeddings
+
+
+def _image_processor(path: str, kind: Kind) -> Any:
+    if kind.processor:
+        processor_class = getattr(transformers, kind.processor)
+    else:
+        with torch.device("meta"):
+            tower = build_vision_tower(_llava_config(AutoConfig.from_pretrained(path)), delay_load=True)
+        processor_class = tower.processor_class
+    try:
+        return processor_class.from_pretrained(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} has no image processor that can be read: copy preprocessor_config.json or processor_config.json "
+            f"there, as the checkpoint has it. ({error})"
+        ) from error
 
 
 def generating_module(model: nn.Module) -> nn.Module:
