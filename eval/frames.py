@@ -67,9 +67,8 @@ def check_context(model: Any, prompts: Iterable[Prompt], runs: Iterable[Run]) ->
     prompt, frames = max(asked, key=lambda pair: pair[0].text_tokens)
     limits = (getattr(model.config, "tokenizer_model_max_length", None), model.config.max_position_embeddings)
     limit = min(filter(None, limits))
-    tower = model.get_video_tower() if hasattr(model, "get_video_tower") else model.get_vision_tower()
     for run in runs:
-        tokens = tower.num_patches if run.tokens is None or run.inside else run.tokens
+        tokens = model.frame_length if run.tokens is None or run.inside else run.tokens
         length = prompt.text_tokens + frames * tokens
         if length > limit:
             raise ValueError(

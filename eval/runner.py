@@ -40,7 +40,7 @@ from llava.conversation import conv_mode_for
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
-from llava.model.transformers_llava import is_transformers, refuse_videos
+from llava.model.transformers_llava import is_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 _LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args.model_path)
     runs = _plan(args, config)
     data = data_of(benchmark, args)
-    every = _questions(args, data, config)
+    every = with_frames(data.questions(), args.frames)
     questions = every[: args.limit]
     if not args.skip_bad:
         check_files(questions)
@@ -145,14 +145,6 @@ def _plan(args: argparse.Namespace, config: Any) -> list[Run]:
             "convert SRC DST --to original`"
         )
     return plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
-
-
-def _questions(args: argparse.Namespace, data: Any, config: Any) -> list[Question]:
-    """All questions, with ``--frames`` of each video."""
-    every = with_frames(data.questions(), args.frames)
-    if frames_of(every):
-        refuse_videos(vars(config))
-    return every
 
 
 class _Loader:

@@ -187,7 +187,7 @@ def process_visuals(
     Args:
         visuals: images, and frames of videos.
         image_processor: the model's.
-        model: with ``takes_videos`` and a ``config``.
+        model: says whether it ``takes_videos``, and how (``video_pixels``).
 
     Returns:
         For its ``images`` and ``image_sizes``: tensors, and (width, height) of each.
@@ -200,7 +200,7 @@ def process_visuals(
     sizes: list[tuple[int, int]] = []
     for visual in visuals:
         if model.takes_videos and not isinstance(visual, Image.Image):
-            tensors += process_videos([visual], image_processor)
+            tensors.append(model.video_pixels(visual, image_processor))
             sizes.append(visual[0].size)
         else:
             images = [visual] if isinstance(visual, Image.Image) else list(visual)

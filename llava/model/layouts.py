@@ -41,7 +41,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class Kind:
-    """How one of transformers' families takes images.
+    """How one of transformers' families takes images and videos.
 
     Attributes:
         model: its class.
@@ -49,7 +49,6 @@ class Kind:
             the processor below.
         tiles: an image is several tiles, whose number follows from its size.
         processor: of images, where it is not that of the vision tower.
-        own_videos: it reads videos in a way of its own, for which there is nothing here.
         tower: its encoder of images.
     """
 
@@ -57,17 +56,14 @@ class Kind:
     aspect_ratio: str | None
     tiles: bool = False
     processor: str | None = None
-    own_videos: bool = False
     tower: str = "vision_tower"
 
 
 KINDS = {
     "llava": Kind("LlavaForConditionalGeneration", "pad"),
     "llava_next": Kind("LlavaNextForConditionalGeneration", "anyres", tiles=True),
-    "llava_next_video": Kind("LlavaNextVideoForConditionalGeneration", "anyres", tiles=True, own_videos=True),
-    "llava_onevision": Kind(
-        "LlavaOnevisionForConditionalGeneration", None, True, "LlavaOnevisionImageProcessorPil", own_videos=True
-    ),
+    "llava_next_video": Kind("LlavaNextVideoForConditionalGeneration", "anyres", tiles=True),
+    "llava_onevision": Kind("LlavaOnevisionForConditionalGeneration", None, True, "LlavaOnevisionImageProcessorPil"),
     "video_llava": Kind("VideoLlavaForConditionalGeneration", "pad", tower="image_tower"),
 }
 

@@ -313,6 +313,11 @@ class LlavaMetaForCausalLM(CheckedLoading):
         """How many ``<image>`` stand for these images in a prompt."""
         return len(images)
 
+    @property
+    def frame_length(self) -> int:
+        """Visual tokens of one frame of a video, not zipped."""
+        return self.get_vision_tower().num_patches
+
     def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
         """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.
 

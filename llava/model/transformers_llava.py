@@ -4,7 +4,7 @@ Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tok
 LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
 text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
 
-Videos are for Video-LLaVA only. OneVision's images are all cut into tiles; its stock processor gives those that share
+OneVision's images are all cut into tiles; its stock processor gives those that share
 a prompt with others one tile each. FastV, SparseVLM and the controls hook into LLaVA's own classes: convert to these.
 """
 
@@ -13,11 +13,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_finite, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
+from llava.video import process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.integrations import REGISTRY, Integration, find_integration
 
@@ -38,23 +41,6 @@ from visionzip.integrations import REGISTRY, Integration, find_integration
 def is_transformers(values: dict[str, Any]) -> bool:
     """Whether a ``config.json`` is in transformers' layout (early uploads of LLaVA-1.5 share its ``model_type``)."""
     return {"text_config", "vision_config"} <= values.keys() and "mm_vision_tower" not in values
-
-
-def refuse_videos(values: dict[str, Any]) -> None:
-    """Check, before it is loaded, that a model may be asked about videos.
-
-    Args:
-        values: its ``config.json``, of either layout.
-
-    Raises:
-        ValueError: it is one of transformers' that pools videos in a way of its own.
-    """
-    kind = KINDS.get(values.get("model_type", "")) if is_transformers(values) else None
-    if kind is not None and kind.own_videos:
-        raise ValueError(
-            f"{kind.model} reads videos in its own way, which these commands do not feed: ask it about images here, "
-            "and about videos with transformers' processor; of transformers' models VideoLlava takes videos here"
-        )
 
 
 def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrainedTokenizerBase, Any, Any, int]:
@@ -201,8 +187,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         """What the language model sees for each ``<image>``: (n, hidden_size) of an image, or of a video's frame.
 
         Args:
-            images: as in :meth:`generate`; for Video-LLaVA also videos (3, frames, h, w). What is in a list several
-                times is encoded once.
+            images: as in :meth:`generate`, and videos from :meth:`video_pixels`. What is in a list several times is
+                encoded once.
             image_sizes: (width, height) of each image, needed for tiles.
 
         Raises:
@@ -226,18 +212,52 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
 
     @property
     def takes_videos(self) -> bool:
-        """Whether videos (3, frames, h, w) may be among the images."""
-        return hasattr(self.native.model, "video_tower")
+        """Whether videos may be among the images."""
+        return hasattr(self.native.model, "get_video_features")
+
+    @property
+    def frame_length(self) -> int:
+        """Visual tokens of one frame of a video, not zipped, and OneVision's newline."""
+        video = import_module(f"visionzip.integrations.hf_{self.native.config.model_type}").FAMILY.modalities["video"]
+        edge = self.get_vision_tower().config.image_size
+        pixels = torch.empty(1, 1, 3, edge, edge, device="meta")
+        (run,) = video.runs(self.native.model, VisionZipConfig(), {video.pixels: pixels})
+        return run.full
+
+    def video_pixels(self, frames: Sequence[Image.Image], image_processor: Any) -> Tensor:
+        """Frames of one video as it may be among the images.
+
+        Of Video-LLaVA (3, T, h, w), as in-tree. Of the families with tiles, which have four dimensions too,
+        (1, T, 3, h, w), as transformers' video processors make it: each frame scaled, and cut to a square or, by
+        OneVision, squeezed into one. (Those scale tensors, this the PIL image: pixels differ a little.)
+
+        Raises:
+            ValueError: there are no frames.
+        """
+        if not self.kind.tiles:
+            return process_videos([frames], image_processor)[0]
+        if not frames:
+            raise ValueError("a video has no frames: give at least one")
+        settings = {"return_tensors": "pt"}
+        if self.kind.processor is None:
+            return image_processor.preprocess(list(frames), **settings)["pixel_values"][None]
+        edge = self.get_vision_tower().config.image_size  # the whole image is the first of its tiles
+        tiles = image_processor.preprocess(list(frames), image_grid_pinpoints=[[edge, edge]], **settings)
+        return tiles["pixel_values"][None, :, 0]
 
     def _is_video(self, image: Any) -> bool:
-        return self.takes_videos and isinstance(image, Tensor) and image.ndim == 4
+        return self.takes_videos and isinstance(image, Tensor) and image.ndim == (5 if self.kind.tiles else 4)
 
     def _frame_tokens(self, video: Tensor, index: int) -> list[Tensor]:
+        """Visual tokens of each frame; the last one's with OneVision's newline behind the video."""
         tower = self.get_vision_tower()
-        frames = as_tiles(video.transpose(0, 1), index, tower.config.image_size)
+        frames = as_tiles(video[0] if self.kind.tiles else video.transpose(0, 1), index, tower.config.image_size)
         check_finite(frames, [0] * index + [len(frames)])
         pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
-        return list(self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output)
+        tokens = self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output
+        tokens = tokens.flatten(0, -2)
+        each, newlines = divmod(len(tokens), len(frames))
+        return list(tokens.split([each] * (len(frames) - 1) + [each + newlines]))
 
     def pixel_inputs(
         self, images: Sequence[Tensor], image_sizes: Sizes | None = None, wanted: Sequence[int] | None = None

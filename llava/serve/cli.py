@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from transformers import TextStreamer
 
 from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
 from llava.mm_utils import load_image
-from llava.model.builder import config_values
-from llava.model.transformers_llava import generating_module, refuse_videos
+from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 from llava.video import FRAMES, load_video
 
@@ -24,14 +23,9 @@ _HELP = "/image FILE and /video FILE ask about another one too, /reset starts an
 def chat(args: argparse.Namespace) -> None:
     """Answer questions about images and videos, from standard input until it ends, keeping the KV cache."""
     generate_kwargs = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
-
-    def open_video(file: str | Path) -> list[Image.Image]:
-        refuse_videos(config_values(args.model_path))
-        return load_video(file, args.frames)
-
-    openers = {"/image": load_image, "/video": open_video}
+    openers = {"/image": load_image, "/video": partial(load_video, frames=args.frames)}
     first = [load_image(file) for file in args.image_file or []]
-    first += [open_video(file) for file in args.video or []]
+    first += [load_video(file, args.frames) for file in args.video or []]
     tokenizer, model, image_processor, conv_mode = load_from_arguments(args, getattr(args, "vanilla", None))
     session = ChatSession(model, tokenizer, image_processor, conv_mode, **generate_kwargs)
     console = Console(highlight=False, soft_wrap=True, markup=False)

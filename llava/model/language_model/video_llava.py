@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
 from llava.model.prompts import check_finite, check_images, first_places
+from llava.video import process_videos
 
 
 class VideoLlavaLlamaConfig(LlamaConfig):
@@ -47,6 +50,15 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     def get_video_tower(self) -> LanguageBindVideoTower:
         """The tower that encodes videos."""
         return self.model.video_tower
+
+    @property
+    def frame_length(self) -> int:
+        """Visual tokens of one frame of a video, not zipped."""
+        return self.get_video_tower().num_patches
+
+    def video_pixels(self, frames: Sequence[Image.Image], image_processor: Any) -> Tensor:
+        """Frames of one video as it may be among the images: see :func:`llava.video.process_videos`."""
+        return process_videos([frames], image_processor)[0]
 
     def encode_videos(self, videos: Tensor) -> Tensor:
         """Visual tokens in the language model's width: (B, T, N, hidden_size) of videos (B, 3, T, h, w).
