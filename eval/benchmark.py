@@ -139,7 +139,7 @@ class Benchmark:
         score: of answers in any order; answers that are missing, or to no question, are counted as the official tool
             does, and reported in the details. The judge is None unless ``judged``.
         max_new_tokens: limit on an answer's length, LLaVA's.
-        conv_mode: template that the protocol fixes; None: that of the model (``vicuna_v1`` for LLaVA-1.5).
+        conv_mode: the protocol's template for models of Vicuna; others have their own.
         judged: a language model scores: ``score`` needs its judge.
         proxy: a comparison of strings can stand in for it (``--judge exact``).
         graded: the score of a file that the official judge has graded already.
@@ -158,7 +158,7 @@ class Benchmark:
     tables: Mapping[str, Table] = field(default_factory=dict)
     from_tables: Callable[[Tables], list[Question]] | None = None
     truth_from_tables: Callable[[Tables], Any] | None = None
-    conv_mode: str | None = None
+    conv_mode: str = "vicuna_v1"
     judged: bool = False
     proxy: bool = True
     graded: Callable[[Path, Path | None], Score] | None = None

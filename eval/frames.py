@@ -55,8 +55,7 @@ def frames_of(questions: Iterable[Question]) -> int | None:
 def check_context(model: Any, prompts: Iterable[Prompt], runs: Iterable[Run]) -> None:
     """Check that prompts about videos fit into the model's context with each method.
 
-    Else their end would be cut off, and that is the question. Frames that become several tiles have more tokens than is
-    counted here.
+    Else their end would be cut off, and that is the question. Not counted are tiles of frames and OneVision's newline.
 
     Raises:
         ValueError: one does not; the message has the numbers.

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     questions = every[: args.limit]
     if not args.skip_bad:
         check_files(questions)
-    args.conv_mode = args.conv_mode or benchmark.conv_mode or template_for(args.model_path)
+    args.conv_mode = args.conv_mode or template_for(args.model_path, benchmark)
     if own.size > 1 and args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     folder, facts = Path(args.output), {**environment(_device(args)), "git_commit": git_commit()}
@@ -232,13 +232,13 @@ def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | 
     return (own["dominant"], own["contextual"]) if own and not args.tokens else None
 
 
-def template_for(model_path: str) -> str:
-    """The template that LLaVA's evaluation scripts use for a checkpoint.
+def template_for(model_path: str, benchmark: Benchmark) -> str:
+    """The template that the evaluation scripts of LLaVA and Video-LLaVA use for a checkpoint.
 
-    That of its name, but ``vicuna_v1`` for LLaVA-1.5, which they name where LLaVA's chat takes ``llava_v1``.
+    That of its name; of the two of Vicuna the one that the benchmark names (LLaVA's chat takes ``llava_v1``).
     """
     mode = conv_mode_for(get_model_name_from_path(model_path))
-    return "vicuna_v1" if mode == "llava_v1" else mode
+    return benchmark.conv_mode if mode in ("llava_v1", "vicuna_v1") else mode
 
 
 def _device(args: argparse.Namespace) -> str:

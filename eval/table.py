@@ -111,9 +111,11 @@ def facts(results: dict[str, Any]) -> str:
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
     limited = ", not all there are" if results["limited"] else ""
     inside = sorted({row["method"] for row in results["rows"] if len(set(row.get("visual_tokens_by_layer", ()))) > 1})
+    count = results.get("setting", {}).get("frames")
+    frames = "" if count is None else f", {count} frames of each video"
     metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
     return (
-        f"{results['questions']} questions{limited}; {metric}; ± standard error by bootstrap over questions"
+        f"{results['questions']} questions{limited}{frames}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "

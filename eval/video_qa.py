@@ -1,8 +1,8 @@
 """Questions about videos, as Video-LLaVA asks them: TGIF-QA, MSVD-QA, MSRVTT-QA and ActivityNet-QA.
 
-Prompt: one ``<image>`` for each of 8 frames (``--frames``), a line break, the question as it is; template ``llava_v1``;
-greedy, up to 1024 tokens. (The released script asks for sampling at a temperature of 0, which the transformers that it
-pins refuses.) Score: :mod:`eval.video_judge`. Source: Video-LLaVA,
+Prompt: one ``<image>`` for each of 8 frames (``--frames``), a line break, the question as it is; template ``llava_v1``,
+or a model's own where that is not Vicuna's; greedy, up to 1024 tokens. (The released script asks for sampling at a
+temperature of 0, which the transformers that it pins refuses.) Score: :mod:`eval.video_judge`. Source: Video-LLaVA,
 ``videollava/eval/video/{run_inference,eval}_video_qa.py``, without three of its faults: on several GPUs it compares
 predictions with the answers to other questions, it mirrors videos at random, and it passes over videos that are missing
 (here they are counted as wrong; ``details`` has the accuracy without them).

@@ -158,14 +158,24 @@ def process_videos(videos: Sequence[Sequence[Image.Image]], image_processor: Any
         torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
     )
     for index, frames in enumerate(videos):
-        if not isinstance(frames, Sequence) or not all(isinstance(frame, Image.Image) for frame in frames):
-            raise TypeError(
-                f"videos[{index}] is a {type(frames).__name__}, not the frames of a video: open files with "
-                "llava.video.load_video, and give images to llava.mm_utils.process_images"
-            )
-        if not frames:
-            raise ValueError(f"videos[{index}] has no frames: give at least one")
+        check_frames(frames, f"videos[{index}]")
     return [torch.stack([_pixels(frame, edge, mean, std) for frame in frames], dim=1) for frames in videos]
+
+
+def check_frames(frames: Any, name: str) -> None:
+    """Check that something is the frames of a video.
+
+    Raises:
+        TypeError: it is not a sequence of PIL images.
+        ValueError: it is empty.
+    """
+    if not isinstance(frames, Sequence) or not all(isinstance(frame, Image.Image) for frame in frames):
+        raise TypeError(
+            f"{name} is a {type(frames).__name__}, not the frames of a video: open files with llava.video.load_video, "
+            "and give images to llava.mm_utils.process_images"
+        )
+    if not frames:
+        raise ValueError(f"{name} has no frames: give at least one")
 
 
 def _pixels(frame: Image.Image, edge: int, mean: Tensor, std: Tensor) -> Tensor:

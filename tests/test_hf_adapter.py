@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_video import write_folder
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -137,7 +138,7 @@ def test_an_image_is_encoded_once(both):
 def test_a_zipped_checkpoint_comes_zipped(both, tmp_path: Path):
     tokenizer, model, processor = both()[1]
     visionzip(model, dominant=4, contextual=3)
-    for part in (model.native, tokenizer, processor):
+    for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "tuned")
     _, again, _, context = load_pretrained_model(str(tmp_path / "tuned"), device="cpu")
     assert again.get_vision_tower().visionzip.contextual == 3 and context == 2048
@@ -217,6 +218,19 @@ def test_eval_gives_the_answers_of_llavas_layout(
         answers.append({file.name: [json.loads(line)["text"] for line in file.open()] for file in files})
         assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
     assert answers[0] == answers[1] and len(answers[1]) == 3
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_eval_on_videos(make_checkpoint, converted, tmp_path: Path, options: dict[str, Any]):
+    """Frames are images to these models: the numbers of tokens are those of LLaVA's layout."""
+    folder, tokens = write_folder(tmp_path, "msvd"), []
+    for name, model in (("llava", make_checkpoint(**options)), ("transformers", converted(**options))):
+        places = ["--model-path", str(model), "--data", str(folder), "--output", str(tmp_path / name)]
+        methods = ["--method", "vanilla", "visionzip", "--tokens", "6", "--conv-mode", "vicuna_v1", "--judge", "exact"]
+        assert eval_command(["run", "msvd", *places, *methods, "--device", "cpu", "--limit", "2"]) == 0
+        rows = json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        tokens.append([row["visual_tokens"] for row in rows])
     assert tokens[0] == tokens[1]
 
 

@@ -84,6 +84,8 @@ def test_videos_of_video_llava(family):
         visionzip(model, dominant=5, contextual=2)
     with pytest.raises(ValueError, match=r"have 1 <image> .* but 3 images were given"):
         model.generate(ids[:, ids[0].tolist().index(-200) + 2 :], images=[video])
+    with pytest.raises(ValueError, match=r"images\[0\] has shape \(3, 3, 40, 56\): a video is \(3, T, 56, 56\)"):
+        model.visual_tokens([video[:, :, :40]])
     with pytest.raises(ValueError, match=r"images\[2\] has 1 pixels that are NaN"):
         model.visual_tokens(
             [image, video, image.masked_fill(torch.arange(image.numel()).view_as(image) == 7, torch.nan)]
@@ -114,8 +116,14 @@ def test_videos_of_families_with_tiles(family):
         assert [len(each) for each in mixed[1:-1]] == [tokens, tokens, tokens + extra]
         torch.testing.assert_close(mixed[0], mixed[-1])
         visionzip(model, dominant=2, contextual=1)
-    with pytest.raises(ValueError, match="a video has no frames"):
+    assert model.frame_length == 4
+    with pytest.raises(ValueError, match="the video has no frames"):
         model.video_pixels([], processor)
+    with pytest.raises(TypeError, match=r"the video is a Tensor, not the frames of a video: .*load_video"):
+        model.video_pixels(pixels, processor)
+    for wrong in (torch.cat([pixels, pixels]), pixels[..., :40], pixels[:, :0], pixels[:0]):
+        with pytest.raises(ValueError, match=r"images\[1\] has shape .*: a video is \(1, T, 3, 56, 56\), as"):
+            model.visual_tokens([pixels, wrong])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import TEXTS, llava, llava_batch, llava_processor, pictures
+from hf_models import PAD, TEXTS, llava, llava_batch, llava_processor, pictures
 from torch import Tensor
 from transformers import StaticCache
 
@@ -163,20 +163,56 @@ def test_new_tokens_with_an_image_and_a_mask_of_another_conversation(model: Any)
         model(**new, attention_mask=mask, past_key_values=cache)
 
 
-def test_a_second_turn_of_prompts_padded_on_the_right(model: Any):
-    """The cache has them padded on the left: transformers would skip the wrong tokens."""
-    inputs = llava_batch("right", TEXTS[:2])
+def test_a_batch_with_a_cache_of_a_loop_of_ones_own(model: Any):
+    """Where its padding is only ``generate`` knows; without any, the prompts say what it holds."""
+    inputs = llava_batch(texts=TEXTS[:2])
+    cache = model(**inputs).past_key_values
+    conversation = {
+        "input_ids": torch.cat([inputs["input_ids"], torch.full((2, 2), 9)], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1),
+        "pixel_values": inputs["pixel_values"],
+    }
+    with pytest.raises(
+        ValueError, match="tokens of each prompt, but not which ones are padding: with prompts of several lengths"
+    ):
+        model.generate(**conversation, past_key_values=cache, max_new_tokens=2)
+    equal = llava_batch(texts=["<image> a", "<image> b"])
+    cache = model(**equal).past_key_values
+    conversation = {"input_ids": torch.cat([equal["input_ids"], torch.full((2, 2), 9)], dim=1)}
+    conversation |= {"pixel_values": equal["pixel_values"], "max_new_tokens": 2}
+    assert torch.equal(model.generate(**conversation, past_key_values=cache), model.generate(**conversation))
+
+
+def test_a_second_turn_that_is_padded_anew(model: Any):
+    """The cache has its tokens where they were. A prompt alone has no padding there, so that it may change."""
+    inputs = llava_batch(texts=TEXTS[:2])
     turn = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    conversation = torch.cat([turn.sequences, torch.full((2, 2), 9)], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
-    with pytest.raises(ValueError, match="padding inside prompt 0: with past_key_values, prompts must be padded"):
-        model.generate(
-            input_ids=conversation,
-            attention_mask=mask,
-            pixel_values=inputs["pixel_values"],
-            past_key_values=turn.past_key_values,
-            max_new_tokens=2,
-        )
+    pad, new = torch.full((2, 1), PAD), torch.full((2, 3), 9)
+    conversation = {"input_ids": torch.cat([pad, turn.sequences, new], dim=1), "pixel_values": inputs["pixel_values"]}
+    with pytest.raises(ValueError, match=r"prompt 0 begins in column 22, and when .* began in 21: put new tokens"):
+        model.generate(**conversation, past_key_values=turn.past_key_values, max_new_tokens=2)
+    inputs = llava_batch(texts=TEXTS[:1])
+    turn = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([pad[:1], turn.sequences, new[:1]], dim=1)
+    conversation = {"input_ids": ids, "pixel_values": inputs["pixel_values"], "max_new_tokens": 2}
+    found = model.generate(**conversation, past_key_values=turn.past_key_values)
+    assert torch.equal(found, model.generate(**conversation))
+
+
+def test_a_cache_that_is_emptied_and_used_for_other_prompts(model: Any):
+    """What ``generate`` noted on it does not outlive its tokens."""
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model.generate(**llava_batch(texts=TEXTS[:2]), past_key_values=cache, max_new_tokens=2)
+    cache.reset()
+    text = llava_processor()(text=["a" * 40, "b" * 40], return_tensors="pt")
+    model(**text, past_key_values=cache)
+    image = llava_processor()(images=pictures((90, 60), (60, 90)), text=["<image>"] * 2, return_tensors="pt")
+    conversation = {
+        "input_ids": torch.cat([text["input_ids"], image["input_ids"]], dim=1),
+        "pixel_values": image["pixel_values"],
+        "max_new_tokens": 2,
+    }
+    assert torch.equal(model.generate(**conversation, past_key_values=cache), model.generate(**conversation))
 
 
 def test_arguments_that_point_into_the_prompt(model: Any):

@@ -193,6 +193,14 @@ class TestHighDefinition:
         for tile in range(5):
             torch.testing.assert_close(zipped[tile, 1:5], plain[tile, kept[tile, 1:]], atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_a_batch_is_what_its_images_are_alone(self, load, zipped: bool) -> None:
+        model, images = load(**HD), pixels(2, 2 * AUX_SIZE)
+        if zipped:
+            visionzip(model, 5, 2)
+        alone = torch.cat([model.encode_images(image[None]) for image in images])
+        torch.testing.assert_close(model.encode_images(images), alone, atol=1e-5, rtol=1e-5)
+
     def test_the_cls_token_of_a_tile_reads_averages_of_that_tile(self, make, load) -> None:
         folder, (image,) = make(**HD), pixels(1, 2 * AUX_SIZE)
         weights, clip, large = load_file(folder / "model.safetensors"), clip_of(folder), smaller(image, 112)

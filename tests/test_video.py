@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from checkpoints import CLIP, picture
 from llava.cli import main
+from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageProcessor
 from llava.video import load_video, process_videos, process_visuals
 
@@ -117,18 +117,14 @@ def test_images_are_scaled_as_released(size: tuple[int, int]):
         assert (found - smooth).std() > 0.5
 
 
-def test_a_video_for_models_with_and_without_videos():
+def test_a_video_for_models_with_and_without_videos(make_video_checkpoint: Callable[..., Path], load):
     """One tensor, or its frames as images."""
-
-    class Model:
-        takes_videos = True
-        config: Any = None
-
     frames, still = [picture(seed) for seed in range(3)], picture(4)
-    tensors, sizes = process_visuals([still, frames], PROCESSOR, Model())
+    _, model, processor, _ = load_pretrained_model(str(make_video_checkpoint()), device="cpu")
+    tensors, sizes = process_visuals([still, frames], processor, model)
     assert [tuple(tensor.shape) for tensor in tensors] == [(3, 56, 56), (3, 3, 56, 56)] and sizes == [(90, 60)] * 2
-    Model.takes_videos = False
-    tensors, sizes = process_visuals([still, frames], PROCESSOR, Model())
+    _, model, processor, _ = load()
+    tensors, sizes = process_visuals([still, frames], processor, model)
     assert [tuple(tensor.shape) for tensor in tensors] == [(3, 56, 56)] * 4 and sizes == [(90, 60)] * 4
 
 

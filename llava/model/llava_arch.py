@@ -81,7 +81,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
     """Causal language model that also takes images."""
 
     backbone_class: ClassVar[type[nn.Module]]
-    takes_videos: ClassVar[bool] = False  # (3, T, h, w) among the images, with an <image> for each frame
+    takes_videos: ClassVar[bool] = False  # among the images, with an <image> for each frame
 
     def __init__(self, config: Any) -> None:
         # Not super().__init__: that would build the text-only backbone first.

@@ -33,7 +33,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_finite, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
-from llava.video import process_videos
+from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.integrations import REGISTRY, Integration, find_integration
 
@@ -149,6 +149,11 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         tower.is_loaded = True
         self._tower = (tower,)  # not a submodule of its own
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the model inside and the image processor, in transformers' layout."""
+        self.native.save_pretrained(save_directory, **kwargs)
+        self.get_vision_tower().image_processor.save_pretrained(save_directory)
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
@@ -217,12 +222,14 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
 
     @property
     def frame_length(self) -> int:
-        """Visual tokens of one frame of a video, not zipped, and OneVision's newline."""
+        """Visual tokens of one frame of a video, not zipped, and without OneVision's newline behind the last one."""
+        if not self.takes_videos:  # frames are images to it
+            return super().frame_length
         video = import_module(f"visionzip.integrations.hf_{self.native.config.model_type}").FAMILY.modalities["video"]
         edge = self.get_vision_tower().config.image_size
-        pixels = torch.empty(1, 1, 3, edge, edge, device="meta")
-        (run,) = video.runs(self.native.model, VisionZipConfig(), {video.pixels: pixels})
-        return run.full
+        pixels = (torch.empty(1, frames, 3, edge, edge, device="meta") for frames in (1, 2))
+        one, two = (video.runs(self.native.model, VisionZipConfig(), {video.pixels: each})[0].full for each in pixels)
+        return two - one
 
     def video_pixels(self, frames: Sequence[Image.Image], image_processor: Any) -> Tensor:
         """Frames of one video as it may be among the images.
@@ -232,12 +239,12 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         OneVision, squeezed into one. (Those scale tensors, this the PIL image: pixels differ a little.)
 
         Raises:
-            ValueError: there are no frames.
+            TypeError: they are not a sequence of PIL images.
+            ValueError: there are none.
         """
         if not self.kind.tiles:
             return process_videos([frames], image_processor)[0]
-        if not frames:
-            raise ValueError("a video has no frames: give at least one")
+        check_frames(frames, "the video")
         settings = {"return_tensors": "pt"}
         if self.kind.processor is None:
             return image_processor.preprocess(list(frames), **settings)["pixel_values"][None]
@@ -251,7 +258,13 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
     def _frame_tokens(self, video: Tensor, index: int) -> list[Tensor]:
         """Visual tokens of each frame; the last one's with OneVision's newline behind the video."""
         tower = self.get_vision_tower()
-        frames = as_tiles(video[0] if self.kind.tiles else video.transpose(0, 1), index, tower.config.image_size)
+        edge, tiled = tower.config.image_size, self.kind.tiles
+        frames = video.flatten(0, 1) if tiled else video.transpose(0, 1)
+        if (tiled and len(video) != 1) or frames.shape[1:] != (3, edge, edge) or len(frames) == 0:
+            form = f"(1, T, 3, {edge}, {edge})" if tiled else f"(3, T, {edge}, {edge})"
+            raise ValueError(
+                f"images[{index}] has shape {tuple(video.shape)}: a video is {form}, as video_pixels makes it"
+            )
         check_finite(frames, [0] * index + [len(frames)])
         pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
         tokens = self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output

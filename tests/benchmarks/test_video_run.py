@@ -12,6 +12,8 @@ from data_video import write_folder
 
 from checkpoints import CLIP
 from eval.__main__ import main
+from eval.registry import BENCHMARKS
+from eval.runner import template_for
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def test_more_frames(run, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["setting"]["frames"] == 20
     assert [row["visual_tokens"] for row in results["rows"]] == [20 * 6]
+    assert ", 20 frames of each video; accuracy" in (out / "table.md").read_text()
     capsys.readouterr()
     assert go("msvd", *budget) == 2
     assert "frames was 20, is 8" in capsys.readouterr().err
@@ -61,3 +64,18 @@ def test_images_have_no_frames(run, capsys):
     _, go = run
     assert go("pope", "--method", "vanilla", "--frames", "16") == 2
     assert "--frames 16: this benchmark has no videos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "of_videos", "of_images"),
+    [
+        ("LanguageBind/Video-LLaVA-7B", "llava_v1", "vicuna_v1"),
+        ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava_v1", "vicuna_v1"),
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "qwen_1_5", "qwen_1_5"),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "mistral_instruct", "mistral_instruct"),
+    ],
+)
+def test_templates(name: str, of_videos: str, of_images: str):
+    """Video-LLaVA's protocol names one of Vicuna's, which is not for the models of other language models."""
+    assert template_for(name, BENCHMARKS["msvd"]) == of_videos
+    assert template_for(name, BENCHMARKS["pope"]) == of_images

@@ -23,6 +23,8 @@ from visionzip.integrations.huggingface import (
     Zipped,
     cached_length,
     has_pixels,
+    held_by,
+    hold,
     mask_misfit,
     pad_token,
     pixel_names,
@@ -215,6 +217,7 @@ def _check_text(zipped: Zipped, module: nn.Module, given: Mapping[str, Any]) -> 
     on_device = getattr(given.get("past_key_values"), "is_compileable", False)
     if on_device and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return  # a step of generate: not worth a transfer of the cache's length
+    held_by(given)  # corrects it before the cache grows again
     if cached_length(given) == 0:
         visuals(zipped, getattr(module, "model", module), given)
     _check_mask(given)
@@ -226,6 +229,7 @@ def _shortened(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict
         raise ValueError(NO_IDS)
     _refuse_positions(given)
     _check_mask(given)
+    hold(given.get("past_key_values"), None)
     base = getattr(module, "model", module)
     found = visuals(zipped, base, given)
     # The model has shortened what its base model is called with.

@@ -16,6 +16,8 @@ from visionzip.integrations.huggingface import (
     Zipped,
     cached_length,
     has_pixels,
+    held_by,
+    hold,
     mask_misfit,
     pad_token,
     pixel_names,
@@ -53,8 +55,8 @@ def generate(
         stopping_criteria: as in transformers.
         prefix_allowed_tokens_fn: as in transformers.
         **kwargs: transformers' other arguments, and the model's. With ``past_key_values``, a prompt as long as its
-            ``attention_mask`` is the whole conversation with all its images (padded on the left), as in transformers;
-            otherwise it is the new tokens, with the new images.
+            ``attention_mask`` is the whole conversation with all its images, as in transformers; otherwise it is the
+            new tokens, with the new images.
 
     Returns:
         What transformers' own returns, with the user's prompts in front of the answers.
@@ -82,25 +84,30 @@ def generate(
     if misfit := mask_misfit(kwargs):
         raise ValueError(misfit)
     found = visuals(zipped, model.model, kwargs)
+    past, held = cached_length(kwargs), held_by(kwargs)
     if not any(visual.runs for visual in found):
         return stock(**own, **kwargs)
 
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
-    past = cached_length(kwargs)
-    if past and kwargs["attention_mask"].shape[1] != prompt.shape[1]:
-        past = 0  # the new tokens alone
-    if past:
+    whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
+    if whole:
         kwargs.pop("position_ids", None)  # transformers counts them by the mask
-    short = shorten(kwargs, find_runs(prompt, found), pad_token(model), side="left", past=past)
+    edits = find_runs(prompt, found)
+    short = shorten(kwargs, edits, pad_token(model), side="left", past=past if whole else 0, held=held)
     kwargs |= short.arguments
-    if past:
+    if whole:
         _skip_cached(zipped, model, kwargs, found, short.new)
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
 
     shown = _show_users_prompt(own, kwargs, prompt, length)
+    hold(kwargs.get("past_key_values"), None)  # in case that this is broken off
     result = stock(**own, **kwargs)
+    sequences = result if isinstance(result, Tensor) else result.sequences
+    held = short.held if whole or not past else held and held.grown(past).followed(short.held)
+    held = held and held.repeated(len(sequences) // len(prompt))
+    hold(getattr(result, "past_key_values", kwargs.get("past_key_values")), held)
     if isinstance(result, Tensor):
         return shown(result)
     result.sequences = shown(result.sequences)

@@ -21,7 +21,8 @@ short ones: logits, hidden states and attentions, and the KV cache. So a Trainer
 Refused, each with an error that names the cure: pixels beside ``inputs_embeds``; ``logits_to_keep`` as positions and
 ``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four dimensions beside pixels; a zipped
 ``assistant_model`` for prompts with images; a second turn with the cache of the first whose mask has the long prompts'
-length or whose prompts are padded on the right; encoders other than CLIP and SigLIP; projectors of several layers.
+length, or, in a batch of unequal prompts, that is padded anew or has a cache that ``generate`` has not filled; encoders
+other than CLIP and SigLIP; projectors that take several layers.
 
 To know: PEFT saves an adapter without the model's config, so say ``visionzip(model, …)`` again after loading one (a
 merged model keeps its setting). ``model.forward(…)`` called by that name, as old versions of PEFT do, runs no hooks of
@@ -41,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token
-from visionzip.integrations.placeholders import Run, Visual
+from visionzip.integrations.placeholders import Held, Run, Visual
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,23 @@ def cached_length(arguments: Mapping[str, Any]) -> int:
     """Tokens in the cache that a call is given."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def hold(cache: Any, held: Held | None) -> None:
+    """Note on a cache, if there is one, what it holds of its prompts, so that copies know it too; None if unknown."""
+    if cache is not None:
+        cache._visionzip = held
+
+
+def held_by(arguments: Mapping[str, Any]) -> Held | None:
+    """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
+    cache, past = arguments.get("past_key_values"), cached_length(arguments)
+    held: Held | None = getattr(cache, "_visionzip", None)
+    if held is not None and len(held.columns) != len(arguments["input_ids"]):
+        held = cache._visionzip = None
+    elif held is not None and held.columns.shape[1] > past:
+        held = cache._visionzip = held.cut(past)
+    return held
 
 
 def mask_misfit(arguments: Mapping[str, Any]) -> str | None:

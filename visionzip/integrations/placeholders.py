@@ -117,6 +117,38 @@ def _split_run(start: int, length: int, visual: Visual, used: int, row: int) -> 
     return edits
 
 
+class Held(NamedTuple):
+    """What a cache holds of prompts, as far as these were shortened; behind it are text and answers, as they are.
+
+    Attributes:
+        columns: (B, P) where in the prompts each token of the cache is, -1 for padding.
+        length: columns of the prompts.
+    """
+
+    columns: Tensor
+    length: int
+
+    def grown(self, past: int) -> Held:
+        """The same of a cache of ``past`` tokens, P or more."""
+        more = torch.arange(self.length, self.length + past - self.columns.shape[1])
+        return Held(torch.cat([self.columns, more.expand(len(self.columns), -1)], dim=1), self.length + len(more))
+
+    def cut(self, past: int) -> Held | None:
+        """The same of a cache of ``past`` tokens, P or fewer; None if its rows end in different columns."""
+        kept, gone = self.columns[:, :past], self.columns[:, past:]
+        length = int(kept.max()) + 1 if past else 0
+        return None if ((gone >= 0) & (gone < length)).any() else Held(kept, length)
+
+    def repeated(self, copies: int) -> Held:
+        """The same of a cache with so many copies of each row, side by side."""
+        return Held(self.columns.repeat_interleave(copies, dim=0), self.length)
+
+    def followed(self, other: Held) -> Held:
+        """The same of a cache that got ``other``'s prompts as well, which were given without these."""
+        behind = torch.where(other.columns < 0, -1, other.columns + self.length)
+        return Held(torch.cat([self.columns, behind], dim=1), self.length + other.length)
+
+
 class Shortened(NamedTuple):
     """Prompts with shortened runs.
 
@@ -124,10 +156,12 @@ class Shortened(NamedTuple):
         arguments: those of the model that run along with the tokens, as far as they were given (an ``attention_mask``
             in any case where rows differ in length), with L' for L.
         new: the runs that are not in the cache yet; all of them without one.
+        held: what a cache holds that was given these prompts.
     """
 
     arguments: dict[str, Tensor]
     new: list[Edit]
+    held: Held
 
 
 def shorten(
@@ -136,12 +170,13 @@ def shorten(
     pad_token_id: int | None,
     side: str | None = None,
     past: int = 0,
+    held: Held | None = None,
 ) -> Shortened:
     """Prompts with runs as long as the zipped model's visual tokens.
 
     Rows lose their padding and are padded anew to the longest of them, each on the side where it was, and otherwise on
     the side of the others or the left, so that ``logits[:, -1]`` is still each row's next token. With a cache, what it
-    holds is padded to its length, and what is new is padded on its own behind that.
+    holds stays where it is there, and what is new is padded on its own behind that.
 
     Args:
         arguments: ``input_ids`` (B, L) and, if given, ``attention_mask`` (B, P + L) with P positions of a cache,
@@ -149,8 +184,9 @@ def shorten(
         edits: of :func:`find_runs`.
         pad_token_id: id for padding; 0 if None.
         side: ``"left"`` or ``"right"`` for all rows.
-        past: tokens in the cache with which the prompts begin, where they do; then with ``side="left"``, with a mask
-            and without ``position_ids``.
+        past: tokens in the cache with which the prompts begin, where they do; then with a mask and without
+            ``position_ids``.
+        held: which tokens these are; if None, the prompts must say it.
 
     Raises:
         ValueError: an argument has another shape, or the cache is not one of these prompts.
@@ -164,9 +200,8 @@ def shorten(
     bounds = [_content(row, own) for row, own in zip(kept, edits, strict=True)]
     sources = [_sources(row, *bound) for row, bound in zip(edits, bounds, strict=True)]
     sides = _sides(bounds, ids.shape[1], side)
-    column = _cached_columns(sources, edits, kept, past) if past else 0
-    blocks = [[row[row < column] for row in sources], [row[row >= column] for row in sources]]
-    index = torch.cat([_pad(block, sides) for block in blocks], dim=1)
+    cached, column = _cached(sources, edits, past, held) if past else Held(torch.empty(len(ids), 0).long(), 0)
+    index = torch.cat([cached, _pad([row[row >= column] for row in sources], sides)], dim=1)
 
     def pick(values: Tensor, fill: int) -> Tensor:
         own = index.to(values.device)
@@ -180,37 +215,54 @@ def shorten(
         new_mask = pick(keep, 0)
         before = new_mask.new_ones(len(ids), 0) if mask is None else mask[:, : -ids.shape[1]]
         new["attention_mask"] = torch.cat([before.to(new_mask), new_mask], dim=1).to(keep if mask is None else mask)
-    return Shortened(new, [edit for row in edits for edit in row if edit.start >= column])
+    still = [edit for row in edits for edit in row if edit.start >= column]
+    starts = torch.stack([row[0] for row in sources])[:, None]
+    return Shortened(new, still, Held(index.masked_fill(index < starts, -1), ids.shape[1]))
 
 
-def _cached_columns(sources: list[Tensor], edits: list[list[Edit]], kept: Tensor, past: int) -> int:
-    """How many columns of the prompts (B, L) a cache of ``past`` tokens holds.
-
-    Its rows are padded on the left, so the longest of them fills it: that one's next token is the first new column.
+def _cached(sources: list[Tensor], edits: list[list[Edit]], past: int, held: Held | None) -> Held:
+    """What a cache of ``past`` tokens holds of the prompts (B, L).
 
     Raises:
-        ValueError: nothing is new, the cache ends inside an image, or it was padded in another way.
+        ValueError: nothing is new, the cache ends inside an image, or its padding is another one or not known.
     """
-    if all(len(row) <= past for row in sources):
+    if held is None or len(sources) == 1:  # no padding then, so it may be another one now
+        held = _infer_held(sources, edits, past)
+    cached = held.grown(past)
+    for row, (columns, source) in enumerate(zip(held.columns, sources, strict=True)):
+        if len(real := columns[columns >= 0]) and real[0] != source[0]:
+            raise ValueError(
+                f"prompt {row} begins in column {int(source[0])}, and when past_key_values was filled it began in "
+                f"{int(real[0])}: put new tokens behind the sequences that generate returned, or leave "
+                "past_key_values out"
+            )
+    if all(int(row[-1]) < cached.length for row in sources):
         raise ValueError(
             f"past_key_values holds {past} tokens, and the prompt has {max(map(len, sources))} when zipped, so nothing "
             "in it is new. Give the whole conversation with all its images, or the new tokens alone with an "
             "attention_mask that covers the cache too"
         )
-    column = min(int(row[past]) for row in sources if len(row) > past)
-    if cut := next((edit for row in edits for edit in row if edit.start < column < edit.start + edit.full), None):
+    for edit in (edit for row in edits for edit in row):
+        if edit.start < cached.length < edit.start + edit.full:
+            raise ValueError(
+                f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.index}: it is of "
+                "another conversation, or of one that was not zipped"
+            )
+    return cached
+
+
+def _infer_held(sources: list[Tensor], edits: list[list[Edit]], past: int) -> Held:
+    """The same of a cache that was filled by other means than ``generate``, which holds text alone or no padding."""
+    ends = {int(row[past]) if len(row) > past else int(row[-1]) + 1 for row in sources}
+    if len(ends) == 1 and len({min(len(row), past) for row in sources}) == 1:
+        return Held(torch.stack([row[:past] for row in sources]), ends.pop())
+    if any(edit.start < past for row in edits for edit in row):
         raise ValueError(
-            f"past_key_values holds {past} tokens, which ends inside {cut.modality} {cut.index}: it is of another "
-            "conversation, or of one that was not zipped"
+            f"past_key_values holds {past} tokens of each prompt, but not which ones are padding: with prompts of "
+            "several lengths give a cache that this model's generate has filled, or the new tokens alone with an "
+            "attention_mask that covers the cache too"
         )
-    cached = kept[:, :column]
-    if cached[:, 0].all() and not cached.all():  # else rows are padded on the left, and a gap is behind an answer
-        raise ValueError(
-            f"attention_mask has padding inside prompt {int((~cached).any(dim=1).nonzero()[0])}: with past_key_values, "
-            "prompts must be padded on the left, and behind an answer that ended early the mask must be 1. Or leave "
-            "past_key_values out"
-        )
-    return column
+    return Held(torch.empty(len(sources), 0).long(), 0)
 
 
 def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None) -> None:
