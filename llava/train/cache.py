@@ -18,14 +18,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.mm_utils import load_image, process_images
@@ -33,6 +32,9 @@ from llava.model.loading import gathered
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments  # loads peft and bitsandbytes, which `visionzip --help` need not
 
 _FORMAT = 1  # of what is computed and how it is stored; a change makes all older caches unknown
 _BATCH = 32  # images that the tower encodes at a time
