@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str,
     runs = []
     for size, (rows, columns) in zip(_pairs(sizes), grids(base, sizes), strict=True):
         full = full_length(base, tower, arguments) + _grid_length(base, size, rows, columns)
-        runs.append(Run(full, (1 + rows * columns) * short_length(tower, config)))
+        runs.append(Run(full, tile_count((rows, columns)) * short_length(tower, config)))
     return runs
 
 
@@ -66,18 +66,43 @@ def image_features(
         ValueError: the pixels or sizes have another shape, or another layer is asked for.
     """
     check_layer(base, vision_feature_layer)
-    tower = base.vision_tower
-    check_tiles(pixel_values, image_sizes, tower)
-    shapes = grids(base, image_sizes)
-    counts = [1 + rows * columns for rows, columns in shapes]
+    check_tiles(pixel_values, image_sizes, base.vision_tower)
+    return tile_features(base, config, pixel_values, grids(base, image_sizes))
+
+
+def tile_features(
+    base: nn.Module, config: VisionZipConfig, pixel_values: Tensor, shapes: Sequence[tuple[int, int] | None]
+) -> BaseModelOutputWithPooling:
+    """Zipped visual tokens of images, each by its grid (rows, columns); one without has one tile, and a newline.
+
+    Args:
+        base: the model without its head.
+        config: the setting, per tile.
+        pixel_values: as in :func:`image_features`.
+        shapes: of each image.
+
+    Returns:
+        What :func:`image_features` returns; of an image without a grid (K + M + 1, hidden_size).
+
+    Raises:
+        ValueError: an image comes as fewer tiles than its grid has.
+    """
+    tower, counts = base.vision_tower, [tile_count(shape) for shape in shapes]
     compressed = compress_images(tower, flat_tiles(pixel_values, counts), config)
     features = base.multi_modal_projector(compressed.tokens)
     kept = compressed.dominant_indices.split(counts)
-    images = [
-        join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=has_cls_token(tower))
-        for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True)
-    ]
+    images = []
+    for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True):
+        if shape is None:
+            images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
+        else:
+            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=has_cls_token(tower)))
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
+
+
+def tile_count(shape: tuple[int, int] | None) -> int:
+    """Tiles of an image with a grid (rows, columns), the whole image included; 1 without."""
+    return 1 if shape is None else 1 + shape[0] * shape[1]
 
 
 def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.compress import compress_tokens
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import compress_images, has_cls_token, score_images
-from visionzip.integrations.hf_llava_next import check_tiles, flat_tiles, grids
+from visionzip.encoder import has_cls_token, score_images
+from visionzip.integrations.hf_llava_next import check_tiles, grids, tile_count, tile_features
 from visionzip.integrations.huggingface import (
     Family,
     Modality,
@@ -32,7 +32,6 @@ from visionzip.integrations.huggingface import (
     side_length,
 )
 from visionzip.integrations.placeholders import Run
-from visionzip.tiles import join_tiles
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
@@ -43,12 +42,12 @@ def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str,
     for size, grid in zip(sizes, _grids(base, sizes, arguments.get("batch_num_images")), strict=True):
         # The model's own rule for cutting away padding and shrinking, on tensors without content.
         packed, _ = base.pack_image_features(
-            [torch.empty(_tiles(grid), patches, 1, device="meta")],
+            [torch.empty(tile_count(grid), patches, 1, device="meta")],
             [[int(pixels) for pixels in size]],
             image_newline=torch.empty(1, device="meta"),
             vision_aspect_ratio=arguments.get("vision_aspect_ratio") or base.config.vision_aspect_ratio,
         )
-        runs.append(Run(len(packed[0]), _tiles(grid) * short_length(tower, config) + (grid is None)))
+        runs.append(Run(len(packed[0]), tile_count(grid) * short_length(tower, config) + (grid is None)))
     return runs
 
 
@@ -86,20 +85,8 @@ def image_features(
         ValueError: the pixels, sizes or numbers do not fit together, or another layer is asked for.
     """
     check_layer(base, vision_feature_layer)
-    tower = base.vision_tower
-    check_tiles(pixel_values, image_sizes, tower)
-    shapes = _grids(base, image_sizes, batch_num_images)
-    counts = [_tiles(grid) for grid in shapes]
-    compressed = compress_images(tower, flat_tiles(pixel_values, counts), config)
-    features = base.multi_modal_projector(compressed.tokens)
-    kept = compressed.dominant_indices.split(counts)
-    images = []
-    for tokens, indices, grid in zip(features.split(counts), kept, shapes, strict=True):
-        if grid is None:
-            images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
-        else:
-            images.append(join_tiles(tokens, indices, grid[::-1], side_length(tower), cls_token=has_cls_token(tower)))
-    return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
+    check_tiles(pixel_values, image_sizes, base.vision_tower)
+    return tile_features(base, config, pixel_values, _grids(base, image_sizes, batch_num_images))
 
 
 def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
@@ -183,10 +170,6 @@ def _grids(base: nn.Module, image_sizes: Any, batch_num_images: Any) -> list[tup
                 "that the processor returned"
             )
     return [grid if own else None for grid, own in zip(grids(base, image_sizes), alone, strict=True)]
-
-
-def _tiles(grid: tuple[int, int] | None) -> int:
-    return 1 if grid is None else 1 + grid[0] * grid[1]
 
 
 FAMILY = Family(
