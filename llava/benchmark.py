@@ -39,6 +39,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
 
+PLOTS = (".png", ".svg", ".pdf")
 TOWERS = {"vit-l-14-336": VIT_L_14_336, "tiny": VIT_TINY}  # of the LLaVAs; to try the command itself
 WAYS = {
     "vanilla": "LLaVA's tower: sdpa, all layers, all hidden states",
@@ -288,12 +289,18 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
+def weights_mib(model: torch.nn.Module) -> float:
+    """MiB of a model's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
+
+
 def check_request(args: argparse.Namespace) -> None:
-    """Check ``--device`` and ``--output``, before the long work.
+    """Check ``--device``, ``--output`` and, if the command has it, ``--plot``, before the long work.
 
     Raises:
-        ValueError: there is no such device, or CUDA is asked for and not there.
+        ValueError: there is no such device, CUDA is asked for and not there, or the plot is of no known type.
         IsADirectoryError: the output is a folder.
+        ImportError: a plot is asked for and matplotlib is not installed.
     """
     try:
         kind = torch.device(args.device).type
@@ -303,6 +310,10 @@ def check_request(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: this machine has no CUDA")
     if args.output and Path(args.output).is_dir():
         raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
+    if plot := getattr(args, "plot", None):
+        if Path(plot).suffix not in PLOTS:
+            raise ValueError(f"--plot {plot}: give a file that ends in {', '.join(PLOTS)}")
+        import matplotlib  # noqa: F401, PLC0415 - an extra
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -328,7 +339,6 @@ def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], result
         ways: what each is.
         results: rows of the table.
     """
-    facts = environment(args.device)
     table = Table(title=title)
     for column in ("batch", "way", "tokens", "time", "ratio", "quartiles", "peak memory", "ratio"):
         table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
@@ -346,10 +356,16 @@ def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], result
     Console().print(table)
     for way, meaning in ways.items():
         Console().print(f"{way}: {meaning}", style="dim")
+    setting = {key: value for key, value in vars(args).items() if isinstance(value, str | int | list)}
+    conclude(args, {**setting, "results": [asdict(row) for row in results]})
+
+
+def conclude(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
+    """Print what the figures depend on, and write it with them to ``args.output`` if that is given."""
+    facts = environment(args.device)
     Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
     if args.output:
-        setting = {key: value for key, value in vars(args).items() if isinstance(value, str | int | list)}
-        write_results(args.output, {**facts, **setting, "results": [asdict(row) for row in results]})
+        write_results(args.output, {**facts, **content})
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:

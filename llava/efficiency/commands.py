@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.arguments import positive
-from llava.benchmark import answer_peak, check_request, environment, peak_memory, write_results
+from llava.benchmark import (
+    PLOTS,
+    answer_peak,
+    check_request,
+    conclude,
+    environment,
+    peak_memory,
+    weights_mib,
+    write_results,
+)
 from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
 from llava.efficiency.methods import METHODS, split
 from llava.efficiency.report import make_rows, plot, print_table
@@ -23,7 +32,6 @@ from llava.efficiency.shapes import SHAPES, build_model
 from llava.model.builder import config_values, load_pretrained_model
 from llava.model.transformers_llava import is_transformers
 
-PLOTS = (".png", ".svg", ".pdf")
 TRANSFORMERS_METHODS = ("vanilla", "visionzip")
 
 
@@ -84,15 +92,11 @@ def benchmark_memory(args: argparse.Namespace) -> None:
             cells += [f"{row[key]:.1f}", "" if base is None else f"{row[key] / base[key]:.3f}"]
         table.add_row(*cells)
     Console(width=max(Console().width, 110)).print(table)
-    _finish(args, {"setting": _setting(args), "results": rows})
+    conclude(args, {"setting": _setting(args), "results": rows})
 
 
 def _time(args: argparse.Namespace, new_tokens: int) -> None:
     ways = _check(args)
-    if args.plot and Path(args.plot).suffix not in PLOTS:
-        raise ValueError(f"--plot {args.plot}: give a file that ends in {', '.join(PLOTS)}")
-    if args.plot:
-        import matplotlib  # noqa: F401, PLC0415 - an extra; its absence is said before the long work
     torch.manual_seed(0)
     model = _model(args)
     rows = []
@@ -104,16 +108,9 @@ def _time(args: argparse.Namespace, new_tokens: int) -> None:
         if args.output:  # after each batch size: a larger one may not fit
             write_results(args.output, {**environment(args.device), **report})
     print_table(rows, _title(args))
-    _finish(args, report)
+    conclude(args, report)
     if args.plot:
         plot(rows, Path(args.plot), f"{_title(args)}, {environment(args.device)['device']}")
-
-
-def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    facts = environment(args.device)
-    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
-    if args.output:
-        write_results(args.output, {**facts, **report})
 
 
 def _check(args: argparse.Namespace) -> list[Way]:
@@ -188,14 +185,14 @@ def _prefill_once(request: dict[str, Any]) -> None:
     args = argparse.Namespace(**request)
     torch.manual_seed(0)
     model = _model(args)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    weights = weights_mib(model)
     runner = Runner(model, make_prompt(model, args.text_tokens, args.batch), new_tokens=1)
     runner.attach(Way(**args.asked))
     timed = Timed()
     runner.once(timed)
     facts = {
         "visual_tokens": timed.visual_tokens(runner.prompt),
-        "weights_mib": weights / 2**20,
+        "weights_mib": weights,
         "kv_cache_mib": timed.cache_bytes / 2**20,
     }
     Path(args.report).write_text(json.dumps(facts))

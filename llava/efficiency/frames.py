@@ -21,9 +21,17 @@ from rich.table import Table
 from torch import Tensor
 
 from llava.arguments import positive
-from llava.benchmark import answer_peak, check_request, environment, peak_memory, time_interleaved, write_results
+from llava.benchmark import (
+    PLOTS,
+    answer_peak,
+    check_request,
+    conclude,
+    environment,
+    peak_memory,
+    time_interleaved,
+    weights_mib,
+)
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.efficiency.commands import PLOTS
 from llava.efficiency.measure import marks
 from llava.efficiency.report import Spread, ratio, save_figure, spread
 from llava.efficiency.shapes import SHAPES, build_model
@@ -94,20 +102,14 @@ def benchmark_frames(args: argparse.Namespace) -> None:
         RuntimeError: a process that measures memory failed.
     """
     check_request(args)
-    if args.plot and Path(args.plot).suffix not in PLOTS:
-        raise ValueError(f"--plot {args.plot}: give a file that ends in {', '.join(PLOTS)}")
-    if args.plot:
-        import matplotlib  # noqa: F401, PLC0415 - an extra; its absence is said before the long work
     ways = [Way(frames, zipped) for frames in sorted(set(args.frames)) for zipped in (False, True)]
     rows = _measure(args, ways)
-    facts = environment(args.device)
     title = f"{args.shape}, random weights, {args.dtype}, {args.text_tokens} text tokens"
     _print(rows, title)
-    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
-    if args.output:
-        setting = {name: getattr(args, name) for name in ("shape", "frames", "dtype", "text_tokens", "rounds")}
-        write_results(args.output, {**facts, "setting": setting, "results": [asdict(row) for row in rows]})
+    setting = {name: getattr(args, name) for name in ("shape", "frames", "dtype", "text_tokens", "rounds")}
+    conclude(args, {"setting": setting, "results": [asdict(row) for row in rows]})
     if args.plot:
+        facts = environment(args.device)
         _plot(rows, Path(args.plot), f"{title}\n{facts['date']}, {facts['device']}, {facts['threads']} threads")
 
 
@@ -176,8 +178,7 @@ def _once(model: Any, ids: Tensor, video: Tensor, timed: _Timed) -> None:
 def _answer_once(request: dict[str, Any]) -> None:
     """What the child process does: build the model and answer one way."""
     model = build_model(request["shape"], request["device"], getattr(torch, request["dtype"]))
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    Path(request["report"]).write_text(json.dumps({"weights_mib": weights / 2**20}))
+    Path(request["report"]).write_text(json.dumps({"weights_mib": weights_mib(model)}))
     way = Way(**request["asked"])
     if way.zipped:
         visionzip(model)

@@ -20,11 +20,11 @@ from llava.arguments import positive
 from llava.benchmark import (
     answer_peak,
     check_request,
-    environment,
+    conclude,
     peak_memory,
     time_interleaved,
     time_ratio,
-    write_results,
+    weights_mib,
 )
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
@@ -138,7 +138,7 @@ def benchmark_mining(args: argparse.Namespace) -> None:
     ways |= {f"first token, {way}": answer for way in TOTALS}
     seconds |= time_interleaved(ways, args.device, args.rounds, "time, from pixels", attach)
     request = {key: getattr(args, key) for key in ("shape", "device", "dtype", "dominant", "contextual")}
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
+    weights = weights_mib(model)
     memory = {way: peak_memory("llava.efficiency.mining", {**request, "way": way}) - weights for way in MINING}
 
     table = Table(title=f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}")
@@ -157,10 +157,7 @@ def benchmark_mining(args: argparse.Namespace) -> None:
     Console(width=max(Console().width, 110)).print(table)
     for way, meaning in MINING.items():
         Console().print(f"mining, {way}: {meaning}", style="dim")
-    facts = environment(args.device)
-    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
-    if args.output:
-        write_results(args.output, {**facts, "setting": request, "results": rows})
+    conclude(args, {"setting": request, "results": rows})
 
 
 def add_mining_arguments(parser: argparse.ArgumentParser) -> None:
