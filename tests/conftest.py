@@ -46,18 +46,23 @@ from recorded import write_recorded_checkpoint
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
 
 
-@pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """Folder of a random checkpoint in the original layout; the same arguments give the same folder."""
+def _once(write: Callable[..., Path], name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``write`` into a folder of some name; the same arguments give the same folder."""
     folders: dict[str, Path] = {}
 
-    def make(**overrides: Any) -> Path:
-        key = repr(sorted(overrides.items(), key=str))
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items(), key=str))
         if key not in folders:
-            folders[key] = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llava-v1.5-tiny", **overrides)
+            folders[key] = write(tmp_path_factory.mktemp("checkpoint") / name, **options)
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Folder of a random checkpoint in the original layout; the same arguments give the same folder."""
+    return _once(write_checkpoint, "llava-v1.5-tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -87,30 +92,19 @@ def load(make_checkpoint):
 @pytest.fixture(scope="session")
 def make_video_checkpoint(tmp_path_factory: pytest.TempPathFactory):
     """Folder of a random Video-LLaVA in the original layout; the same arguments give the same folder."""
-    folders: dict[str, Path] = {}
-
-    def make(**options: Any) -> Path:
-        key = repr(sorted(options.items(), key=str))
-        if key not in folders:
-            folder = tmp_path_factory.mktemp("checkpoint") / "Video-LLaVA-tiny"
-            folders[key] = write_video_checkpoint(folder, **options)
-        return folders[key]
-
-    return make
+    return _once(write_video_checkpoint, "Video-LLaVA-tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def make_mini_gemini(tmp_path_factory: pytest.TempPathFactory):
+def make_mgm(tmp_path_factory: pytest.TempPathFactory):
     """Folder of a random Mini-Gemini in the original layout; the same arguments give the same folder."""
-    folders: dict[str, Path] = {}
+    return _once(write_mini_gemini, "MGM-tiny", tmp_path_factory)
 
-    def make(**options: Any) -> Path:
-        key = repr(sorted(options.items(), key=str))
-        if key not in folders:
-            folders[key] = write_mini_gemini(tmp_path_factory.mktemp("checkpoint") / "MGM-tiny", **options)
-        return folders[key]
 
-    return make
+@pytest.fixture
+def load_mgm(make_mgm: Callable[..., Path]) -> Callable[..., Any]:
+    """Such a model on the CPU."""
+    return lambda **options: load_pretrained_model(str(make_mgm(**options)), device="cpu")[1]
 
 
 @pytest.fixture

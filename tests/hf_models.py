@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -122,6 +123,10 @@ def next_processor(padding_side: str = "left", **changes: Any) -> LlavaNextProce
     )
     text = tokenizer(padding_side)
     return LlavaNextProcessor(images, text, chat_template=CHAT_TEMPLATE, **{**values, **changes})
+
+
+FAMILIES = {"llava": (llava, llava_processor), "llava_next": (llava_next, next_processor)}
+both = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:

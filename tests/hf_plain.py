@@ -153,3 +153,18 @@ def plain_answers(model: Any, row: Tensor, length: int, beams: int = 1) -> list[
 def text_labels(inputs: Any) -> Tensor:
     """The tokens of text themselves, without those that are special."""
     return inputs["input_ids"].masked_fill(inputs["input_ids"] <= VIDEO, -100)
+
+
+def check_answers(model: Any, inputs: Any, rows: Sequence[Tensor], beams: int) -> None:
+    """Check that all beams of ``generate`` are those of :func:`plain_answers`, behind the user's own prompts."""
+    prompt = inputs["input_ids"].repeat_interleave(beams, dim=0)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams, "num_return_sequences": beams}
+    output = model.generate(**inputs, **options)
+    assert torch.equal(output[:, : prompt.shape[1]], prompt)
+    expected = [answer for row in rows for answer in plain_answers(model, row, 4, beams)]
+    assert output[:, prompt.shape[1] :].tolist() == expected
+
+
+def without_the_last_token(inputs: Any) -> dict[str, Tensor]:
+    """Prompts that were cut by one token, as a processor with too short a limit does."""
+    return {**inputs, **{name: inputs[name][:, :-1] for name in ("input_ids", "attention_mask")}}

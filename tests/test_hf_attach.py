@@ -17,13 +17,12 @@ import torch
 import transformers
 from hf_models import (
     EDGE,
+    FAMILIES,
     IMAGE,
     PATCHES,
+    both,
     build,
     llava,
-    llava_next,
-    llava_processor,
-    next_processor,
     pictures,
     text_config,
     vision_config,
@@ -40,8 +39,6 @@ from transformers import (
 from visionzip import VisionZipConfig, unzip, visionzip
 
 K, M = 4, 2
-FAMILIES = {"llava": (llava, llava_processor), "llava_next": (llava_next, next_processor)}
-both = pytest.mark.parametrize("family", list(FAMILIES))
 TEXT = "what is <image> here"
 
 

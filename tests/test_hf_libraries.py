@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from hf_models import (
+    FAMILIES,
     IMAGE,
     PATCHES,
+    both,
     build,
     content,
     llava,
     llava_batch,
-    llava_next,
     llava_processor,
-    next_processor,
     pictures,
     text_config,
     vision_config,
@@ -40,8 +40,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from visionzip import unzip, visionzip
 
 K, M = 4, 2
-FAMILIES = {"llava": (llava, llava_processor), "llava_next": (llava_next, next_processor)}
-both = pytest.mark.parametrize("family", list(FAMILIES))
 TEXTS = ["what is <image> here", "<image> or <image>"]
 
 

@@ -9,13 +9,14 @@ import torch
 from hf_models import VIDEO
 from hf_plain import (
     Run,
-    plain_answers,
+    check_answers,
     plain_encode,
     plain_logits,
     plain_loss,
     plain_rows,
     plain_zip,
     text_labels,
+    without_the_last_token,
 )
 from hf_video_models import build, processor_for, video
 from torch import Tensor
@@ -99,12 +100,7 @@ def test_the_default_at_the_released_models_resolution():
 @pytest.mark.parametrize("beams", [1, 2])
 def test_answers_equal_the_plain_method(model: Any, mixed: Any, beams: int):
     rows = plain_rows(model, mixed, **plain_features(model, mixed))
-    prompt = mixed["input_ids"].repeat_interleave(beams, dim=0)
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams, "num_return_sequences": beams}
-    output = visionzip(model, K, M).generate(**mixed, **options)
-    assert torch.equal(output[:, : prompt.shape[1]], prompt)
-    expected = [answer for row in rows for answer in plain_answers(model, row, 4, beams)]
-    assert output[:, prompt.shape[1] :].tolist() == expected
+    check_answers(visionzip(model, K, M), mixed, rows, beams)
 
 
 def test_the_loss_counts_the_labelled_text(model: Any):
@@ -132,7 +128,7 @@ def test_pixels_have_an_old_and_a_new_name(model: Any, processor: Any):
 def test_placeholders_that_fit_no_video_are_refused(model: Any, processor: Any):
     visionzip(model, K, M)
     inputs = processor(text="<video>", videos=[video(0)], return_tensors="pt")
-    fewer = {**inputs, "input_ids": inputs["input_ids"][:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+    fewer = without_the_last_token(inputs)
     with pytest.raises(ValueError, match="video"):
         model(**fewer)
     with pytest.raises(ValueError, match="video"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,21 +27,8 @@ from torch import Tensor, nn
 from checkpoints import CLIP, picture
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
-from llava.model.builder import load_pretrained_model
 from llava.model.mining import mine, sub_patches
 from visionzip import compress_tokens, unzip, visionzip
-
-
-@pytest.fixture
-def make(make_mini_gemini: Callable[..., Any]) -> Callable[..., Any]:
-    """Folder of a Mini-Gemini."""
-    return make_mini_gemini
-
-
-@pytest.fixture
-def load(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Such a model on the CPU."""
-    return lambda **options: load_pretrained_model(str(make(**options)), device="cpu")[1]
 
 
 def prompt(*ids: int) -> Tensor:
@@ -90,16 +76,16 @@ class TestMining:
 
 
 class TestVanilla:
-    def test_visual_tokens_are_those_of_a_plain_reference(self, make, load) -> None:
+    def test_visual_tokens_are_those_of_a_plain_reference(self, make_mgm, load_mgm) -> None:
         images = pixels(2)
-        tokens = load().visual_tokens(images)
+        tokens = load_mgm().visual_tokens(images)
         assert [tuple(own.shape) for own in tokens] == [(PATCHES, 32)] * 2
         for own, image in zip(tokens, images, strict=True):
-            torch.testing.assert_close(own, plain_tokens(make(), image), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(own, plain_tokens(make_mgm(), image), atol=1e-4, rtol=1e-4)
 
-    def test_logits_and_loss_are_those_of_llama_on_these_tokens(self, make, load) -> None:
-        model, image = load(), pixels()
-        visual = plain_tokens(make(), image[0])
+    def test_logits_and_loss_are_those_of_llama_on_these_tokens(self, make_mgm, load_mgm) -> None:
+        model, image = load_mgm(), pixels()
+        visual = plain_tokens(make_mgm(), image[0])
         text = model.get_input_embeddings()(prompt(1, 30, 40, 50))[0]
         embeds = torch.cat([text[:2], visual, text[2:]])[None]
         labels = prompt(-100, -100, -100, 40, 50)
@@ -111,8 +97,8 @@ class TestVanilla:
         out.loss.backward()
         assert model.model.vlm_uni_val_projector[1].weight.grad.abs().sum() > 0
 
-    def test_images_and_images_aux_as_the_original_code_takes_them(self, load) -> None:
-        model, images = load(), pixels(2)
+    def test_images_and_images_aux_as_the_original_code_takes_them(self, load_mgm) -> None:
+        model, images = load_mgm(), pixels(2)
         small = torch.stack([smaller(image, 56) for image in images])
         ids = ASKED.repeat(2, 1)
         expected = model.generate(ids, images=images, max_new_tokens=4)
@@ -121,16 +107,16 @@ class TestVanilla:
         torch.testing.assert_close(logits, model(input_ids=ids, images=images).logits)
         torch.testing.assert_close(model.encode_images(small, images), model.encode_images(images))
 
-    def test_pictures_are_prepared_in_the_high_resolution(self, load) -> None:
-        model = load()
+    def test_pictures_are_prepared_in_the_high_resolution(self, load_mgm) -> None:
+        model = load_mgm()
         processor = model.get_vision_tower().image_processor
         prepared = process_images([picture(0), picture(1, (50, 200))], processor, model.config)
         assert prepared.shape == (2, 3, AUX_SIZE, AUX_SIZE)
         grey = prepared[0, :, :16]  # a wide picture is padded above, with CLIP's mean colour
         assert grey.abs().max() < 0.02
 
-    def test_576_tokens_at_the_released_resolution(self, load) -> None:
-        model = load(vision={**CLIP, "image_size": 336}, image_size_aux=768)
+    def test_576_tokens_at_the_released_resolution(self, load_mgm) -> None:
+        model = load_mgm(vision={**CLIP, "image_size": 336}, image_size_aux=768)
         assert model.encode_images(pixels(1, 768)).shape == (1, 576, 32)
         assert visionzip(model).encode_images(pixels(1, 768)).shape == (1, 64, 32)
         assert visionzip(model, 162, 30).encode_images(pixels(1, 768)).shape == (1, 192, 32)
@@ -148,16 +134,16 @@ class TestVanilla:
             (["cat.png"], None, TypeError, r"images\[0\] is a str, not a tensor"),
         ],
     )
-    def test_images_that_do_not_fit(self, load, images: Any, aux: Any, error: type[Exception], match: str) -> None:
+    def test_images_that_do_not_fit(self, load_mgm, images: Any, aux: Any, error: type[Exception], match: str) -> None:
         with pytest.raises(error, match=match):
-            load().encode_images(images, aux)
+            load_mgm().encode_images(images, aux)
 
 
 class TestHighDefinition:
     """MGM-7B-HD: four quarters and the whole image, of one map."""
 
-    def test_tokens_are_those_of_a_plain_reference(self, make, load) -> None:
-        folder, (image,) = make(**HD), pixels(1, 2 * AUX_SIZE)
+    def test_tokens_are_those_of_a_plain_reference(self, make_mgm, load_mgm) -> None:
+        folder, (image,) = make_mgm(**HD), pixels(1, 2 * AUX_SIZE)
         weights, clip = load_file(folder / "model.safetensors"), clip_of(folder)
         large = smaller(image, 112)
         high = plain_map(image[None])[0]
@@ -172,19 +158,19 @@ class TestHighDefinition:
                 found = [square(source, i // 4 * 8, i % 4 * 8, 8) for i in range(PATCHES)]
                 mined = [plain_mining(weights, *pair) for pair in zip(features, found, strict=True)]
                 expected.append(plain_projector(weights, features + torch.stack(mined)))
-        (tokens,) = load(**HD).visual_tokens(image[None])
+        (tokens,) = load_mgm(**HD).visual_tokens(image[None])
         torch.testing.assert_close(tokens, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
-    def test_images_as_the_original_code_takes_them(self, load) -> None:
-        model, (image,) = load(**HD), pixels(1, 2 * AUX_SIZE)
+    def test_images_as_the_original_code_takes_them(self, load_mgm) -> None:
+        model, (image,) = load_mgm(**HD), pixels(1, 2 * AUX_SIZE)
         large = smaller(image, 112)
         quarters = [large[:, y : y + 56, x : x + 56] for y in (0, 56) for x in (0, 56)]
         tiles = torch.stack([*quarters, smaller(large, 56)])  # the whole image last
         torch.testing.assert_close(model.encode_images(tiles[None], image[None]), model.encode_images(image[None]))
 
-    def test_zipped_tile_by_tile(self, load) -> None:
+    def test_zipped_tile_by_tile(self, load_mgm) -> None:
         """Each tile has K + M tokens of its own; its dominant patches are what they are without VisionZip."""
-        model, images = load(**HD), pixels(1, 2 * AUX_SIZE)
+        model, images = load_mgm(**HD), pixels(1, 2 * AUX_SIZE)
         plain = model.encode_images(images)[0].unflatten(0, (5, PATCHES))
         large = smaller(images[0], 112)
         quarters = [large[:, y : y + 56, x : x + 56] for y in (0, 56) for x in (0, 56)]
@@ -194,15 +180,15 @@ class TestHighDefinition:
             torch.testing.assert_close(zipped[tile, 1:5], plain[tile, kept[tile, 1:]], atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("zipped", [False, True])
-    def test_a_batch_is_what_its_images_are_alone(self, load, zipped: bool) -> None:
-        model, images = load(**HD), pixels(2, 2 * AUX_SIZE)
+    def test_a_batch_is_what_its_images_are_alone(self, load_mgm, zipped: bool) -> None:
+        model, images = load_mgm(**HD), pixels(2, 2 * AUX_SIZE)
         if zipped:
             visionzip(model, 5, 2)
         alone = torch.cat([model.encode_images(image[None]) for image in images])
         torch.testing.assert_close(model.encode_images(images), alone, atol=1e-5, rtol=1e-5)
 
-    def test_the_cls_token_of_a_tile_reads_averages_of_that_tile(self, make, load) -> None:
-        folder, (image,) = make(**HD), pixels(1, 2 * AUX_SIZE)
+    def test_the_cls_token_of_a_tile_reads_averages_of_that_tile(self, make_mgm, load_mgm) -> None:
+        folder, (image,) = make_mgm(**HD), pixels(1, 2 * AUX_SIZE)
         weights, clip, large = load_file(folder / "model.safetensors"), clip_of(folder), smaller(image, 112)
         expected = []
         with torch.no_grad():
@@ -214,15 +200,15 @@ class TestHighDefinition:
                 cells = torch.cat([F.adaptive_avg_pool2d(part, 8) for part in parts]).flatten(1).T
                 cls = clip(seen[None], output_hidden_states=True).hidden_states[-2][0, 0]
                 expected.append(plain_projector(weights, cls + plain_mining(weights, cls, cells)))
-        tokens = visionzip(load(**HD), 1, 0).encode_images(image[None])[0]
+        tokens = visionzip(load_mgm(**HD), 1, 0).encode_images(image[None])[0]
         torch.testing.assert_close(tokens, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 class TestZipped:
-    def test_tokens_are_those_of_a_plain_reference(self, make, load) -> None:
+    def test_tokens_are_those_of_a_plain_reference(self, make_mgm, load_mgm) -> None:
         """Selection on eager attention; sub-patches of the dominant patch, of the target, or averages for CLS."""
-        images, weights = pixels(3), load_file(make() / "model.safetensors")
-        clip = clip_of(make())
+        images, weights = pixels(3), load_file(make_mgm() / "model.safetensors")
+        clip = clip_of(make_mgm())
         with torch.no_grad():
             small = torch.stack([smaller(image, 56) for image in images])
             keys: list[Tensor] = []
@@ -247,39 +233,39 @@ class TestZipped:
                 found += [square(features, (i - 1) // 4 * 8, (i - 1) % 4 * 8, 8) for i in [*kept[1:], *targets]]
                 mined = [plain_mining(weights, *pair) for pair in list(zip(own, found, strict=True))[1:]]
                 expected.append(plain_projector(weights, own[1:] + torch.stack(mined)))
-        model = visionzip(load(), 5, 3)
+        model = visionzip(load_mgm(), 5, 3)
         tokens = model.encode_images(images)
         assert tokens.shape == (3, 8, 32)
         torch.testing.assert_close(tokens[:, 1:], torch.stack(expected), atol=1e-4, rtol=1e-4)
 
-    def test_the_cls_token_reads_averages_of_the_whole_image(self, make, load) -> None:
-        image, weights = pixels(), load_file(make() / "model.safetensors")
+    def test_the_cls_token_reads_averages_of_the_whole_image(self, make_mgm, load_mgm) -> None:
+        image, weights = pixels(), load_file(make_mgm() / "model.safetensors")
         with torch.no_grad():
-            cls = clip_of(make())(smaller(image[0], 56)[None], output_hidden_states=True).hidden_states[-2][0, 0]
+            cls = clip_of(make_mgm())(smaller(image[0], 56)[None], output_hidden_states=True).hidden_states[-2][0, 0]
             hidden = convnext()(image, output_hidden_states=True).hidden_states[1:]
             cells = torch.cat([F.adaptive_avg_pool2d(stage[0], 8) for stage in hidden]).flatten(1).T
             expected = plain_projector(weights, cls + plain_mining(weights, cls, cells))
-        model = visionzip(load(), 1, 0)
+        model = visionzip(load_mgm(), 1, 0)
         torch.testing.assert_close(model.encode_images(image)[0], expected[None], atol=1e-4, rtol=1e-4)
 
-    def test_a_kept_patch_is_what_it_is_without_visionzip(self, load) -> None:
-        model = load()
+    def test_a_kept_patch_is_what_it_is_without_visionzip(self, load_mgm) -> None:
+        model = load_mgm()
         plain = model.encode_images(pixels(2))
         zipped = visionzip(model, 6, 2).encode_images(pixels(2))
         kept = model.get_vision_tower().compress(model.whole_images(pixels(2))).dominant_indices[:, 1:] - 1
         for image in range(2):
             torch.testing.assert_close(zipped[image, 1:6], plain[image, kept[image]], atol=1e-5, rtol=1e-5)
 
-    def test_everything_kept(self, load) -> None:
-        model = load()
+    def test_everything_kept(self, load_mgm) -> None:
+        model = load_mgm()
         plain = model.encode_images(pixels())
         with pytest.warns(UserWarning, match="nothing will be compressed"):
             zipped = visionzip(model, 54, 10).encode_images(pixels())
         assert zipped.shape == (1, 1 + PATCHES, 32)  # and CLS
         torch.testing.assert_close(zipped[:, 1:], plain, atol=1e-5, rtol=1e-5)
 
-    def test_default_budget_and_exact_undoing(self, load) -> None:
-        model = load()
+    def test_default_budget_and_exact_undoing(self, load_mgm) -> None:
+        model = load_mgm()
         before = model(input_ids=ASKED, images=pixels()).logits
         with pytest.warns(UserWarning, match="nothing will be compressed"):
             visionzip(model)
@@ -289,9 +275,9 @@ class TestZipped:
         assert torch.equal(unzip(model)(input_ids=ASKED, images=pixels()).logits, before)
         assert not hasattr(model.config, "visionzip")
 
-    def test_only_the_kept_tokens_are_mined(self, load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_the_kept_tokens_are_mined(self, load_mgm, monkeypatch: pytest.MonkeyPatch) -> None:
         """K + M queries, and the sub-patches of K - 1 + M patches; CLS has its averages."""
-        model, looked_at, asked = visionzip(load(), 5, 3), [], []
+        model, looked_at, asked = visionzip(load_mgm(), 5, 3), [], []
 
         def counted(maps: Any, corners: Tensor, *args: Any) -> Tensor:
             looked_at.append(tuple(corners.shape[:2]))
@@ -307,8 +293,8 @@ class TestZipped:
 @pytest.mark.parametrize("zipped", [False, True])
 class TestGeneration:
     @pytest.fixture
-    def model(self, load, zipped: bool) -> Any:
-        return visionzip(load(), 4, 2) if zipped else load()
+    def model(self, load_mgm, zipped: bool) -> Any:
+        return visionzip(load_mgm(), 4, 2) if zipped else load_mgm()
 
     def test_a_batch_answers_as_one_by_one(self, model) -> None:
         images = pixels(3)

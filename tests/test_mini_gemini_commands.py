@@ -15,7 +15,6 @@ from checkpoints import picture
 from llava.cli import main as visionzip_command
 from llava.efficiency.mining import build_model, mining_of
 from llava.eval.run_llava import main as run_llava
-from llava.model.builder import load_pretrained_model
 from llava.serve.chat import ChatSession
 from llava.train import train as llava_training
 from visionzip import visionzip
@@ -23,13 +22,8 @@ from visionzip.baselines import average_pool, random_tokens, uniform_tokens
 
 
 @pytest.fixture
-def flags(make_mini_gemini: Callable[..., Path]) -> list[str]:
-    return ["--model-path", str(make_mini_gemini()), "--device", "cpu"]
-
-
-@pytest.fixture
-def load(make_mini_gemini: Callable[..., Path]) -> Callable[..., Any]:
-    return lambda **options: load_pretrained_model(str(make_mini_gemini(**options)), device="cpu")[1]
+def flags(make_mgm: Callable[..., Path]) -> list[str]:
+    return ["--model-path", str(make_mgm()), "--device", "cpu"]
 
 
 @pytest.fixture
@@ -38,8 +32,8 @@ def image_file(tmp_path: Path) -> str:
     return str(tmp_path / "cube.png")
 
 
-def test_a_chat(load, tokenizers) -> None:
-    model = visionzip(load(), 4, 2)
+def test_a_chat(load_mgm, tokenizers) -> None:
+    model = visionzip(load_mgm(), 4, 2)
     session = ChatSession(model, tokenizers[False], model.get_vision_tower().image_processor, max_new_tokens=4)
     first = session.ask("What is it?", [picture(0)])
     second = session.ask("And then?")
@@ -106,24 +100,24 @@ def test_phases_are_not_timed(flags: list[str], unread, capsys) -> None:
         refused(capsys, status, flags[1], "visionzip benchmark mining")
 
 
-def test_no_conversion_to_transformers(make_mini_gemini, tmp_path: Path, capsys) -> None:
-    status = visionzip_command(["convert", str(make_mini_gemini()), str(tmp_path / "out"), "--to", "transformers"])
+def test_no_conversion_to_transformers(make_mgm, tmp_path: Path, capsys) -> None:
+    status = visionzip_command(["convert", str(make_mgm()), str(tmp_path / "out"), "--to", "transformers"])
     refused(capsys, status, "MGMLlamaForCausalLM", "no counterpart in transformers")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tower", [False, True])
-def test_no_training(make_mini_gemini, world: Path, tmp_path: Path, unread, tower: bool, capsys) -> None:
+def test_no_training(make_mgm, world: Path, tmp_path: Path, unread, tower: bool, capsys) -> None:
     data = {"data_path": world / "data.json", "image_folder": world / "images", "output_dir": tmp_path / "out"}
     more = {"vision_tower": world / "tower"} if tower else {}
-    what = {"model_name_or_path": make_mini_gemini(), "tune_mm_mlp_adapter": True, **more}
+    what = {"model_name_or_path": make_mgm(), "tune_mm_mlp_adapter": True, **more}
     status = command(llava_training.main, **{**TRAINER, **data, **what})
     refused(capsys, status, "is a Mini-Gemini", "LLaVA-1.5")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("control", [random_tokens, uniform_tokens, average_pool])
-def test_no_controls(load, control: Callable[..., Any]) -> None:
+def test_no_controls(load_mgm, control: Callable[..., Any]) -> None:
     """They drop patches behind the tower and do not say which ones: which sub-patches to look at is not known."""
     with pytest.raises(ValueError, match="MGMLlamaForCausalLM looks closer at patches"):
-        control(load(), 4)
+        control(load_mgm(), 4)

@@ -30,21 +30,9 @@ CONVNEXT_NAME = "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b13
 
 
 @pytest.fixture
-def make(make_mini_gemini: Callable[..., Any]) -> Callable[..., Any]:
-    """Folder of a Mini-Gemini."""
-    return make_mini_gemini
-
-
-@pytest.fixture
-def load(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Such a model on the CPU."""
-    return lambda **options: load_pretrained_model(str(make(**options)), device="cpu")[1]
-
-
-@pytest.fixture
-def copied(make: Callable[..., Path], tmp_path: Path) -> Path:
+def copied(make_mgm: Callable[..., Path], tmp_path: Path) -> Path:
     """A checkpoint for this test alone, with the folders of its towers beside it, ``tower`` and ``aux``."""
-    source = make()
+    source = make_mgm()
     for name in ("tower", "aux"):
         shutil.copytree(source.with_name(f"{source.name}-{name}"), tmp_path / name)
     folder = shutil.copytree(source, tmp_path / "MGM-tiny")
@@ -53,9 +41,9 @@ def copied(make: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 class TestTower:
-    def test_its_maps_are_those_of_transformers_convnext(self, make) -> None:
+    def test_its_maps_are_those_of_transformers_convnext(self, make_mgm) -> None:
         """Alone, with OpenCLIP's own file; widths and depths are read from it too."""
-        folder = make()
+        folder = make_mgm()
         tower = OpenCLIPVisionTower(str(folder.with_name(folder.name + "-aux")), SimpleNamespace())
         assert tower.hidden_size == 60
         maps = tower(pixels(2))
@@ -65,8 +53,8 @@ class TestTower:
         for stage, other in zip(maps, expected, strict=True):
             torch.testing.assert_close(stage, other, atol=1e-4, rtol=1e-4)
 
-    def test_the_checkpoint_may_have_its_weights(self, make, load, tmp_path: Path) -> None:
-        whole = make(aux_inside=True)
+    def test_the_checkpoint_may_have_its_weights(self, make_mgm, load_mgm, tmp_path: Path) -> None:
+        whole = make_mgm(aux_inside=True)
         keys = {key for key in load_file(whole / "model.safetensors") if "tower_aux" in key}
         assert {"model.vision_tower_aux.vision_stem.0.weight", "model.vision_tower_aux.vision_stem.1.bias"} < keys
         assert "model.vision_tower_aux.vision_stages.1.downsample.1.weight" in keys
@@ -74,17 +62,17 @@ class TestTower:
         other = shutil.copytree(whole, tmp_path / "MGM-tiny")
         edit_weights(other, lambda weights: weights | {key: 2 * weights[key] for key in keys})
         doubled = load_pretrained_model(str(other), device="cpu")[1].get_vision_tower_aux()
-        for key, value in load(aux_inside=True).get_vision_tower_aux().state_dict().items():
+        for key, value in load_mgm(aux_inside=True).get_vision_tower_aux().state_dict().items():
             torch.testing.assert_close(doubled.state_dict()[key], 2 * value)
 
-    def test_stays_as_it_is_in_training(self, load) -> None:
-        assert not any(parameter.requires_grad for parameter in load().get_vision_tower_aux().parameters())
+    def test_stays_as_it_is_in_training(self, load_mgm) -> None:
+        assert not any(parameter.requires_grad for parameter in load_mgm().get_vision_tower_aux().parameters())
 
 
 class TestCheckpoint:
     @pytest.mark.parametrize("aux_inside", [False, True])
-    def test_loads_the_original_layout_with_nothing_missing_or_left_over(self, make, aux_inside: bool) -> None:
-        folder = make(aux_inside=aux_inside)
+    def test_loads_the_original_layout_with_nothing_missing_or_left_over(self, make_mgm, aux_inside: bool) -> None:
+        folder = make_mgm(aux_inside=aux_inside)
         _, model, processor, length = load_pretrained_model(str(folder), None, "MGM-7B", device="cpu")
         assert isinstance(model, MGMLlamaForCausalLM)
         assert (length, processor.crop_size["height"]) == (2048, 56)
@@ -101,9 +89,11 @@ class TestCheckpoint:
         edit_config(copied, architectures=["MiniGeminiLlamaForCausalLM"], model_type="mini_gemini")
         assert isinstance(load_pretrained_model(str(copied), device="cpu")[1], MGMLlamaForCausalLM)
 
-    def test_its_towers_have_the_names_of_its_own_repository(self, copied: Path, publish, monkeypatch, load) -> None:
+    def test_its_towers_have_the_names_of_its_own_repository(
+        self, copied: Path, publish, monkeypatch, load_mgm
+    ) -> None:
         """``model_zoo/OpenAI/…``: folders there if there are such, else what the hub has them as."""
-        expected = load().encode_images(pixels())
+        expected = load_mgm().encode_images(pixels())
         edit_config(copied, mm_vision_tower=CLIP_NAME, mm_vision_tower_aux=CONVNEXT_NAME)
         prefix = "model.vision_tower."
         edit_weights(copied, lambda weights: {k: v for k, v in weights.items() if not k.startswith(prefix)})
@@ -116,9 +106,9 @@ class TestCheckpoint:
         monkeypatch.chdir(copied.parent)
         assert resolve_tower_path(CLIP_NAME, SimpleNamespace()) == CLIP_NAME
 
-    def test_projections_alone_on_a_language_model(self, make, load, tmp_path: Path) -> None:
+    def test_projections_alone_on_a_language_model(self, make_mgm, load_mgm, tmp_path: Path) -> None:
         """``mm_projector.bin`` of the first stage of its training has all that is not the language model's."""
-        source, folder, base = make(aux_inside=True), tmp_path / "MGM-7B-Pretrain", tmp_path / "vicuna"
+        source, folder, base = make_mgm(aux_inside=True), tmp_path / "MGM-7B-Pretrain", tmp_path / "vicuna"
         for path in (folder, base):
             path.mkdir()
             shutil.copy(source / "config.json", path)
@@ -132,25 +122,25 @@ class TestCheckpoint:
         write_tokenizer(base)
         torch.save({key: value for key, value in weights.items() if key not in text}, folder / "mm_projector.bin")
         model = load_pretrained_model(str(folder), str(base), device="cpu")[1]
-        expected = load(aux_inside=True).state_dict()
+        expected = load_mgm(aux_inside=True).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
     @pytest.mark.parametrize("bits", [4, 8])
-    def test_only_the_language_model_is_quantised(self, make, load, bits: int) -> None:
+    def test_only_the_language_model_is_quantised(self, make_mgm, load_mgm, bits: int) -> None:
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        model = load_pretrained_model(str(make(hidden_size=64)), device="cpu", **{f"load_{bits}bit": True})[1]
+        model = load_pretrained_model(str(make_mgm(hidden_size=64)), device="cpu", **{f"load_{bits}bit": True})[1]
         kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         quantised = {name for name, module in linears.items() if isinstance(module, kind)}
         assert quantised == {name for name in linears if name.startswith("model.layers.")}
-        torch.testing.assert_close(model.encode_images(pixels()), load(hidden_size=64).encode_images(pixels()))
+        torch.testing.assert_close(model.encode_images(pixels()), load_mgm(hidden_size=64).encode_images(pixels()))
         prompt = torch.tensor([[1, 5, IMAGE_TOKEN_INDEX, 7]])
         answer = visionzip(model, 4, 2).generate(prompt, images=pixels(), max_new_tokens=3, min_new_tokens=3)
         assert answer.shape == (1, 3)
 
     @pytest.mark.parametrize("room", [0.5, 0.9])
-    def test_what_does_not_fit_on_a_device_is_the_end_of_the_language_model(self, make, room: float) -> None:
-        config = AutoConfig.from_pretrained(make(), num_hidden_layers=60)
+    def test_what_does_not_fit_on_a_device_is_the_end_of_the_language_model(self, make_mgm, room: float) -> None:
+        config = AutoConfig.from_pretrained(make_mgm(), num_hidden_layers=60)
         with torch.device("meta"):
             model = MGMLlamaForCausalLM(config)
         size = sum(value.nbytes for value in model.parameters())
@@ -160,8 +150,8 @@ class TestCheckpoint:
         offloaded = {name.split(".")[1] for name, place in device_map.items() if place == "disk" and name != "lm_head"}
         assert offloaded and offloaded <= {"layers", "norm", "rotary_emb"}
 
-    def test_saved_and_loaded_again(self, load, tmp_path: Path) -> None:
-        model = load()
+    def test_saved_and_loaded_again(self, load_mgm, tmp_path: Path) -> None:
+        model = load_mgm()
         model.save_pretrained(tmp_path / "saved")
         write_tokenizer(tmp_path / "saved")
         edit_config(tmp_path / "saved", mm_vision_tower="gone/clip", mm_vision_tower_aux="gone/convnext")
@@ -174,8 +164,8 @@ class TestCheckpoint:
             assert conv_mode_for(name) == "vicuna_v1"
         assert conv_mode_for("MGM-34B") == "chatml_direct"
 
-    def test_a_saved_model_comes_back_zipped(self, load, tmp_path: Path) -> None:
-        model = visionzip(load(), 4, 2, merge="average")
+    def test_a_saved_model_comes_back_zipped(self, load_mgm, tmp_path: Path) -> None:
+        model = visionzip(load_mgm(), 4, 2, merge="average")
         model.save_pretrained(tmp_path / "saved")
         again = MGMLlamaForCausalLM.from_pretrained(tmp_path / "saved")
         assert again.config.visionzip == model.config.visionzip
@@ -202,8 +192,8 @@ class TestBadInput:
         edit_config(copied, **fields)
         self.fails(copied, ValueError, match)
 
-    def test_a_tower_without_a_cls_token(self, make, unread) -> None:
-        self.fails(make(vision=SIGLIP), ValueError, "SigLipVisionTower as mm_vision_tower is not supported")
+    def test_a_tower_without_a_cls_token(self, make_mgm, unread) -> None:
+        self.fails(make_mgm(vision=SIGLIP), ValueError, "SigLipVisionTower as mm_vision_tower is not supported")
 
     def test_no_high_resolution_tower(self, copied: Path, unread, offline) -> None:
         edit_config(copied, mm_vision_tower_aux="model_zoo/OpenAI/openclip-convnext-large")
@@ -229,8 +219,8 @@ class TestBadInput:
         edit_weights(copied, lambda weights: {k: v for k, v in weights.items() if "vlm_uni_aux" not in k})
         self.fails(copied, ValueError, "4 missing from the checkpoint, such as model.vlm_uni_aux_projector.0.bias")
 
-    def test_a_checkpoint_with_a_part_of_the_tower(self, make, unread, tmp_path: Path) -> None:
-        folder = shutil.copytree(make(aux_inside=True), tmp_path / "MGM-tiny")
+    def test_a_checkpoint_with_a_part_of_the_tower(self, make_mgm, unread, tmp_path: Path) -> None:
+        folder = shutil.copytree(make_mgm(aux_inside=True), tmp_path / "MGM-tiny")
         gone = "model.vision_tower_aux.vision_stem.0.weight"
         edit_weights(folder, lambda weights: {key: value for key, value in weights.items() if key != gone})
         self.fails(folder, ValueError, f"1 missing from the checkpoint, such as {gone}")
