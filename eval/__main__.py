@@ -11,16 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval.answers import read_answers
-from eval.data import DATA_ROOT, data_of, judge_of
-from eval.methods import METHODS
-from eval.paper import paper_table
-from eval.prepare import prepare
-from eval.registry import BENCHMARKS
-from eval.runner import run, unscored
-from eval.table import write_atomically, write_table
 from llava.arguments import add_model_arguments, positive, run_command
 from llava.video import FRAMES
+
+from .answers import read_answers
+from .data import DATA_ROOT, data_of, judge_of
+from .methods import METHODS
+from .paper import paper_table
+from .prepare import prepare
+from .registry import BENCHMARKS
+from .runner import run, unscored
+from .table import write_atomically, write_table
 
 
 def show_list(args: argparse.Namespace) -> None:

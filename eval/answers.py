@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from eval.benchmark import Answer, Question
+from .benchmark import Answer, Question
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval.answers import Given, Part
-from eval.benchmark import Benchmark, Question, Visual
-from eval.cost import measure_cost
-from eval.methods import Run, attached
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation
 from llava.mm_utils import tokenizer_image_token
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import with_image_tokens
 from llava.video import process_visuals
+
+from .answers import Given, Part
+from .benchmark import Benchmark, Question, Visual
+from .cost import measure_cost
+from .methods import Run, attached
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 

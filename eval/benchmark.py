@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
-    from eval.sources import Tables
+    from .judge import Judge
+    from .sources import Tables
 
 
 @dataclass(frozen=True)

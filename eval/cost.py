@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.answers import Given
-from eval.methods import Run, attach, by_row, detach
-from eval.results import prefill_name, prompt_length, visual_tokens
 from llava.benchmark import time_interleaved
 from visionzip.flops import llama_module_flops, prefill_flops
+
+from .answers import Given
+from .methods import Run, attach, by_row, detach
+from .results import prefill_name, prompt_length, visual_tokens
 
 ROUNDS = 15
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Benchmark, Question
-from eval.judge import EXACT, Judge, api_judge, exact_judge
-from eval.sources import Tables
+from .benchmark import Benchmark, Question
+from .judge import EXACT, Judge, api_judge, exact_judge
+from .sources import Tables
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval"
 

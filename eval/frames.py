@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Question, Visual
 from llava.video import FRAMES, read_frames
+
+from .benchmark import Question, Visual
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from eval.asking import Prompt
-    from eval.methods import Run
+    from .asking import Prompt
+    from .methods import Run
 
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # Video-LLaVA looks for the first four, in this order
 

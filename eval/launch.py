@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     if number > 1:
         launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", "eval"]
         os.execv(sys.executable, [sys.executable, "-m", *launch, *command])
-    from eval.__main__ import main as evaluate  # noqa: PLC0415 - slow to import, and several processes do so themselves
+    from .__main__ import main as evaluate  # noqa: PLC0415 - slow to import, and several processes do so themselves
 
     return evaluate(command)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from eval.benchmark import Answer
+from .benchmark import Answer
 
 Id = TypeVar("Id", bound=Hashable)
 

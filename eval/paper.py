@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.paper_styles import MISSING, STYLES
-from eval.sources import need, read_json
 from llava.video import FRAMES
+
+from .paper_styles import MISSING, STYLES
+from .sources import need, read_json
 
 AVERAGE = "Avg."
 _FILE = Path(__file__).with_name("paper.json")

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eval.benchmark import Benchmark
-from eval.data import Data, data_of, missing_files
-from eval.registry import BENCHMARKS
+from .benchmark import Benchmark
+from .data import Data, data_of, missing_files
+from .registry import BENCHMARKS
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
-from eval.benchmark import Question
-from eval.sources import need, picture, read_jsonl, refuse_repeated
+from .benchmark import Question
+from .sources import need, picture, read_jsonl, refuse_repeated
 
 EVAL_ZIP = (
     "LLaVA's eval.zip (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view?usp=sharing): unpack it "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from eval import benchmarks
-from eval.benchmark import Benchmark
+from . import benchmarks
+from .benchmark import Benchmark
 
 
 def _found() -> dict[str, Benchmark]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.answers import Given
-from eval.benchmark import Score
-from eval.methods import METHODS, Run, by_row
 from llava.efficiency.report import spread
+
+from .answers import Given
+from .benchmark import Score
+from .methods import METHODS, Run, by_row
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 

@@ -23,17 +23,6 @@ from typing import Any
 import torch
 
 import visionzip
-from eval.answers import Part, answers_file, as_answers, open_part, part_path
-from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
-from eval.benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
-from eval.cost import covers, read_cost
-from eval.data import check_files, data_of, judge_of
-from eval.frames import check_context, frames_of, with_frames
-from eval.judge import Judge
-from eval.methods import ON_TRANSFORMERS, Run, attached, plan
-from eval.registry import BENCHMARKS
-from eval.results import summarize
-from eval.table import write_atomically, write_table
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
@@ -41,6 +30,18 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
 from llava.model.transformers_llava import is_transformers
+
+from .answers import Part, answers_file, as_answers, open_part, part_path
+from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
+from .benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
+from .cost import covers, read_cost
+from .data import check_files, data_of, judge_of
+from .frames import check_context, frames_of, with_frames
+from .judge import Judge
+from .methods import ON_TRANSFORMERS, Run, attached, plan
+from .registry import BENCHMARKS
+from .results import summarize
+from .table import write_atomically, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 _LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long

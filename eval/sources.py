@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from eval.benchmark import Table, Visual
+from .benchmark import Table, Visual
 
 
 def read_json(path: Path) -> Any:

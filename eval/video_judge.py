@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Answer, Score
-from eval.judge import Request, normalized_match
-from eval.matching import match, unreadable
-from eval.sources import read_json
+from .benchmark import Answer, Score
+from .judge import Request, normalized_match
+from .matching import match, unreadable
+from .sources import read_json
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
-    from eval.video_qa import Item
+    from .judge import Judge
+    from .video_qa import Item
 
 _NAMED = 5  # ids and videos that details name; of the others they only have the number
 

@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Benchmark, File, Question, Table, Visual
-from eval.frames import EXTENSIONS, clip, videos_below
-from eval.sources import Rows, Tables, need, read_json
-from eval.video_judge import graded, score
 from llava.video import FRAMES, read_frames
+
+from .benchmark import Benchmark, File, Question, Table, Visual
+from .frames import EXTENSIONS, clip, videos_below
+from .sources import Rows, Tables, need, read_json
+from .video_judge import graded, score
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Score
-from eval.matching import Id, Matched, percent, unreadable
+from .benchmark import Score
+from .matching import Id, Matched, percent, unreadable
 
 HUMANS = 10  # answers to each question
 

@@ -8,7 +8,7 @@ lmms-eval asks with "?" and a short-answer instruction; here both ways ask as Vi
 ``eval/video_qa.py``. Names of the types: ActivityNet-QA's ``evaluation/eval.py``.
 """
 
-from eval.video_qa import video_qa
+from ..video_qa import video_qa
 
 _TYPES = (
     "motion",

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.matching import match, percent
-from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from eval.sources import Tables, need, read_json, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..matching import match, percent
+from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..sources import Tables, need, read_json, refuse_repeated
 
 _QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 _OFFICIAL = "testdev_balanced_questions.json"

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.judge import Judge, Request
-from eval.matching import match, unreadable
-from eval.sources import Tables, need, picture, read_jsonl, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..judge import Judge, Request
+from ..matching import match, unreadable
+from ..sources import Tables, need, picture, read_jsonl, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0314"
 _CATEGORIES = ("conv", "detail", "complex")

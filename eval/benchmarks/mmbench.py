@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.matching import match, percent, percent_by
-from eval.questions import LETTER, lettered, listed
-from eval.sources import Tables, decode, need, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..matching import match, percent, percent_by
+from ..questions import LETTER, lettered, listed
+from ..sources import Tables, decode, need, refuse_repeated
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
+    from ..judge import Judge
 
 _ROTATION = 1_000_000
 _LETTERS = "ABCD"

@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.matching import match
-from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from eval.sources import Tables, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..matching import match
+from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..sources import Tables, refuse_repeated
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -25,13 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.matching import match, percent, percent_by, unreadable
-from eval.questions import LETTER, SHORT_ANSWER, lettered
-from eval.sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..matching import match, percent, percent_by, unreadable
+from ..questions import LETTER, SHORT_ANSWER, lettered
+from ..sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
+    from ..judge import Judge
 
 _ANSWERS = "answer_dict_val.json"
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))

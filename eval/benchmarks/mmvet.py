@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.judge import Judge, Request, normalized_match
-from eval.matching import match, unreadable
-from eval.questions import EVAL_ZIP, read_questions
-from eval.sources import Tables, need, read_json, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..judge import Judge, Request, normalized_match
+from ..matching import match, unreadable
+from ..questions import EVAL_ZIP, read_questions
+from ..sources import Tables, need, read_json, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order

@@ -7,7 +7,7 @@ question_id, question_type; that file has the 12,278 questions of the validation
 beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video_qa.py``.
 """
 
-from eval.video_qa import video_qa
+from ..video_qa import video_qa
 
 BENCHMARK = video_qa(
     name="msrvtt",

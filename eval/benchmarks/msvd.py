@@ -7,7 +7,7 @@ questions of the validation set, ending in "?". The videos lie beside under vide
 Prompt, judge and score: ``eval/video_qa.py``.
 """
 
-from eval.video_qa import video_qa
+from ..video_qa import video_qa
 
 BENCHMARK = video_qa(
     name="msvd",

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.matching import match, unreadable
-from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from eval.sources import Tables, need, read_jsonl
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..matching import match, unreadable
+from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..sources import Tables, need, read_jsonl
 
 _QUESTIONS = "llava_pope_test.jsonl"
 _FIRST_IDS = {"adversarial": 1, "popular": 20_000_001, "random": 10_000_001}

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score
-from eval.judge import Judge
-from eval.matching import match, percent, percent_by
-from eval.sources import picture_of, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score
+from ..judge import Judge
+from ..matching import match, percent, percent_by
+from ..sources import picture_of, refuse_repeated
 
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
 _TYPES = ("presence", "color", "shape", "count", "reading", "position", "background")

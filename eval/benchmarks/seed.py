@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.matching import match, percent, percent_by
-from eval.questions import EVAL_ZIP, LETTER, listed, read_questions
-from eval.sources import Tables, need, read_json, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..matching import match, percent, percent_by
+from ..questions import EVAL_ZIP, LETTER, listed, read_questions
+from ..sources import Tables, need, read_json, refuse_repeated
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
+    from ..judge import Judge
 
 _QUESTIONS = "llava-seed-bench.jsonl"
 _TRUTH = "SEED-Bench.json"

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.matching import match, percent
-from eval.questions import EVAL_ZIP, LETTER, listed
-from eval.sources import Tables, need, picture, read_json, refuse_repeated
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..matching import match, percent
+from ..questions import EVAL_ZIP, LETTER, listed
+from ..sources import Tables, need, picture, read_json, refuse_repeated
 
 if TYPE_CHECKING:
-    from eval.judge import Judge
+    from ..judge import Judge
 
 _QUESTIONS = "llava_test_CQM-A.json"
 _LETTERS = "ABCDE"

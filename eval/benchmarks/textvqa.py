@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, Table
-from eval.matching import match, percent, unreadable
-from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from eval.sources import Tables, need, read_json
-from eval.vqa import ten, textvqa_accuracy
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..matching import match, percent, unreadable
+from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..sources import Tables, need, read_json
+from ..vqa import ten, textvqa_accuracy
 
 _QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 _ANNOTATIONS = "TextVQA_0.5.1_val.json"

@@ -9,7 +9,7 @@ because the column question_id there is shared by the questions about one GIF. I
 lie beside under video_name, or in a column ``video``. Prompt, judge and score: ``eval/video_qa.py``.
 """
 
-from eval.video_qa import video_qa
+from ..video_qa import video_qa
 
 BENCHMARK = video_qa(
     name="tgif",

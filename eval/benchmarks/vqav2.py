@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
-from eval.matching import match
-from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from eval.sources import Tables, need, read_json, read_jsonl, refuse_repeated
-from eval.vqa import Annotation, normalise, score_uploaded, ten, write_submission
+from ..benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
+from ..matching import match
+from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..sources import Tables, need, read_json, read_jsonl, refuse_repeated
+from ..vqa import Annotation, normalise, score_uploaded, ten, write_submission
 
 _QUESTIONS = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _UPLOAD = "llava_vqav2_mscoco_test2015.jsonl"
