@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "visionzip/__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
-    name="visionzip",
+    name="llava-visionzip",  # on the index "visionzip" is another's; the packages to import keep their names
     version=VERSION,
     description="VisionZip (CVPR 2025) inside LLaVA: fewer visual tokens for the language model, without training",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
@@ -24,7 +24,13 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",  # transformers' own minimum since 5.21
-    packages=find_packages(include=["visionzip", "visionzip.*", "llava", "llava.*"]),
+    # eval/ is run as `python -m eval` at the root; installed, where "eval" could be anybody's, it has a name of its own
+    packages=[
+        *find_packages(include=["visionzip", "visionzip.*", "llava", "llava.*"]),
+        *(f"visionzip_{name}" for name in find_packages(include=["eval", "eval.*"])),
+    ],
+    package_dir={"visionzip_eval": "eval"},
+    package_data={"visionzip": ["py.typed"], "llava": ["py.typed"], "visionzip_eval": ["paper.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<6",
@@ -38,10 +44,11 @@ setup(
         "rich>=15",
     ],
     extras_require={
-        "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31", "matplotlib>=3.10"],
-        "eval": ["pyarrow>=21", "tqdm>=4.67", "datasets>=5", "openai>=3.52", "av>=18", "pandas>=3", "openpyxl>=3.1"],
-        "video": ["av>=18"],
+        # of several extras with a library the first is advised where it lacks: the smallest come first
         "figures": ["matplotlib>=3.10"],
+        "video": ["av>=18"],
+        "eval": ["pyarrow>=21", "tqdm>=4.67", "datasets>=5", "openai>=3.52", "av>=18", "pandas>=3", "openpyxl>=3.1"],
+        "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31", "matplotlib>=3.10"],
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
         "flash": ["flash-attn>=2.7"],

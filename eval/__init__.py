@@ -1,4 +1,8 @@
-"""Benchmarks: ``python -m eval list | prepare | run | score | table``, from the repository's root.
+"""Benchmarks: ``visionzip eval list | prepare | run | score | table``, at the repository's root ``python -m eval``.
 
 A benchmark is data, prompt and score, in one file that the registry names; one runner and one table serve all of them.
+Installed, the package is ``visionzip_eval`` (setup.py says why), so that its modules name each other relatively.
 """
+
+COMMAND = "python -m eval" if __name__ == "eval" else "visionzip eval"
+"""What a user has typed, for messages."""

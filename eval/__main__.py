@@ -1,4 +1,4 @@
-"""``python -m eval``: list what there is, fetch or check data, run a benchmark, score answers, write tables."""
+"""The command: list what there is, fetch or check data, run a benchmark, score answers, write tables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from llava.arguments import add_model_arguments, positive, run_command
 from llava.video import FRAMES
 
+from . import COMMAND
 from .answers import read_answers
 from .data import DATA_ROOT, data_of, judge_of
 from .methods import METHODS
@@ -77,7 +78,7 @@ def show_table(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status (2 for bad input, as argparse has it; 130 when interrupted)."""
-    parser = argparse.ArgumentParser("python -m eval", description="Benchmarks of LLaVA models, zipped and not.")
+    parser = argparse.ArgumentParser(COMMAND, description="Benchmarks of LLaVA models, zipped and not.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="show benchmarks and methods").set_defaults(run=show_list)
 
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        return run_command(f"python -m eval {args.command}", args.run, args)
+        return run_command(f"{COMMAND} {args.command}", args.run, args)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130

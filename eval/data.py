@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import COMMAND
 from .benchmark import Benchmark, Question
 from .judge import EXACT, Judge, api_judge, exact_judge
 from .sources import Tables
 
-DATA_ROOT = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval"
+_HERE = Path(__file__).resolve().parent
+CLONE = _HERE.parent if _HERE.name == "eval" else None
+"""The repository's root; None of an installed package, which has another name."""
+
+DATA_ROOT = (CLONE or Path()) / "playground" / "data" / "eval"
 
 
 class Data:
@@ -100,5 +105,5 @@ def check_files(questions: Sequence[Question]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {number} images or videos are missing ({', '.join(missing[:3])}): "
-            "`python -m eval prepare` says where they come from; --skip-bad counts their questions as wrong instead"
+            f"`{COMMAND} prepare` says where they come from; --skip-bad counts their questions as wrong instead"
         )

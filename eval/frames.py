@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.video import FRAMES, read_frames
 
+from . import COMMAND
 from .benchmark import Question, Visual
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def videos_below(folder: Path) -> dict[str, Visual]:
         ValueError: an archive is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: `python -m eval prepare` says where it comes from")
+        raise FileNotFoundError(f"there is no folder {folder}: `{COMMAND} prepare` says where it comes from")
     found: list[tuple[int, str, str, Visual]] = []
 
     def add(place: str, visual: Visual) -> None:

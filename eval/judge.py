@@ -256,7 +256,7 @@ def api_judge(model: str, cache: Path, workers: int = 8, timeout: float = 60.0) 
     try:
         import openai  # noqa: PLC0415 - slow to import, and an extra
     except ImportError as error:
-        raise ImportError(f"the judge {model} needs the package openai: pip install 'visionzip[eval]'") from error
+        raise ImportError(f'the judge {model} needs the package openai: pip install "llava-visionzip[eval]"') from error
     return Judge(model, openai.OpenAI(max_retries=_RETRIES, timeout=timeout), cache, workers)
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     command = arguments(name, more, os.environ)
     if number > 1:
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", "eval"]
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", __package__]
         os.execv(sys.executable, [sys.executable, "-m", *launch, *command])
     from .__main__ import main as evaluate  # noqa: PLC0415 - slow to import, and several processes do so themselves
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava.video import FRAMES
 
+from . import COMMAND
 from .paper_styles import MISSING, STYLES
 from .sources import need, read_json
 
@@ -239,7 +240,7 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
         ValueError: a result file is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: give one with results of `python -m eval run`")
+        raise FileNotFoundError(f"there is no folder {folder}: give one with results of `{COMMAND} run`")
     results, left_out = [], []
     for path in sorted(folder.rglob("*.json")):
         content = read_json(path)

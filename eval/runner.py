@@ -35,7 +35,7 @@ from .answers import Part, answers_file, as_answers, open_part, part_path
 from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from .benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
 from .cost import covers, read_cost
-from .data import check_files, data_of, judge_of
+from .data import CLONE, check_files, data_of, judge_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .methods import ON_TRANSFORMERS, Run, attached, plan
@@ -43,7 +43,6 @@ from .registry import BENCHMARKS
 from .results import summarize
 from .table import write_atomically, write_table
 
-ROOT = Path(__file__).resolve().parents[1]
 _LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")
 
@@ -312,10 +311,13 @@ def checksum(path: Path) -> str:
         return digest.hexdigest()
 
 
-def git_commit() -> str | None:
-    """The repository's commit, with ``-dirty`` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def git_commit() -> str:
+    """The repository's commit, with ``-dirty`` where files differ from it; elsewhere the version, as ``v0.1.0``."""
+    version = f"v{visionzip.__version__}"
+    if CLONE is None:  # a folder around an installed package may be a repository, too
+        return version
+    command = ["git", "-C", str(CLONE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return version

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from . import COMMAND
 from .benchmark import Table, Visual
 
 
@@ -52,7 +53,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: `python -m eval prepare` says where it comes from")
+        raise FileNotFoundError(f"there is no file {path}: `{COMMAND} prepare` says where it comes from")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -207,7 +208,7 @@ class Tables:
             import datasets  # noqa: PLC0415 - slow to import, and an extra
             import pyarrow  # noqa: PLC0415
         except ImportError as error:
-            raise ImportError(f"tables need the package {error.name}: pip install 'visionzip[eval]'") from error
+            raise ImportError(f'tables need the package {error.name}: pip install "llava-visionzip[eval]"') from error
 
         name = f"{table.dataset}{f' {table.config}' if table.config else ''} {table.split}"
         damaged = (

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import COMMAND
+
 _MISSING = "-"
 
 
@@ -25,11 +27,11 @@ def write_table(folder: Path, console: Console | None = None) -> None:
     """
     file = folder / "results.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}: run `python -m eval run … --output {folder}` to its end first")
+        raise FileNotFoundError(f"there is no {file}: run `{COMMAND} run … --output {folder}` to its end first")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): run `python -m eval run … --output {folder}` again") from error
+        raise ValueError(f"{file} is damaged ({error}): run `{COMMAND} run … --output {folder}` again") from error
     tables = [main_table(results), *([differences_table(results)] if results["differences"] else [])]
     title = f"{results['benchmark']}: {results['model']}"
     texts = [f"# {title}\n", markdown(tables[0]), *(_ABOVE_DIFFERENCES + markdown(table) for table in tables[1:])]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 from llava.conversation import conv_mode_for, conv_templates, new_conversation
@@ -83,11 +86,22 @@ def sampling(temperature: float, **kwargs: Any) -> dict[str, Any]:
     return {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {}), **kwargs}
 
 
+def _cure(error: ModuleNotFoundError) -> str:
+    """What to install, if one of our extras has the missing library."""
+    library = (error.name or "").partition(".")[0]
+    with suppress(metadata.PackageNotFoundError):  # run from a folder that was never installed
+        for needed in metadata.requires("llava-visionzip") or []:
+            if (found := re.fullmatch(r'([\w-]+).*extra == "(\w+)"', needed)) and found[1] == library:
+                return f': pip install "llava-visionzip[{found[2]}]"'
+    return ""
+
+
 def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
     """Run a command; bad input becomes one line on standard error and exit status 2, as argparse has it."""
     try:
         command(args)
     except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"{name}: {error}\n")  # in one piece: other processes say the same at the same time
+        cure = _cure(error) if isinstance(error, ModuleNotFoundError) else ""
+        sys.stderr.write(f"{name}: {error}{cure}\n")  # in one piece: other processes say the same at the same time
         return 2
     return 0

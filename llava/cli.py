@@ -88,7 +88,14 @@ def main(argv: list[str] | None = None) -> int:
     add_convert_arguments(convert_parser)
     convert_parser.set_defaults(run=convert)
 
-    args = parser.parse_args(argv)
+    commands.add_parser("eval", help="benchmarks: accuracy, errors and cost of methods and budgets")
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["eval"]:  # its own parser takes the rest
+        from visionzip_eval.__main__ import main as evaluate  # noqa: PLC0415 - nothing else here needs it
+
+        return evaluate(words[1:])
+
+    args = parser.parse_args(words)
     return run_command(f"visionzip {args.command}", args.run, args)
 
 

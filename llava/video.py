@@ -84,7 +84,7 @@ def _av() -> Any:
     try:
         import av  # noqa: PLC0415 - of the extras `video` and `eval`; everything else does without
     except ImportError as error:
-        raise ImportError("reading videos needs PyAV: pip install av, or the extra video") from error
+        raise ImportError('reading videos needs PyAV: pip install "llava-visionzip[video]"') from error
     return av
 
 

@@ -9,7 +9,7 @@
 # Further arguments go to each command. MODEL_7B and MODEL_13B name checkpoints, OUTPUT the folder of the results.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment eval,figures
+use_environment
 cd "$ROOT"
 OUTPUT="${OUTPUT:-results/efficiency}"
 

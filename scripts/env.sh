@@ -1,14 +1,16 @@
 # Sourced by the other scripts: the Python environment that they work in.
 #
 #   source scripts/env.sh       sets ROOT, the repository's root
-#   use_environment EXTRAS      installs this repository, editable, with the extras (comma separated, may be empty) and
-#                               the versions of constraints.txt; sets PYTHON, the interpreter to run things with
+#   use_environment             installs this repository, editable, with the versions of constraints.txt; sets PYTHON, the
+#                               interpreter to run things with
 #
-# The environment is the active virtual environment, else .venv/ at the root, made when it is missing. A stamp in it records
-# what was installed from what, so that a second call takes no time. Things are run as "$PYTHON -m pip" and the like: the
+# The environment is the active virtual environment, else .venv/ at the root, made when it is missing. What all scripts need
+# is installed at once, so that none of them installs anew what another did; a stamp records from what, so that a second call
+# takes no time. Things are run as "$PYTHON -m pip" and the like: the
 # commands in .venv/bin name an absolute interpreter, and in a copied or moved repository that is someone else's.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+EXTRAS=dev,eval,figures,quant,train,video
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -25,9 +27,10 @@ require_python() {
 }
 
 use_environment() {
-    local extras="$1" venv="${VIRTUAL_ENV:-$ROOT/.venv}" stamp checksum wanted
+    local venv="${VIRTUAL_ENV:-$ROOT/.venv}" stamp log checksum
     PYTHON="$venv/bin/python"
     stamp="$venv/visionzip-installed"
+    log="$venv/visionzip-install.log"
 
     if [[ -z "${VIRTUAL_ENV:-}" && ! -e "$venv" ]]; then
         type -P python3 >/dev/null || die "there is no python3 on the PATH; Python 3.11 or newer is needed"
@@ -39,23 +42,24 @@ use_environment() {
         }
     fi
 
-    wanted="$(tr ',' '\n' <<<"package${extras:+,$extras}")" # lines of the stamp, below its checksum
     # the place counts too: an editable install points at one directory
-    checksum="$(cd "$ROOT" && { pwd && cat constraints.txt setup.py pyproject.toml visionzip/__init__.py; } | cksum)"
-    if [[ "$(head -n 1 "$stamp" 2>/dev/null)" != "$checksum" ]]; then
-        rm -f "$stamp"
-    elif ! grep -qvxF -f "$stamp" <<<"$wanted"; then
-        say "$venv is up to date"
-        return
-    fi
+    checksum="$(cd "$ROOT" && { pwd && cat constraints.txt setup.py pyproject.toml visionzip/__init__.py && echo "$EXTRAS"; } | cksum)"
+    [[ "$(cat "$stamp" 2>/dev/null)" != "$checksum" ]] || return 0
 
     "$PYTHON" -m pip --version >/dev/null || die "$PYTHON does not run pip: is $venv a whole virtual environment?"
     require_python "$PYTHON"
-    say "installing into $venv (extras: ${extras:-none}; versions: constraints.txt)"
-    # the build backend first, at its tested version, so that no isolated environment is made for it
-    "$PYTHON" -m pip install -c "$ROOT/constraints.txt" setuptools wheel
-    "$PYTHON" -m pip install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT${extras:+[$extras]}"
-    "$PYTHON" -m pip check
-    [[ -e "$stamp" ]] || echo "$checksum" >"$stamp"
-    echo "$wanted" >>"$stamp"
+    say "installing into $venv, once for all scripts: a minute or two, and what is to be downloaded (log: $log)"
+    {
+        # this repository's own distribution had another name, and would stay beside the new one
+        if [[ -e "$stamp" ]]; then "$PYTHON" -m pip uninstall -y visionzip; fi &&
+            rm -f "$stamp" &&
+            # the build backend first, at its tested version, so that no isolated environment is made for it
+            "$PYTHON" -m pip install -c "$ROOT/constraints.txt" setuptools wheel &&
+            "$PYTHON" -m pip install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[$EXTRAS]" &&
+            "$PYTHON" -m pip check
+    } >"$log" 2>&1 || {
+        grep -i error "$log" >&2 || tail -n 5 "$log" >&2
+        die "pip did not install everything into $venv: $log has all that it said. Run this again when that is mended"
+    }
+    echo "$checksum" >"$stamp"
 }

@@ -48,7 +48,7 @@ world_size() {
 
 prepare_training() {
     local base="$2" sample="$3" world room name
-    use_environment train
+    use_environment
     cd "$ROOT"
     DEVICE="${DEVICE:-$([[ "$(visible_gpus)" -gt 0 ]] && echo cuda || echo cpu)}"
     [[ "$DEVICE" == cuda || "$DEVICE" == cpu ]] || die "DEVICE=$DEVICE is neither cuda nor cpu"

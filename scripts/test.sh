@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-use_environment dev,quant,eval,figures,train
+use_environment
 cd "$ROOT"
 
 say "ruff check"

@@ -14,7 +14,7 @@
 # every step that much shorter, to see it run through.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment eval,figures
+use_environment
 cd "$ROOT"
 OUT="${1:-results/llava-mini}"
 SCALE="${SCALE:-1}"

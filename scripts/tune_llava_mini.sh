@@ -7,7 +7,7 @@
 # order. Prints the table of the quickstart for each. What is done is not done again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment eval,figures,train
+use_environment
 cd "$ROOT"
 OUT="${1:-results/tuned}"
 IMAGES="${IMAGES:-30000}"

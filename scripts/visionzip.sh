@@ -5,5 +5,5 @@
 #   bash scripts/visionzip.sh --help
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment video >&2
+use_environment >&2
 exec "$PYTHON" -m llava.cli "$@"

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +40,7 @@ from visionzip import compress_tokens, unzip, visionzip
 from visionzip.attention import cls_attention, merge_keys, patch_scores, read_attention
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
+PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -203,6 +205,11 @@ def test_pixels(row: dict[str, Any]):
         pixels = process_images([image], processor, config)[0]
         assert list(pixels.shape) == row[f"{mode}_shape"]
         sampled = tensors[f"{row['name']}_{mode}_sub16"]
+        if mode == "anyres" and image.height > image.width and PILLOW < 13:
+            # Pillow 13, which recorded, filters the columns of a tall image before its rows, as those before it do the rows
+            # of the image on its side: the base tile is that one's, turned back.
+            on_its_side = process_images([image.transpose(Image.Transpose.TRANSPOSE)], processor, config)[0]
+            pixels[0] = on_its_side[0].mT
         torch.testing.assert_close(pixels[..., ::16, ::16], sampled, atol=1e-5, rtol=0)
 
 

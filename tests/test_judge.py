@@ -334,7 +334,7 @@ def test_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"pip install 'visionzip\[eval\]'"):
+    with pytest.raises(ImportError, match=r'pip install "llava-visionzip\[eval\]"'):
         api_judge("gpt-4-0613", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a user gets from `pip install .`: both packages, whole, importable away from the repository, and the command."""
+"""What a user gets from `pip install .`: the packages, whole, away from the repository, and a command that does its work."""
 
 import json
 import os
@@ -17,19 +17,22 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from visionzip import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("visionzip", "llava")
-EXTRAS = frozenset({"", "dev", "quant", "train", "eval", "figures"})
+PACKAGES = {"visionzip": "visionzip", "llava": "llava", "visionzip_eval": "eval"}  # as installed: where its sources are
+NAME = "llava-visionzip"
+EXTRAS = frozenset({"", "dev", "quant", "train", "eval", "figures", "video", "demo"})  # "flash" is built for a GPU
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, typed: str = "") -> str:
     """Output of a command that knows nothing of the repository: it runs elsewhere and without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env=environment | {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        stdin=subprocess.DEVNULL,
+        input=typed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,9 +44,13 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def files_of_packages() -> set[str]:
-    """Every module, and the markers of typed packages, as the wheel should name them."""
-    files = {path for name in PACKAGES for pattern in ("*.py", "py.typed") for path in (ROOT / name).rglob(pattern)}
-    return {path.relative_to(ROOT).as_posix() for path in files}
+    """Every module, markers of typed packages, the paper's figures, as the wheel should name them."""
+    return {
+        f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
+        for name, folder in PACKAGES.items()
+        for pattern in ("*.py", "py.typed", "paper.json")
+        for path in (ROOT / folder).rglob(pattern)
+    }
 
 
 def metadata_of(wheel: Path) -> Message:
@@ -58,13 +65,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "tests", "eval", "scripts"):  # the last three must not get in
+    for name in (*PACKAGES.values(), "tests", "playground", "scripts"):  # the last three must not get in
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "golden", "data"))
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
-    assert len(list(out.glob("visionzip-*.tar.gz"))) == 1
-    (built,) = out.glob("visionzip-*.whl")
+    assert len(list(out.glob("llava_visionzip-*.tar.gz"))) == 1
+    (built,) = out.glob("llava_visionzip-*.whl")
     return built
 
 
@@ -115,25 +122,44 @@ def test_installed_command(installed: Path):
     assert "usage: visionzip" in run(installed / "bin/visionzip", "--help", cwd=installed)
 
 
+def test_installed_command_does_its_work(installed: Path, tmp_path: Path):
+    """The main job, from the wheel alone and from elsewhere: the model and the data are files that flags name."""
+    visionzip, model = installed / "bin/visionzip", ("--model-path", ROOT / "checkpoints/llava-mini", "--device", "cpu")
+    data = ("--data", ROOT / "playground/data/eval/scenes/test.parquet", "--limit", "8")
+    run(visionzip, "eval", "run", "scenes", *model, *data, "--tokens", "48", "--output", "out", cwd=tmp_path)
+    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in results["rows"]] == ["vanilla", "visionzip"]
+    assert results["rows"][0]["score"] > 80 and results["questions"] == 8
+    # The code's version, and not the commit of a repository that the environment may lie in.
+    assert results["environment"]["git_commit"] == f"v{__version__}"
+    assert "visionzip 40+8" in run(visionzip, "eval", "table", "out", cwd=tmp_path)
+    assert "GQA" in run(visionzip, "eval", "table", "--paper", "1", cwd=tmp_path)  # a data file of the package
+    said = run(
+        visionzip, "chat", *model, "--image", ROOT / "docs/scene.jpg", cwd=tmp_path, typed="Is there a red ring?\n"
+    )
+    assert "ASSISTANT: " in said
+
+
 def test_editable_install_is_this_tree(tmp_path: Path):
     """What scripts/test.sh installs: away from the root, the packages are still this tree's, at this tree's version."""
-    # Asked there too, whether it is one: at the root, a visionzip.egg-info that a build left would answer.
+    # Asked there too, whether it is one: at the root, an egg-info that a build left would answer.
     script = (
         "import json\n"
         "from importlib.metadata import distributions\n"
-        "urls = [d.read_text('direct_url.json') or '{}' for d in distributions(name='visionzip')]\n"
+        "urls = [d.read_text('direct_url.json') or '{}' for d in distributions(name='llava-visionzip')]\n"
         "print(json.dumps([json.loads(url) for url in urls]))"
     )
     urls = json.loads(run(sys.executable, "-c", script, cwd=tmp_path))
     if not any(url.get("dir_info", {}).get("editable") for url in urls):
         pytest.skip("not an editable install")
     script = (
-        "import json, llava, visionzip\n"
+        "import json, llava, visionzip, visionzip_eval\n"
         "from importlib.metadata import version\n"
-        "print(json.dumps([visionzip.__file__, llava.__file__, visionzip.__version__, version('visionzip')]))"
+        "packages = [visionzip.__file__, llava.__file__, visionzip_eval.__file__]\n"
+        "print(json.dumps([*packages, visionzip.__version__, version('llava-visionzip')]))"
     )
     *modules, version, recorded = json.loads(run(sys.executable, "-c", script, cwd=tmp_path).splitlines()[-1])
-    assert [Path(module).resolve() for module in modules] == [ROOT / name / "__init__.py" for name in PACKAGES]
+    assert [Path(module).resolve() for module in modules] == [ROOT / name / "__init__.py" for name in PACKAGES.values()]
     assert version == recorded
 
 

@@ -149,7 +149,7 @@ def test_overview(maps: list[TokenMap]):
         outlined = [(int(box.get_y()), int(box.get_x())) for box in merged.patches]
         assert outlined == [divmod(int(target), 4) for target in tokens.roles.targets]
     text = words(figure)
-    assert "17 visual tokens become 7 (41%)" in text
+    assert "16 patches + CLS become 7 visual tokens (41%)" in text
     assert "56 x 56 pixels, 4 x 4 patches" in text and f"layer {LAYERS - 1} of {LAYERS}" in text
     assert "5 dominant tokens: 4 patches + CLS" in text
     assert f"they hold {maps[0].top_share(LAYERS - 2):.0%} of the attention" in text
@@ -171,7 +171,7 @@ def test_groups_have_one_colour_each(load: Any, pixels: Tensor):
 def test_encoders_without_cls(load: Any, pixels: Tensor):
     text = words(overview(inspect_tokens(visionzip(load(vision=SIGLIP)[1], dominant=5, contextual=1), pixels)))
     assert "attention that patches receive" in text and "CLS" not in text
-    assert "16 visual tokens become 6" in text
+    assert "16 patches become 6 visual tokens" in text
     assert "5 dominant patches" in text and "1 contextual token, by colour" in text
 
 
@@ -184,7 +184,7 @@ def test_budgets_at_the_limits(load: Any, pixels: Tensor):
         visionzip(model, dominant=10, contextual=10)
     maps = inspect_tokens(model, pixels)
     assert torch.equal(drawn(overview(maps).axes[2]), maps[0].image)
-    assert "17 visual tokens become 17 (100%)" in words(overview(maps))
+    assert "16 patches + CLS become 17 visual tokens (100%)" in words(overview(maps))
 
 
 def test_token_overlay(maps: list[TokenMap]):
@@ -307,4 +307,4 @@ def test_without_matplotlib(make_checkpoint: Any, image_file: Path, unread: None
     monkeypatch.delattr(package, "visualize")
     command = ["visualize", "--model-path", str(make_checkpoint()), "--image", str(image_file)]
     assert visionzip_command(command) == 2
-    assert 'pip install "visionzip[figures]"' in capsys.readouterr().err
+    assert 'pip install "llava-visionzip[figures]"' in capsys.readouterr().err

@@ -7,7 +7,7 @@ each patch; the functions here draw the notes, one row per image, and return mat
     maps = inspect_tokens(visionzip(model, dominant=54, contextual=10), images)
     overview(maps).savefig("tokens.png")
 
-Needs matplotlib: ``pip install "visionzip[figures]"``. Nothing else in the package imports this file.
+Needs matplotlib: ``pip install "llava-visionzip[figures]"``. Nothing else in the package imports this file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
     from matplotlib.ticker import PercentFormatter
 except ImportError as error:
     raise ImportError(
-        'visionzip.visualize draws with matplotlib, which is not installed: pip install "visionzip[figures]"'
+        'visionzip.visualize draws with matplotlib, which is not installed: pip install "llava-visionzip[figures]"'
     ) from error
 
 __all__ = [
@@ -305,7 +305,8 @@ def _summary(tokens: TokenMap) -> str:
     role = _roles(tokens)
     before = tokens.num_patches + tokens.cls_token
     after = int(role.dominant.sum()) + tokens.cls_token + len(role.targets)
-    return f"{before} visual tokens become {after} ({after / before:.0%})"
+    read = f"{_count(tokens.num_patches, 'patch')}{' + CLS' if tokens.cls_token else ''}"
+    return f"{read} become {_count(after, 'visual token')} ({after / before:.0%})"
 
 
 def _source(tokens: TokenMap) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .. import COMMAND
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
 from ..matching import match, percent, percent_by
 from ..questions import LETTER, lettered, listed
@@ -124,7 +125,7 @@ def _tsv(folder: Path, dev: str) -> Path:
     if len(tests := sorted(folder.glob("mmbench_test*.tsv"))) == 1:
         return tests[0]
     raise FileNotFoundError(
-        f"there is no file {folder / dev}, nor one mmbench_test*.tsv: `python -m eval prepare` says where it comes from"
+        f"there is no file {folder / dev}, nor one mmbench_test*.tsv: `{COMMAND} prepare` says where it comes from"
     )
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .. import COMMAND
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
 from ..matching import match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
@@ -85,7 +86,7 @@ def truth_from_folder(folder: Path) -> dict[Key, str]:
             return truth
     raise FileNotFoundError(
         f"{folder} has no right answers: neither {_RELEASE}/CATEGORY/questions_answers_YN/*.txt (CATEGORY/*.txt for "
-        f"some) nor {_RESULTS}/*.txt; `python -m eval prepare mme` says where they come from"
+        f"some) nor {_RESULTS}/*.txt; `{COMMAND} prepare mme` says where they come from"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median_low
 from typing import Any
 
 from ..benchmark import Answer, Benchmark, File, Question, Score
@@ -19,6 +20,7 @@ from ..sources import picture_of, refuse_repeated
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
 _TYPES = ("presence", "color", "shape", "count", "reading", "position", "background")
 _FILE = "test.parquet"
+_HOME = "playground/data/eval/scenes/test.parquet"
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -28,7 +30,10 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
     path = folder if folder.suffix == ".parquet" else folder / _FILE
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: make it with `python -m playground.scenes test`")
+        raise FileNotFoundError(
+            f"there is no file {path}: give one by --data. A clone of the repository has {_HOME}, and makes others "
+            "with `python -m playground.scenes test`"
+        )
     try:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
@@ -76,13 +81,38 @@ def score(answers: Sequence[Answer], truth: Mapping[int, tuple[str, str]], judge
     return Score("exact match, %", percent(points), details, parts, points)
 
 
+def median_image(folder: Path, answers: Sequence[Answer]) -> bytes:
+    """Choose the image to show of a test set: the first whose questions were answered with the median accuracy.
+
+    Args:
+        folder: of the test set, or its file.
+        answers: a run's; images without any are left out.
+
+    Returns:
+        the image's JPEG file; of an even number of accuracies the lower middle one counts.
+
+    Raises:
+        ValueError: no answer is to a question here.
+    """
+    said = {answer.question_id: answer.text for answer in answers}
+    points: dict[bytes, list[bool]] = {}
+    for row in _rows(folder):
+        if (text := said.get(row["question_id"])) is not None:
+            points.setdefault(row["image"]["bytes"], []).append(is_right(text, row["answer"]))
+    if not points:
+        raise ValueError(f"none of the {len(said)} answers is to a question in {folder}")
+    accuracy = {image: fmean(right) for image, right in points.items()}
+    median = median_low(accuracy.values())
+    return next(image for image, value in accuracy.items() if value == median)
+
+
 BENCHMARK = Benchmark(
     name="scenes",
     title="Scenes",
     summary="one-word questions about synthetic scenes (exact match)",
     folder="scenes",
     max_new_tokens=8,
-    files=(File(_FILE, "python -m playground.scenes test"),),
+    files=(File(_FILE, f"{_HOME} of the repository, or there by python -m playground.scenes test"),),
     from_folder=questions,
     truth_from_folder=truth,
     score=score,

@@ -35,7 +35,7 @@ from transformers import (
 
 from llava.arguments import run_command
 from llava.mm_utils import load_image
-from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
+from llava.train.run import TrainingArguments, check_installed, finish, last_checkpoint, leave_together
 
 _WORDS = 4096  # rows of the word table; words are hashed into it
 
@@ -235,6 +235,7 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
 
 def _run(words: list[str]) -> None:
+    check_installed(words)
     train(*HfArgumentParser((TowerArguments, TrainingArguments)).parse_args_into_dataclasses(words))
     leave_together()
 

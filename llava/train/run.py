@@ -9,16 +9,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from matplotlib.figure import Figure
 from transformers import Trainer
 
+from visionzip import __version__
+
 CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
-_LIBRARIES = ("visionzip", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 
 
 @dataclass
@@ -26,6 +28,17 @@ class TrainingArguments(transformers.TrainingArguments):
     """Transformers' own, for data sets whose samples are not the model's columns."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+
+def check_installed(words: Sequence[str]) -> None:
+    """Find what a run needs, in the end or by its flags, before these are parsed: transformers stumbles over DeepSpeed.
+
+    Raises:
+        ImportError: the extra ``train`` is not installed.
+    """
+    needed = ["matplotlib", *(["deepspeed"] if any(word.startswith("--deepspeed") for word in words) else [])]
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise ImportError(f'training needs {" and ".join(missing)}: pip install "llava-visionzip[train]"')
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -61,8 +74,8 @@ def check_same_run(checkpoint: str | None, decides: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries in use."""
-    names = [name for name in _LIBRARIES if name.partition(".")[0] in sys.modules]
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    own = {"python": platform.python_version(), "visionzip": __version__}
+    return own | {name: metadata.version(name) for name in _LIBRARIES if name in sys.modules}
 
 
 def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -102,6 +115,8 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         histories: name of each run to its Trainer's ``log_history``.
         path: picture to write.
     """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, see check_installed
+
     columns = min(4, len(histories))
     rows = math.ceil(len(histories) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")

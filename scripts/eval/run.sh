@@ -4,6 +4,6 @@
 # says what each means.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
-use_environment eval
+use_environment
 cd "$ROOT"
 exec "$PYTHON" -m eval.launch "$@"
