@@ -206,8 +206,8 @@ def test_pixels(row: dict[str, Any]):
         assert list(pixels.shape) == row[f"{mode}_shape"]
         sampled = tensors[f"{row['name']}_{mode}_sub16"]
         if mode == "anyres" and image.height > image.width and PILLOW < 13:
-            # Pillow 13, which recorded, filters the columns of a tall image before its rows, as older ones do the rows of
-            # the image on its side: the base tile is that one's, turned back.
+            # Pillow 13, which recorded, filters the columns of a tall image before its rows, as older ones do the rows
+            # of the image on its side: the base tile is that one's, turned back.
             on_its_side = process_images([image.transpose(Image.Transpose.TRANSPOSE)], processor, config)[0]
             pixels[0] = on_its_side[0].mT
         torch.testing.assert_close(pixels[..., ::16, ::16], sampled, atol=1e-5, rtol=0)

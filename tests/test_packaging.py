@@ -1,4 +1,4 @@
-"""What a user gets from `pip install .`: the packages, whole, away from the repository, and a command that works there."""
+"""What a user gets from `pip install .`: the packages, whole, away from the repository, and a command that runs."""
 
 import json
 import os
