@@ -13,13 +13,13 @@ from rich.table import Table
 
 from eval.answers import read_answers
 from eval.data import DATA_ROOT, data_of, judge_of
-from eval.methods import METHODS
 from eval.paper import paper_table
 from eval.prepare import prepare
 from eval.registry import BENCHMARKS
 from eval.runner import run, unscored
 from eval.table import write_atomically, write_table
 from llava.arguments import add_model_arguments, positive, run_command
+from llava.methods import METHODS
 from llava.video import FRAMES
 
 

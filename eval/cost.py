@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from eval.answers import Given
-from eval.methods import Run, attach, by_row, detach
+from eval.methods import Run, attach, by_row
 from eval.results import prefill_name, prompt_length, visual_tokens
 from llava.benchmark import time_interleaved
+from llava.methods import detach
 from visionzip.flops import llama_module_flops, prefill_flops
 
 ROUNDS = 15

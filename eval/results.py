@@ -10,8 +10,9 @@ import numpy as np
 
 from eval.answers import Given
 from eval.benchmark import Score
-from eval.methods import METHODS, Run, by_row
+from eval.methods import Run, by_row
 from llava.efficiency.report import spread
+from llava.methods import METHODS
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 

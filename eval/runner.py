@@ -30,13 +30,14 @@ from eval.cost import covers, read_cost
 from eval.data import check_files, data_of, judge_of
 from eval.frames import check_context, frames_of, with_frames
 from eval.judge import Judge
-from eval.methods import ON_TRANSFORMERS, Run, attached, plan
+from eval.methods import Run, attached, plan
 from eval.registry import BENCHMARKS
 from eval.results import summarize
 from eval.table import write_atomically, write_table
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
+from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
