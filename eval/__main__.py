@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.arguments import add_model_arguments, positive, run_command
+from llava.methods import METHODS
 from llava.video import FRAMES
 
 from . import COMMAND
 from .answers import read_answers
 from .data import DATA_ROOT, data_of, judge_of
-from .methods import METHODS
 from .paper import paper_table
 from .prepare import prepare
 from .registry import BENCHMARKS

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llava.benchmark import time_interleaved
+from llava.methods import detach
 from visionzip.flops import llama_module_flops, prefill_flops
 
 from .answers import Given
-from .methods import Run, attach, by_row, detach
+from .methods import Run, attach, by_row
 from .results import prefill_name, prompt_length, visual_tokens
 
 ROUNDS = 15

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from llava.efficiency.report import spread
+from llava.methods import METHODS
 
 from .answers import Given
 from .benchmark import Score
-from .methods import METHODS, Run, by_row
+from .methods import Run, by_row
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 

@@ -26,6 +26,7 @@ import visionzip
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
+from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
@@ -38,7 +39,7 @@ from .cost import covers, read_cost
 from .data import CLONE, check_files, data_of, judge_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
-from .methods import ON_TRANSFORMERS, Run, attached, plan
+from .methods import Run, attached, plan
 from .registry import BENCHMARKS
 from .results import summarize
 from .table import write_atomically, write_table

@@ -17,7 +17,7 @@ def test_config_survives_as_dict_json_and_pickle():
     assert VisionZipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert {config, dataclasses.replace(config)} == {config}
-    assert config.num_tokens == 32
+    assert config.tokens(patches=144) == 32
 
 
 def test_config_defaults_are_the_papers_64_tokens():

@@ -314,14 +314,14 @@ def test_bad_input_is_explained_before_anything_is_loaded(run, unread, scenes_da
 
 
 def test_grids_of_tiles(run, make_checkpoint, tmp_path: Path, capsys):
-    """LLaVA-NeXT: budgets are per tile, what is counted is what the language model gets; controls are refused."""
+    """LLaVA-NeXT: budgets are per tile, what is counted is what the language model gets; pooling is refused."""
     command = run("--method", "vanilla", "visionzip", "--tokens", "6", model=make_checkpoint(**NEXT), limit=4)
     assert eval_command(command) == 0
     vanilla, zipped = results_of(tmp_path / "out")["rows"]
     assert vanilla["visual_tokens"] > 5 * 16  # newlines too
     assert (zipped["dominant"], zipped["contextual"], zipped["visual_tokens"]) == (5, 1, 5 * 6)
-    assert eval_command([*command, "--method", "uniform"]) == 2
-    assert "cuts images into grids of tiles" in capsys.readouterr().err
+    assert eval_command([*command, "--method", "pool"]) == 2
+    assert "averages areas, but this LlavaLlamaForCausalLM" in capsys.readouterr().err
 
 
 def test_answers_of_other_code_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from llava.eval.run_llava import main as run_llava
 from llava.serve.chat import ChatSession
 from llava.train import train as llava_training
 from visionzip import visionzip
-from visionzip.baselines import average_pool, random_tokens, uniform_tokens
 
 
 @pytest.fixture
@@ -116,8 +114,7 @@ def test_no_training(make_mgm, world: Path, tmp_path: Path, unread, tower: bool,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("control", [random_tokens, uniform_tokens, average_pool])
-def test_no_controls(load_mgm, control: Callable[..., Any]) -> None:
-    """They drop patches behind the tower and do not say which ones: which sub-patches to look at is not known."""
-    with pytest.raises(ValueError, match="MGMLlamaForCausalLM looks closer at patches"):
-        control(load_mgm(), 4)
+def test_no_pooling(load_mgm) -> None:
+    """An average of patches is no place to look closer at."""
+    with pytest.raises(ValueError, match=r"averages areas, but this MGMLlamaForCausalLM needs to know which patch"):
+        visionzip(load_mgm(), keep=4, method="pool")

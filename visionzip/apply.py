@@ -9,6 +9,7 @@ from torch import nn
 
 from visionzip.config import MergeRule, VisionZipConfig
 from visionzip.integrations import find_integration
+from visionzip.methods.visionzip import split
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,8 +19,11 @@ def visionzip(
     dominant: int | None = None,
     contextual: int | None = None,
     *,
+    keep: int | float | None = None,
+    method: str | None = None,
     layer: int | None = None,
     merge: MergeRule | None = None,
+    seed: int | None = None,
 ) -> Model:
     """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
@@ -32,24 +36,36 @@ def visionzip(
             one.
         dominant: tokens to keep by attention, CLS included (default: 54; Video-LLaVA: 15 per frame).
         contextual: tokens to merge the rest into (default: 10; Video-LLaVA: 2 per frame).
+        keep: tokens to keep in all, in the place of these two: a number, which VisionZip splits 27 : 5, or a share of
+            the patches of each image, tile or frame (0.25).
+        method: how they are chosen (default: ``"visionzip"``): a name of :data:`visionzip.methods.METHODS`. All but
+            VisionZip take ``keep``.
         layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
-        merge: ``"released"`` (default) or ``"average"``; this and the others are explained in
-            :class:`VisionZipConfig`. With no argument at all, the setting stored in ``model.config.visionzip`` is
-            applied, if there is one.
+        merge: ``"released"`` (default) or ``"average"``.
+        seed: of methods that draw at random (default: 0). All of these are explained in :class:`VisionZipConfig`. With
+            none of them, the setting stored in ``model.config.visionzip`` is applied, if there is one.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: the model is of no supported family (the message lists them), or a count is not an integer.
-        ValueError: a count is below its limit, the encoder has no such layer, or the model has no vision tower.
+        ValueError: a number is outside its limits, the encoder has no such layer, the method is unknown or does not fit
+            the model, or the model has no vision tower.
 
     Warns:
-        UserWarning: dominant + contextual is the encoder's whole sequence or more, so nothing is compressed.
+        UserWarning: the budget is the encoder's whole sequence or more, so nothing is compressed.
     """
     target = unwrap(model)
     integration = find_integration(target)
-    setting = {"dominant": dominant, "contextual": contextual, "layer": layer, "merge": merge}
+    if keep is not None and (dominant, contextual) != (None, None):
+        raise ValueError(
+            f"keep={keep} was given with dominant={dominant}, contextual={contextual}: give one or the other"
+        )
+    if type(keep) is int and keep > 0 and method in (None, "visionzip"):
+        (dominant, contextual), keep = split(keep), None
+    setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
+    setting |= {"layer": layer, "merge": merge, "seed": seed}
     given = {name: value for name, value in setting.items() if value is not None}
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     if stored and not given:

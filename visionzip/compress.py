@@ -32,6 +32,11 @@ class CompressedTokens(NamedTuple):
     target_indices: Tensor
     assignment: Tensor
 
+    @property
+    def kept(self) -> Tensor:
+        """(B, K+M) int64, the position that each token keeps: its own, or its target's."""
+        return torch.cat([self.dominant_indices, self.target_indices], dim=1)
+
 
 def compress_tokens(
     hidden_states: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 MergeRule = Literal["released", "average"]
@@ -21,10 +21,15 @@ class VisionZipConfig:
         layer: encoder layer that is scored, and whose output is kept. -2 is the penultimate one, as in the paper.
         merge: ``"released"``: target + mean of the tokens assigned to it, as the published code does;
             ``"average"``: mean over the target and its assigned tokens, as the paper's text says.
+        method: how tokens are chosen, a name of :data:`visionzip.methods.METHODS`.
+        keep: T, tokens to keep in all, or their share of the patches (0.25); it takes the place of ``dominant`` and
+            ``contextual``. LLaVA-NeXT: per tile.
+        seed: of methods that draw at random, 0 or more.
 
     Raises:
-        TypeError: a count or the layer is not an integer.
-        ValueError: a count is below its limit, or ``merge`` is unknown.
+        TypeError: a number is of the wrong type.
+        ValueError: a number is outside its limits, ``merge`` is unknown, or a method other than VisionZip has no
+            ``keep``.
 
     The defaults are the paper's 64-token setting of LLaVA-1.5 (Table 1).
     """
@@ -33,9 +38,12 @@ class VisionZipConfig:
     contextual: int = 10
     layer: int = -2
     merge: MergeRule = "released"
+    method: str = "visionzip"
+    keep: int | float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dominant", "contextual", "layer"):
+        for name in ("dominant", "contextual", "layer", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
@@ -49,15 +57,50 @@ class VisionZipConfig:
             raise ValueError(f"contextual={self.contextual} is below 0: use 0 to keep dominant tokens only")
         if self.merge not in get_args(MergeRule):
             raise ValueError(f"merge={self.merge!r} is unknown: use one of {', '.join(map(repr, get_args(MergeRule)))}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is negative: use 0 or more")
+        self._check_keep()
 
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens per image (LLaVA-NeXT: per tile) that reach the language model."""
-        return self.dominant + self.contextual
+    def _check_keep(self) -> None:
+        if self.keep is None:
+            if self.method != "visionzip":
+                raise ValueError(
+                    f"method={self.method!r} needs keep, the tokens to keep (64) or their share of the patches (0.25); "
+                    "dominant and contextual are VisionZip's own"
+                )
+            return
+        if isinstance(self.keep, bool) or not isinstance(self.keep, Real):
+            raise TypeError(f"keep={self.keep!r} must be a number, not {type(self.keep).__name__}")
+        object.__setattr__(self, "keep", int(self.keep) if isinstance(self.keep, Integral) else float(self.keep))
+        if isinstance(self.keep, int) and self.keep < 1:
+            raise ValueError(f"keep={self.keep} is below 1: keep at least one token")
+        if isinstance(self.keep, float) and not 0 < self.keep <= 1:
+            raise ValueError(
+                f"keep={self.keep} is outside 0 to 1: a fraction is a share of the patches; for a number of tokens "
+                "give an integer"
+            )
+
+    def tokens(self, patches: int) -> int:
+        """Visual tokens that the setting asks for of one image (tile, frame) of N patches: at least 1."""
+        if self.keep is None:
+            return self.dominant + self.contextual
+        return self.keep if isinstance(self.keep, int) else max(1, round(self.keep * patches))
+
+    def __str__(self) -> str:
+        """The budget as messages have it: ``dominant=54 + contextual=10``, or ``keep=64``."""
+        return f"dominant={self.dominant} + contextual={self.contextual}" if self.keep is None else f"keep={self.keep}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain dict that is stored in ``model.config.visionzip``."""
-        return dataclasses.asdict(self)
+        """The plain dict that is stored in ``model.config.visionzip``: the budget, and what is not the default."""
+        values = dataclasses.asdict(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unsaid = ("dominant", "contextual") if self.keep is not None else ()
+        optional = ("method", "keep", "seed")
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in unsaid and not (name in optional and value == defaults[name])
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VisionZipConfig:

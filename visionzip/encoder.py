@@ -6,28 +6,17 @@ behind the scored one is run, and all run the user's attention kernel.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
-from visionzip.compress import CompressedTokens, compress_tokens
+from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-
-
-class ScoredTokens(NamedTuple):
-    """What :func:`compress_tokens` needs of B images of S tokens.
-
-    Attributes:
-        hidden_states: (B, S, D) output of the scored layer.
-        scores: (B, N) float32, attention on each patch; N = S - 1 with a CLS token, else S.
-        keys: (B, S, Dk) float32, keys averaged over heads.
-    """
-
-    hidden_states: Tensor
-    scores: Tensor
-    keys: Tensor
+from visionzip.methods import EncoderRead, method_of
 
 
 def has_cls_token(vision_model: nn.Module) -> bool:
@@ -72,33 +61,10 @@ def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int, **
 
 
 @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
-def score_images(vision_model: nn.Module, pixel_values: Tensor, layer: int, **layer_kwargs: Any) -> ScoredTokens:
-    """Tokens of one encoder layer with the scores and keys by which they are compressed.
-
-    Args:
-        vision_model: as in :func:`hidden_states`.
-        pixel_values: (B, 3, h, w).
-        layer: :attr:`VisionZipConfig.layer`.
-        **layer_kwargs: as in :func:`hidden_states`.
-
-    Raises:
-        ValueError: the encoder has no such layer.
-    """
-    layers = layers_needed(vision_model, layer)
-    cls_token = has_cls_token(vision_model)
-
-    def summarize(read: QueriesKeys) -> tuple[Tensor, Tensor]:
-        return patch_scores(read, cls_token), merge_keys(read)
-
-    with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
-        states = hidden_states(vision_model, pixel_values, layers, **layer_kwargs)
-    return ScoredTokens(states, *reader.result())
-
-
-def compress_images(
+def read_encoder(
     vision_model: nn.Module, pixel_values: Tensor, config: VisionZipConfig, **layer_kwargs: Any
-) -> CompressedTokens:
-    """Visual tokens of images, before the projector, with what was kept and merged.
+) -> EncoderRead:
+    """Run an encoder to the scored layer and read what the setting's method asks for, but what is behind a projector.
 
     Args:
         vision_model: as in :func:`hidden_states`.
@@ -107,12 +73,70 @@ def compress_images(
         **layer_kwargs: as in :func:`hidden_states`.
 
     Raises:
-        ValueError: the encoder has no such layer.
+        ValueError: the encoder has no such layer, or the method is unknown.
     """
-    return compress_tokens(
-        *score_images(vision_model, pixel_values, config.layer, **layer_kwargs),
-        config.dominant,
-        config.contextual,
-        cls_token=has_cls_token(vision_model),
-        merge=config.merge,
-    )
+    reads = method_of(config).reads
+    layers = layers_needed(vision_model, config.layer)
+    cls_token = has_cls_token(vision_model)
+    side = vision_model.config.image_size // vision_model.config.patch_size
+    facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side, side)}
+    if not reads & {"scores", "keys"}:  # no hook where nothing is read
+        return EncoderRead(hidden_states(vision_model, pixel_values, layers, **layer_kwargs), **facts)
+
+    def summarize(read: QueriesKeys) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            patch_scores(read, cls_token) if "scores" in reads else None,
+            merge_keys(read) if "keys" in reads else None,
+        )
+
+    with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
+        states = hidden_states(vision_model, pixel_values, layers, **layer_kwargs)
+    return EncoderRead(states, scores=reader.result()[0], keys=reader.result()[1], **facts)
+
+
+def choose_tokens(
+    read: EncoderRead, config: VisionZipConfig, project: Callable[[Tensor], Tensor] | None = None
+) -> CompressedTokens:
+    """Compress what was read of an encoder: the one stage that every model family goes through.
+
+    Args:
+        read: of B images of S tokens.
+        config: the setting.
+        project: the model's projector, (B, N, D) to (B, N, P), for methods that choose by what is behind it; not needed
+            where ``read.projected`` is there.
+
+    Raises:
+        ValueError: the method reads projected patches, and there is no projector.
+    """
+    method = method_of(config)
+    if "projected" in method.reads and read.projected is None:
+        if project is None:
+            raise ValueError(
+                f"method={config.method!r} chooses by patches behind the projector, which a vision tower alone does "
+                "not have: run it in a model"
+            )
+        with torch.no_grad():  # they only choose
+            read = dataclasses.replace(read, projected=project(read.patches))
+    return method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
+
+
+def compress_images(
+    vision_model: nn.Module,
+    pixel_values: Tensor,
+    config: VisionZipConfig,
+    project: Callable[[Tensor], Tensor] | None = None,
+    **layer_kwargs: Any,
+) -> CompressedTokens:
+    """Visual tokens of images, before the projector, with what was kept and merged.
+
+    Args:
+        vision_model: as in :func:`hidden_states`.
+        pixel_values: (B, 3, h, w).
+        config: the setting.
+        project: as in :func:`choose_tokens`.
+        **layer_kwargs: as in :func:`hidden_states`.
+
+    Raises:
+        ValueError: the encoder has no such layer, or what :func:`choose_tokens` raises.
+    """
+    return choose_tokens(read_encoder(vision_model, pixel_values, config, **layer_kwargs), config, project)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +103,8 @@ def inspect_tokens(model: nn.Module, images: Tensor) -> list[TokenMap]:
     side = tower.num_patches_per_side
     pixels = _as_shown(images, tower.image_processor, side * tower.config.patch_size)
     layer = tower.visionzip_layers(tower.visionzip or VisionZipConfig()) - 1
-    roles = [None] * len(images) if tower.visionzip is None else _roles_of(tower.compress(images), tower.cls_token)
+    compress = partial(tower.compress, project=getattr(target, "_project", None))
+    roles = [None] * len(images) if tower.visionzip is None else _roles_of(compress(images), tower.cls_token)
     return [
         TokenMap(pixels[i], (side, side), attention[i], layer, tower.cls_token, roles[i]) for i in range(len(roles))
     ]

@@ -26,13 +26,13 @@ from llava.benchmark import (
     write_results,
 )
 from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
-from llava.efficiency.methods import METHODS, split
 from llava.efficiency.report import make_rows, plot, print_table
 from llava.efficiency.shapes import SHAPES, build_model
+from llava.methods import METHODS, ON_TRANSFORMERS, detach, per_tile
 from llava.model.builder import config_values, load_pretrained_model
 from llava.model.transformers_llava import is_transformers
 
-TRANSFORMERS_METHODS = ("vanilla", "visionzip")
+TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --methods says nothing
 
 
 def benchmark_prefill(args: argparse.Namespace) -> None:
@@ -132,8 +132,7 @@ def _check(args: argparse.Namespace) -> list[Way]:
         shape = SHAPES[args.shape]
         tokens = tokens or [32 * shape.tiles if shape.tiles > 1 else 64]
         for number in tokens:
-            if "visionzip" in args.methods:
-                split(number, shape.tiles)
+            per_tile(number, shape.tiles)
             if number >= shape.visual_tokens:
                 raise ValueError(
                     f"--tokens {number}: {args.shape} has {shape.visual_tokens} visual tokens per image; give fewer"
@@ -152,10 +151,10 @@ def _methods(args: argparse.Namespace) -> list[str]:
     if args.transformers and args.model_path:
         raise ValueError("--transformers is about --shape: a checkpoint's own layout decides, so leave it out")
     stock = args.transformers or (args.model_path and is_transformers(config_values(args.model_path)))
-    able = TRANSFORMERS_METHODS if stock else tuple(METHODS)
-    asked = args.methods or list(able)
+    able = ON_TRANSFORMERS if stock else tuple(METHODS)
+    asked = args.methods or [name for name in TIMED if name in able]
     if refused := [name for name in asked if name not in able]:
-        raise ValueError(f"--methods {' '.join(refused)}: on transformers' own models there are {' and '.join(able)}")
+        raise ValueError(f"--methods {' '.join(refused)}: on transformers' own models there are {', '.join(able)}")
     return asked
 
 
@@ -164,7 +163,7 @@ def _model(args: argparse.Namespace) -> Any:
     if args.shape:
         return build_model(args.shape, args.device, dtype, args.transformers)
     _, model, _, _ = load_pretrained_model(args.model_path, device=args.device, torch_dtype=dtype)
-    METHODS["visionzip"].detach(model)  # a tuned checkpoint comes zipped
+    detach(model)  # a tuned checkpoint comes zipped
     return model
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llava.benchmark import time_interleaved
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.efficiency.methods import METHODS
+from llava.methods import METHODS, detach, per_tile
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.transformers_llava import TransformersLlava, generating_module
@@ -139,7 +139,6 @@ class Runner:
         else:
             sizes = [prompt.size] * len(prompt.images)
             self._inputs = {"inputs": prompt.ids, "images": prompt.images, "image_sizes": sizes}
-        self._attached = "vanilla"
         self._compiled: Callable[..., Any] | None = None
 
     def attach(self, way: Way) -> None:
@@ -152,9 +151,8 @@ class Runner:
         visual = self.prompt.tiles * self.model.get_vision_tower().num_patches
         if way.tokens is not None and way.tokens >= visual:
             raise ValueError(f"--tokens {way.tokens}: this model has {visual} visual tokens per image; give fewer")
-        self._attached = way.method
         if way.tokens is not None:
-            METHODS[way.method].attach(self.model, way.tokens, self.prompt.tiles)
+            METHODS[way.method].attach(self.model, per_tile(way.tokens, self.prompt.tiles), 0)
         if way.compiled:
             backbone = self.model.get_model()
             self._compiled = self._compiled or torch.compile(backbone.forward)
@@ -163,8 +161,7 @@ class Runner:
     def detach(self) -> None:
         """Leave the model as it was."""
         self.model.get_model().__dict__.pop("forward", None)
-        METHODS[self._attached].detach(self.model)
-        self._attached = "vanilla"
+        detach(self.model)
 
     def once(self, timed: Timed) -> None:
         """Answer the prompt and add the times of its phases."""

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llava.efficiency.measure import PHASES, Prompt, Timed, Way, encoder_layers
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
+from visionzip.methods import token_counts
 
 Spread = dict[str, Any]
 
@@ -127,8 +128,9 @@ def _flops(model: Any, prompt: Prompt, own: Timed) -> dict[str, int]:
     vision = sum(clip_module_flops(tower.config, images, layers).values())
     tokens = images * tower.num_patches
     if zipped is not None:
-        vision += sum(compression_flops(tower.config, images, zipped.dominant, zipped.contextual).values())
-        tokens = images * min(zipped.num_tokens, tower.sequence_length)
+        counts = token_counts(zipped, tower.num_patches_per_side**2, tower.cls_token)
+        vision += sum(compression_flops(tower.config, images, *counts[:2]).values())
+        tokens = images * counts.total
     vision += projector_flops(tower.hidden_size, config.hidden_size, tokens)
     # The paper's formula layer by layer, which is the formula itself where all layers see the same.
     paper = sum(prefill_flops(length, 1, config.hidden_size, config.intermediate_size) for length in own.lengths)

@@ -201,7 +201,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         """
         check_finite(images, [1] * len(images))
         tower = self.get_vision_tower()
-        return self._project(tower(images.to(tower.dtype)))
+        return self._project(tower.encode(images.to(tower.dtype), self._project)[0])
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -353,7 +353,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         else:
             batch = torch.cat([tiles[index].to(tower.device) for index in used])
             check_finite(batch, counts)
-            tokens, indices = tower.encode(batch.to(tower.dtype))  # it returns the type that it is given
+            tokens, indices = tower.encode(batch.to(tower.dtype), self._project)  # it returns the type that it is given
         tokens = self._project(tokens)
         kept: Sequence[Tensor | None] = [None] * len(tiles) if indices is None else indices.split(counts)
         merged = {
@@ -391,7 +391,8 @@ class LlavaMetaForCausalLM(CheckedLoading):
         tower = self.get_vision_tower()
         if dominant_indices is None:
             return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
-        return join_tiles(tokens, dominant_indices, layout.grid, tower.num_patches_per_side, cls_token=tower.cls_token)
+        side = tower.num_patches_per_side
+        return join_tiles(tokens, dominant_indices, layout.grid, side, cls_token=tower.counts.cls_token)
 
 
 def _own_memory(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

@@ -227,16 +227,16 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         """What the CLIP tower makes of tiles (B, 3, e, e), and where it stands in the image.
 
         Returns:
-            Tokens (B, N, D) and the numbers (B, n) of their patches: of all, or when zipped of all but the first token,
-            which is CLS.
+            Tokens (B, N, D) and the numbers (B, n) of their patches: of all, or when zipped of all but the first token
+            where that is CLS.
         """
         tower = self.get_vision_tower()
         batch = tiles.to(device=tower.device, dtype=tower.dtype)
         if tower.visionzip is None:
             tokens = tower(batch)
             return tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        compressed = tower.compress(batch)
-        return compressed.tokens, torch.cat([compressed.dominant_indices[:, 1:], compressed.target_indices], dim=1) - 1
+        compressed = tower.compress(batch, self._project)
+        return compressed.tokens, compressed.kept[:, int(tower.counts.cls_token) :] - int(tower.cls_token)
 
     def look_closer(self, tokens: Tensor, patches: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Patch info mining: what is added to each token.

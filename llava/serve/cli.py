@@ -59,7 +59,7 @@ def chat(args: argparse.Namespace) -> None:
 def describe(model: Any) -> str:
     """One line on the model: class, device and type, VisionZip's setting."""
     setting = model.get_vision_tower().visionzip
-    zipped = f"VisionZip {setting.dominant} + {setting.contextual}" if setting else "not zipped"
+    zipped = f"{setting.method}, {setting}" if setting else "not zipped"
     precision = str(model.dtype).removeprefix("torch.")
     return f"{type(generating_module(model)).__name__} on {model.device}, {precision} · {zipped}"
 

@@ -89,7 +89,7 @@ def cache_visual_tokens(folder: str, data: InstructionData, model: Any, training
     with gathered(tower.parameters()):
         recipe = _recipe(tower, precision, data)
         key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        setting = "vanilla" if tower.visionzip is None else f"{tower.visionzip.dominant}+{tower.visionzip.contextual}"
+        setting = "vanilla" if tower.visionzip is None else "{}+{}".format(*tower.counts[:2])
         store = Path(folder) / f"{setting}-{key}"
         index = Index(store, precision.stored)
         # By place in the whole list, so that it does not matter what each process sees of the others' work already.
@@ -228,9 +228,7 @@ def _tile_shape(tower: VisionTower) -> tuple[int, int, int]:
     """(N, D, K) of a tile's tokens and dominant indices."""
     if tower.visionzip is None:
         return tower.num_patches, tower.hidden_size, 0
-    if tower.visionzip.num_tokens >= tower.sequence_length:  # nothing is compressed
-        return tower.sequence_length, tower.hidden_size, tower.sequence_length
-    return tower.visionzip.num_tokens, tower.hidden_size, tower.visionzip.dominant
+    return tower.counts.total, tower.hidden_size, tower.counts.dominant
 
 
 def _check_room(folder: str, images: int, tower: VisionTower, precision: Precision) -> None:

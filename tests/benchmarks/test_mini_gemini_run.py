@@ -71,15 +71,15 @@ def test_batches_do_not_matter_and_a_killed_run_goes_on(ask, tmp_path: Path) -> 
 
 
 def test_the_other_methods(ask, tmp_path: Path, capsys) -> None:
-    """Ablations and the baselines inside the language model run; controls are refused before the first answer."""
-    methods = ["dominant-only", "contextual-only", "no-cls", "fastv", "sparsevlm"]
+    """All that choose patches run; pooling is refused before the first answer."""
+    methods = ["dominant-only", "contextual-only", "no-cls", "uniform", "divprune", "fastv", "sparsevlm"]
     assert ask("pope", "--method", *methods, "--tokens", "6") == 0
     assert {method: row["visual_tokens"] for method, row in rows_of(tmp_path / "out").items()} == dict.fromkeys(
         methods, 6
     )
     capsys.readouterr()
-    assert ask("pope", "--method", "vanilla", "uniform", "--tokens", "6", out="controls") == 2
-    assert "MGMLlamaForCausalLM looks closer at patches" in capsys.readouterr().err
+    assert ask("pope", "--method", "vanilla", "pool", "--tokens", "6", out="controls") == 2
+    assert "this MGMLlamaForCausalLM needs to know which patch" in capsys.readouterr().err
     for part in (tmp_path / "controls" / "answers" / "parts").iterdir():
         assert len(part.read_text().splitlines()) <= 1  # its setting
 

@@ -1,24 +1,7 @@
-"""What VisionZip is compared with."""
+"""Pruning inside the language model, with which VisionZip is compared."""
 
-from visionzip.baselines.controls import (
-    average_pool,
-    drop_cls_token,
-    random_tokens,
-    remove_control,
-    uniform_tokens,
-)
 from visionzip.baselines.fastv import fastv, fastv_keep
 from visionzip.baselines.language import remove_pruning
 from visionzip.baselines.sparsevlm import sparsevlm
 
-__all__ = [
-    "average_pool",
-    "drop_cls_token",
-    "fastv",
-    "fastv_keep",
-    "random_tokens",
-    "remove_control",
-    "remove_pruning",
-    "sparsevlm",
-    "uniform_tokens",
-]
+__all__ = ["fastv", "fastv_keep", "remove_pruning", "sparsevlm"]

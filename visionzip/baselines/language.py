@@ -116,7 +116,7 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
 
 
 def refuse_transformers(model: nn.Module) -> None:
-    """Check that a model is of this repository's classes, whose parts the baselines and the controls know.
+    """Check that a model is of this repository's classes, whose language models FastV and SparseVLM know.
 
     Raises:
         TypeError: it is of no supported family.
@@ -124,8 +124,8 @@ def refuse_transformers(model: nn.Module) -> None:
     """
     if find_integration(model).attach is not llava.attach:
         raise ValueError(
-            f"{type(model).__name__} is a model of transformers, on which only VisionZip runs: for FastV, SparseVLM "
-            "and the controls convert its checkpoint (visionzip convert SRC DST --to original)"
+            f"{type(model).__name__} is a model of transformers, on which FastV and SparseVLM do not run: convert its "
+            "checkpoint (visionzip convert SRC DST --to original)"
         )
 
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import layers_needed
+from visionzip.encoder import has_cls_token, layers_needed
 from visionzip.integrations import generation
 from visionzip.integrations.huggingface import (
     NO_IDS,
@@ -30,9 +30,11 @@ from visionzip.integrations.huggingface import (
     pixel_names,
     renamed,
     sequence_length,
+    side_length,
     visuals,
 )
 from visionzip.integrations.placeholders import Visual, find_runs, shorten
+from visionzip.methods import check_setting, uncompressed
 
 TESTED = "5.23"  # of transformers; other versions warn
 
@@ -50,6 +52,8 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
             which the projector was not trained.
     """
     _check_model(family, model, config)
+    for name in family.towers:
+        check_setting(config, model, side_length(getattr(model.model, name)), family.tiles)
     _warn(family, model, config)
     detach(family, model)
     zipped = Zipped(family, config)
@@ -170,11 +174,10 @@ def _warn(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
         )
     for name in family.towers:
         tower = getattr(model.model, name)
-        length = sequence_length(tower)
-        if config.num_tokens >= length:
+        if wide := uncompressed(config, side_length(tower) ** 2, has_cls_token(tower)):
             warnings.warn(
-                f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
-                f"vision tower has {length}: nothing will be compressed. Use smaller budgets.",
+                f"{wide}, but the vision tower has {sequence_length(tower)}: nothing will be compressed. Use smaller "
+                "budgets.",
                 stacklevel=5,
             )
         feature_layer = _feature_layer(model)
@@ -186,11 +189,12 @@ def _warn(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
                 stacklevel=5,
             )
     for name, modality in family.modalities.items():
-        length = modality.pooled_length(model.model) if modality.pooled_length else None
-        if length is not None and config.num_tokens >= length:
+        patches = modality.pooled_patches(model.model) if modality.pooled_patches else None
+        cls_token = has_cls_token(getattr(model.model, family.towers[-1]))
+        if patches is not None and (wide := uncompressed(config, patches, cls_token)):
             warnings.warn(
-                f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but this "
-                f"model pools a frame to {length}: no {name} will be compressed. Use smaller budgets for {name}s.",
+                f"{wide}, but this model pools a frame to {patches + cls_token}: no {name} will be compressed. Use "
+                f"smaller budgets for {name}s.",
                 stacklevel=5,
             )
 

@@ -39,7 +39,7 @@ def image_features(
     """
     check_layer(base, vision_feature_layer)
     check_pixels(pixel_values, "pixel_values", base.vision_tower, "N")
-    tokens = compress_images(base.vision_tower, pixel_values, config).tokens
+    tokens = compress_images(base.vision_tower, pixel_values, config, base.multi_modal_projector).tokens
     features = base.multi_modal_projector(tokens)
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(features))
 

@@ -22,6 +22,7 @@ from visionzip.integrations.huggingface import (
     side_length,
 )
 from visionzip.integrations.placeholders import Run
+from visionzip.methods import token_counts
 from visionzip.tiles import join_tiles
 
 
@@ -88,15 +89,16 @@ def tile_features(
         ValueError: an image comes as fewer tiles than its grid has.
     """
     tower, counts = base.vision_tower, [tile_count(shape) for shape in shapes]
-    compressed = compress_images(tower, flat_tiles(pixel_values, counts), config)
+    compressed = compress_images(tower, flat_tiles(pixel_values, counts), config, base.multi_modal_projector)
     features = base.multi_modal_projector(compressed.tokens)
+    cls_token = token_counts(config, side_length(tower) ** 2, has_cls_token(tower)).cls_token
     kept = compressed.dominant_indices.split(counts)
     images = []
     for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True):
         if shape is None:
             images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
         else:
-            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=has_cls_token(tower)))
+            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=cls_token))
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
 
 
@@ -159,4 +161,5 @@ def _grid_length(base: nn.Module, size: tuple[int, int], rows: int, columns: int
 FAMILY = Family(
     {"image": Modality("pixel_values", image_runs, image_features)},
     needs=("config.image_grid_pinpoints",),
+    tiles=True,
 )

@@ -6,7 +6,8 @@ is not pooled; it is a dominant token, as in an image, though the model alone ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,26 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import compress_tokens
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import has_cls_token, score_images
+from visionzip.encoder import choose_tokens, has_cls_token, read_encoder
 from visionzip.integrations.hf_llava_next import image_features, image_runs
 from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels, side_length
 from visionzip.integrations.placeholders import Run
+from visionzip.methods import token_counts
 
 
 def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
     """One run for each video (N, frames, 3, h, w): the pooled patches of its frames."""
     pixels, tower = arguments["pixel_values_videos"], base.vision_tower
     check_pixels(pixels, "pixel_values_videos", tower, "N, frames")
-    frames, length = pixels.shape[1], pooled_length(base)
-    full = length - has_cls_token(tower)
-    return [Run(frames * full, frames * min(config.num_tokens, length))] * len(pixels)
+    frames, full = pixels.shape[1], pooled_patches(base)
+    return [Run(frames * full, frames * token_counts(config, full, has_cls_token(tower)).total)] * len(pixels)
 
 
-def pooled_length(base: nn.Module) -> int:
-    """Tokens of a frame after pooling: its pooled patches and, if there is one, its CLS token."""
-    return (side_length(base.vision_tower) // base.config.spatial_pool_stride) ** 2 + has_cls_token(base.vision_tower)
+def pooled_patches(base: nn.Module) -> int:
+    """Patches of a frame after pooling."""
+    return (side_length(base.vision_tower) // base.config.spatial_pool_stride) ** 2
 
 
 def video_features(
@@ -65,23 +65,24 @@ def video_features(
     check_layer(base, vision_feature_layer)
     tower = base.vision_tower
     check_pixels(pixel_values_videos, "pixel_values_videos", tower, "N, frames")
-    first = int(has_cls_token(tower))
-    scored = score_images(tower, pixel_values_videos.flatten(0, 1), config.layer)
+    read = read_encoder(tower, pixel_values_videos.flatten(0, 1), config)
+    first = int(read.cls_token)
 
     def average(values: Tensor) -> Tensor:
         field = values.mT.unflatten(-1, (side_length(tower), side_length(tower)))
         return F.avg_pool2d(field, base.config.spatial_pool_stride).flatten(2).mT
 
-    states, keys = scored.hidden_states, scored.keys
-    tokens = compress_tokens(
-        torch.cat([states[:, :first], base.vision_resampler(states[:, first:])], dim=1),
-        average(scored.scores[..., None])[..., 0],
-        torch.cat([keys[:, :first], average(keys[:, first:])], dim=1),
-        config.dominant,
-        config.contextual,
-        cls_token=bool(first),
-        merge=config.merge,
-    ).tokens
+    def beside_cls(values: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([values[:, :first], pool(values[:, first:])], dim=1)
+
+    pooled = replace(
+        read,
+        hidden_states=beside_cls(read.hidden_states, base.vision_resampler),
+        scores=None if read.scores is None else average(read.scores[..., None])[..., 0],
+        keys=None if read.keys is None else beside_cls(read.keys, average),
+        grid=(side_length(tower) // base.config.spatial_pool_stride,) * 2,
+    )
+    tokens = choose_tokens(pooled, config, base.multi_modal_projector).tokens
     features = base.multi_modal_projector(tokens).unflatten(0, pixel_values_videos.shape[:2])
     return BaseModelOutputWithPooling(pooler_output=features.flatten(1, 2))
 
@@ -89,7 +90,8 @@ def video_features(
 FAMILY = Family(
     {
         "image": Modality("pixel_values", image_runs, image_features),
-        "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),
+        "video": Modality("pixel_values_videos", video_runs, video_features, pooled_patches=pooled_patches),
     },
     needs=("config.image_grid_pinpoints", "config.spatial_pool_stride", "vision_resampler"),
+    tiles=True,
 )

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from visionzip.compress import compress_tokens
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import has_cls_token, score_images
+from visionzip.encoder import choose_tokens, has_cls_token, read_encoder
 from visionzip.integrations.hf_llava_next import check_tiles, grids, tile_count, tile_features
 from visionzip.integrations.huggingface import (
     Family,
@@ -32,6 +32,7 @@ from visionzip.integrations.huggingface import (
     side_length,
 )
 from visionzip.integrations.placeholders import Run
+from visionzip.methods import token_counts
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
@@ -93,14 +94,13 @@ def video_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str,
     """One run for each video (N, frames, 3, h, w): the pooled patches of its frames, and a newline."""
     pixels, tower = arguments["pixel_values_videos"], base.vision_tower
     check_pixels(pixels, "pixel_values_videos", tower, "N, frames")
-    frames, length = pixels.shape[1], pooled_length(base)
-    full = length - has_cls_token(tower)
-    return [Run(frames * full + 1, frames * min(config.num_tokens, length) + 1)] * len(pixels)
+    frames, full = pixels.shape[1], pooled_patches(base)
+    return [Run(frames * full + 1, frames * token_counts(config, full, has_cls_token(tower)).total + 1)] * len(pixels)
 
 
-def pooled_length(base: nn.Module) -> int:
-    """Tokens of a frame after pooling: 14 x 14 of 27 x 27, and a CLS token if there is one."""
-    return math.ceil(side_length(base.vision_tower) / 2) ** 2 + has_cls_token(base.vision_tower)
+def pooled_patches(base: nn.Module) -> int:
+    """Patches of a frame after pooling: 14 x 14 of 27 x 27."""
+    return math.ceil(side_length(base.vision_tower) / 2) ** 2
 
 
 def video_features(
@@ -133,22 +133,20 @@ def video_features(
     check_layer(base, vision_feature_layer)
     tower = base.vision_tower
     check_pixels(pixel_values_videos, "pixel_values_videos", tower, "N, frames")
-    cls_token = has_cls_token(tower)
-    scored = score_images(tower, pixel_values_videos.flatten(0, 1), config.layer)
+    read = read_encoder(tower, pixel_values_videos.flatten(0, 1), config)
 
     def pool(tokens: Tensor) -> Tensor:
-        first = int(cls_token)
+        first = int(read.cls_token)
         return torch.cat([tokens[:, :first], base.apply_pooling(tokens[:, first:])], dim=1)
 
-    tokens = compress_tokens(
-        pool(base.multi_modal_projector(scored.hidden_states)),
-        base.apply_pooling(scored.scores[..., None])[..., 0],
-        pool(scored.keys),
-        config.dominant,
-        config.contextual,
-        cls_token=cls_token,
-        merge=config.merge,
-    ).tokens
+    pooled = replace(
+        read,
+        hidden_states=pool(base.multi_modal_projector(read.hidden_states)),
+        scores=None if read.scores is None else base.apply_pooling(read.scores[..., None])[..., 0],
+        keys=None if read.keys is None else pool(read.keys),
+        grid=(math.isqrt(pooled_patches(base)),) * 2,
+    )
+    tokens = choose_tokens(replace(pooled, projected=pooled.patches), config).tokens
     videos = tokens.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
     newline = base.image_newline.expand(len(videos), 1, -1).to(videos)
     return BaseModelOutputWithPooling(pooler_output=torch.cat([videos, newline], dim=1))
@@ -175,7 +173,7 @@ def _grids(base: nn.Module, image_sizes: Any, batch_num_images: Any) -> list[tup
 FAMILY = Family(
     {
         "image": Modality("pixel_values", image_runs, image_features),
-        "video": Modality("pixel_values_videos", video_runs, video_features, pooled_length=pooled_length),
+        "video": Modality("pixel_values_videos", video_runs, video_features, pooled_patches=pooled_patches),
     },
     needs=(
         "config.image_grid_pinpoints",
@@ -184,4 +182,5 @@ FAMILY = Family(
         "pack_image_features",
         "apply_pooling",
     ),
+    tiles=True,
 )

@@ -71,7 +71,7 @@ def image_features(
     check_layer(base, vision_feature_layer)
     pixels = pixel_values_images if pixel_values is None else pixel_values
     check_pixels(pixels, "pixel_values", base.image_tower, "N")
-    tokens = compress_images(base.image_tower, pixels, config).tokens
+    tokens = compress_images(base.image_tower, pixels, config, base.multi_modal_projector).tokens
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=base.multi_modal_projector(tokens))
 
 
@@ -99,7 +99,8 @@ def video_features(
     """
     check_layer(base, vision_feature_layer)
     check_pixels(pixel_values_videos, "pixel_values_videos", base.video_tower, "N, frames")
-    tokens = compress_images(base.video_tower, pixel_values_videos.flatten(0, 1), config).tokens
+    frames = pixel_values_videos.flatten(0, 1)
+    tokens = compress_images(base.video_tower, frames, config, base.multi_modal_projector).tokens
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=base.multi_modal_projector(tokens))
 
 

@@ -43,6 +43,7 @@ from torch.utils.hooks import RemovableHandle
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token
 from visionzip.integrations.placeholders import Held, Run, Visual
+from visionzip.methods import token_counts
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Modality:
             rest. ``pooler_output`` is what the base model's own function returns there: a list of (n, hidden_size) or
             a tensor; of each, n is the run's ``short``.
         former_pixels: an older name of that argument, which the stock processor still uses.
-        pooled_length: ``(base) -> int``, tokens of one frame that is pooled before it is compressed, CLS included.
+        pooled_patches: ``(base) -> int``, patches of one frame that is pooled before it is compressed.
     """
 
     pixels: str
     runs: Callable[[nn.Module, VisionZipConfig, Mapping[str, Any]], list[Run]]
     features: Callable[..., Any]
     former_pixels: str | None = None
-    pooled_length: Callable[[nn.Module], int] | None = None
+    pooled_patches: Callable[[nn.Module], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ class Family:
         towers: attributes of the base model that hold image encoders.
         needs: what else of the base model the family's functions use, dotted (``"config.spatial_pool_stride"``): a
             version of transformers that has it no more fails at ``visionzip(model)``.
+        tiles: whether images are cut into tiles, whose patches are laid out as one image.
         default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
     """
 
     modalities: Mapping[str, Modality]
     towers: tuple[str, ...] = ("vision_tower",)
     needs: tuple[str, ...] = ()
+    tiles: bool = False
     default: VisionZipConfig = field(default_factory=VisionZipConfig)
 
 
@@ -121,8 +124,8 @@ def sequence_length(tower: nn.Module) -> int:
 
 
 def short_length(tower: nn.Module, config: VisionZipConfig) -> int:
-    """Visual tokens of one encoder input (image, tile, frame) when zipped: K + M, or all S if these are fewer."""
-    return min(config.num_tokens, sequence_length(tower))
+    """Visual tokens of one encoder input (image, tile, frame) when zipped, or all of them if these are fewer."""
+    return token_counts(config, side_length(tower) ** 2, has_cls_token(tower)).total
 
 
 def full_length(base: nn.Module, tower: nn.Module, arguments: Mapping[str, Any]) -> int:

@@ -11,16 +11,20 @@ import warnings
 from torch import nn
 
 from visionzip.config import VisionZipConfig
+from visionzip.methods import check_setting, uncompressed
 
 
 def attach(model: nn.Module, config: VisionZipConfig) -> None:
     """Set the towers' compression stage and store the setting.
 
     Raises:
-        ValueError: the model has no vision tower, or its encoder has no such layer.
+        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it.
     """
     towers = _towers(model)
+    aspect = str(getattr(getattr(model, "config", None), "image_aspect_ratio", None))
+    lays_out = aspect.startswith("anyres") or hasattr(model, "get_vision_tower_aux")
     for tower in towers:
+        check_setting(config, model, tower.num_patches_per_side, lays_out)
         _warn(tower, config)
     for tower in towers:
         tower.visionzip = config
@@ -30,10 +34,10 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
 
 def _warn(tower: nn.Module, config: VisionZipConfig) -> None:
     """Warn where nothing is compressed, or the projector does not know what it gets."""
-    if config.num_tokens >= tower.sequence_length:
+    if wide := uncompressed(config, tower.num_patches_per_side**2, tower.cls_token):
         warnings.warn(
-            f"dominant={config.dominant} + contextual={config.contextual} is {config.num_tokens} tokens, but the "
-            f"vision tower has {tower.sequence_length}: nothing will be compressed. Use smaller budgets.",
+            f"{wide}, but the vision tower has {tower.sequence_length}: nothing will be compressed. Use smaller "
+            "budgets.",
             stacklevel=4,
         )
     if tower.visionzip_layers(config) != tower.feature_layers(tower.select_layer):

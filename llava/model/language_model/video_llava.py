@@ -68,7 +68,7 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """
         check_finite(videos, [1] * len(videos))
         tower = self.get_video_tower()
-        return self._project(tower(videos.to(tower.dtype)))
+        return self._project(tower.encode(videos.to(tower.dtype), self._project)[0])
 
     def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
         """What the language model sees for each ``<image>``: (n, hidden_size) of an image or of a video's frame.
@@ -97,7 +97,7 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             batch = torch.stack([images[index].to(tower.device) for index in members])
             # 0 for the others, so that the messages count all of them
             check_finite(batch, [int(index in members) for index in range(len(images))])
-            tokens = self._project(tower(batch.to(tower.dtype)))
+            tokens = self._project(tower.encode(batch.to(tower.dtype), self._project)[0])
             if len(shape) == 3:
                 tokens = tokens[:, None]
             found |= {index: list(frames) for index, frames in zip(members, tokens, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,11 @@ class LanguageBindVideoTower(LanguageBindImageTower):
         if isinstance(videos, list):
             return [self.forward(video[None]) for video in videos]
         return super().forward(videos).unflatten(0, (len(videos), -1))
+
+    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Visual tokens (B, T, N, D) of videos (B, 3, T, h, w), and of each frame the indices (B * T, K) or None."""
+        tokens, indices = super().encode(images, project)
+        return tokens if indices is None else tokens.unflatten(0, (len(images), -1)), indices
 
     def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Frames (B * T, 3, h, w) of videos (B, 3, T, h, w), and T for the layers that attend over time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llava.model.loading import find_file, gathered, load_weights, no_load_report, weight_files
 from visionzip import CompressedTokens, VisionZipConfig
 from visionzip.encoder import compress_images, hidden_states, layers_needed
+from visionzip.methods import TokenCounts, token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -249,25 +251,32 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
+        return self._patches(images)
+
+    def _patches(self, images: Tensor) -> Tensor:
         pixels, over_time = self._encoder_inputs(images)
         features = hidden_states(self.encoder, pixels, self.feature_layers(self.select_layer), **over_time)
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What :class:`EncodedImage` holds, of images (B, 3, h, w): tokens (B, N, D) and indices (B, K) or None."""
+    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """What :class:`EncodedImage` holds, of images (B, 3, h, w): tokens (B, N, D) and indices (B, K) or None.
+
+        ``project`` is as in :meth:`compress`.
+        """
         if self.visionzip is None:
-            return self(images), None  # as a call, so that hooks (controls) are run
-        compressed = self.compress(images)
+            return self(images), None  # as a call, so that a user's hooks are run
+        compressed = self.compress(images, project)
         return compressed.tokens, compressed.dominant_indices
 
     @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
-    def compress(self, images: Tensor) -> CompressedTokens:
+    def compress(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> CompressedTokens:
         """Visual tokens of a zipped tower, with what was kept and merged.
 
         Args:
             images: (B, 3, h, w).
+            project: the model's projector, for methods that choose by what is behind it.
 
         Raises:
             RuntimeError: the tower is not zipped.
@@ -278,7 +287,13 @@ class VisionTower(nn.Module):
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
         self.visionzip_layers(setting)
         pixels, over_time = self._encoder_inputs(images)
-        return compress_images(self.encoder, pixels, setting, **over_time)
+        return compress_images(self.encoder, pixels, setting, project, **over_time)
+
+    @property
+    def counts(self) -> TokenCounts | None:
+        """K and M of an image, tile or frame, and whether CLS is among the K; None if the tower is not zipped."""
+        setting = self.visionzip
+        return None if setting is None else token_counts(setting, self.num_patches_per_side**2, self.cls_token)
 
     def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Checked pixels (B, 3, h, w), and what each layer of the encoder is given besides."""

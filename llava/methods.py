@@ -1,0 +1,138 @@
+"""What can be put on a model for evaluation and timing: the methods of :mod:`visionzip.methods`, and pruning inside it.
+
+FastV and SparseVLM prune inside the language model, so that "T tokens" has two meanings in the literature, and each of
+both methods two names here:
+
+* ``fastv`` and ``sparsevlm``: T tokens are left after the cut, recycled ones included. FastV cuts before layer 2, and
+  SparseVLM, as the only layer that it scores, after layer 2 (0 is the first): LightCompress's single-layer mode, whose
+  180, 114 and 48 kept tokens for 192, 128 and 64 follow from the count. These are the layers of models with 32 or
+  more; in a shallower one the cut lies at the same share of its depth, but after a layer at least.
+* ``fastv-average`` and ``sparsevlm-average``: T is the average over all layers, as the paper's tables count. FastV
+  keeps fewer than T after the same cut; SparseVLM has its released table of layers 2, 6 and 15, for 32 layers only.
+
+Counts are shares of the patches of an image or tile, so that they fit prompts with several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from visionzip import unzip, visionzip
+from visionzip.baselines import fastv, fastv_keep, remove_pruning, sparsevlm
+from visionzip.baselines.sparsevlm import COUNTS, LAYERS, single_layer_keep
+from visionzip.methods import METHODS as CHOOSING
+from visionzip.methods.base import Method as Choosing
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a budget of T visual tokens per image, tile or frame; :func:`detach` takes it off again.
+
+    Attributes:
+        summary: one line about it.
+        attach: ``(model, tokens, seed)``: put it on a model that has nothing on it.
+        paper: where it comes from.
+        split: K dominant tokens (CLS included) and M contextual ones of T; None where there are none.
+        seeded: other seeds give other results, so that it is run with several.
+        left: for methods that prune inside the language model, the visual tokens that their T counts, of those that
+            each of its layers sees; None for those that prune before it.
+    """
+
+    summary: str
+    attach: Callable[[Any, int, int], Any]
+    paper: str = ""
+    split: Callable[[int], tuple[int, int]] | None = None
+    seeded: bool = False
+    left: Callable[[Sequence[float]], float] | None = None
+
+
+def patches_of(model: Any) -> int:
+    """Patches of an image or tile in a model's vision tower."""
+    return model.get_vision_tower().num_patches_per_side ** 2
+
+
+def layer_of(model: Any, layer: int) -> int:
+    """Map a layer index of a 32-layer model to a shallower one's depth."""
+    return min(layer, round(layer * model.config.num_hidden_layers / 32))
+
+
+def fastv_layer(model: Any) -> int:
+    """The first layer that sees fewer visual tokens: FastV's 2 of 32, but at least 1."""
+    return max(1, layer_of(model, 2))
+
+
+def _fastv(model: Any, tokens: int, seed: int) -> None:
+    fastv(model, fastv_layer(model), tokens / patches_of(model))
+
+
+def _fastv_average(model: Any, tokens: int, seed: int) -> None:
+    layer, patches = fastv_layer(model), patches_of(model)
+    fastv(model, layer, fastv_keep(tokens, patches, model.config.num_hidden_layers, layer) / patches)
+
+
+def _sparsevlm(model: Any, tokens: int, seed: int) -> None:
+    patches = patches_of(model)
+    sparsevlm(model, [single_layer_keep(tokens, patches) / patches], [layer_of(model, LAYERS[0])])
+
+
+def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
+    published = {number / 576: [count / 576 for count in counts] for number, counts in COUNTS.items()}
+    patches, layers = patches_of(model), model.config.num_hidden_layers
+    if layers != 32 or tokens / patches not in published:
+        budgets = ", ".join(f"{share * patches:g}" for share in published)
+        raise ValueError(
+            f"--method sparsevlm-average --tokens {tokens}: SparseVLM's numbers are published for 32 layers and, "
+            f"of {patches} patches, {budgets} tokens; this model has {layers} layers. Use sparsevlm, which counts what "
+            "is left after the cut"
+        )
+    sparsevlm(model, published[tokens / patches], LAYERS)
+
+
+def _before(method: Choosing) -> Method:
+    """A method that chooses before the language model, as it is put on one."""
+
+    def put(model: Any, tokens: int, seed: int) -> None:
+        visionzip(model, keep=tokens, method=method.name, seed=seed)
+
+    shows_split = method.split(8) != (8, 0) or method.keeps_cls
+    return Method(method.summary, put, method.paper, method.split if shows_split else None, method.seeded)
+
+
+FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"
+
+METHODS: dict[str, Method] = {
+    "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
+    **{name: _before(method) for name, method in CHOOSING.items()},
+    "fastv": Method("T tokens are left after the cut", _fastv, FASTV, left=lambda seen: seen[-1]),
+    "fastv-average": Method("T tokens on average over the layers", _fastv_average, FASTV, left=fmean),
+    "sparsevlm": Method("pruning once: T tokens are left", _sparsevlm, SPARSEVLM, left=lambda seen: seen[-1]),
+    "sparsevlm-average": Method(
+        "published layers and numbers: T tokens on average over 32 layers", _sparsevlm_average, SPARSEVLM, left=fmean
+    ),
+}
+# FastV and SparseVLM hook into LLaVA's own classes.
+ON_TRANSFORMERS = ("vanilla", *CHOOSING)
+
+
+def per_tile(tokens: int, tiles: int) -> int:
+    """The budget of each tile of an image.
+
+    Args:
+        tokens: T, of all tiles together.
+        tiles: of an image.
+
+    Raises:
+        ValueError: T does not divide into the tiles.
+    """
+    if tokens % tiles:
+        raise ValueError(f"--tokens {tokens}: an image has {tiles} tiles, so give a multiple of {tiles}")
+    return tokens // tiles
+
+
+def detach(model: Any) -> None:
+    """Take any method off a model."""
+    remove_pruning(model)
+    unzip(model)

@@ -1,0 +1,57 @@
+"""AgilePruner (ICLR 2026, arXiv 2603.01236): by attention, dropping what resembles a kept patch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visionzip.compress import CompressedTokens
+from visionzip.config import VisionZipConfig
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.greedy import choose_greedily, cosine_similarity, row_of
+
+STEP = 0.01  # of the threshold, for each place in the order of attention
+HIGHEST = 0.5  # threshold, a cosine distance
+# The paper divides by the mean effective rank over a data set, which we do not have for other encoders: this share of
+# the patches is the mean over the embedded model's scenes of seed 101.
+MEAN_RANK = 0.25
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Compute exp of the entropy of each image's normalised singular values: (B,) of features (B, N, D)."""
+    gram = features.detach().float()
+    gram = gram @ gram.mT if gram.shape[1] <= gram.shape[2] else gram.mT @ gram
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share = singular / singular.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
+    """Walk the patches by attention: keep one, pass over those nearer to it than its threshold.
+
+    The threshold grows along the order, faster in images of many different patches. Where fewer than K are left, those
+    that were passed over follow, by attention.
+    """
+    patches = read.patches
+    similarity = cosine_similarity(patches)
+    place = read.scores.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    richness = effective_rank(patches) / (MEAN_RANK * patches.shape[1])
+    threshold = ((place + 1) * richness[:, None] * STEP).clamp(max=HIGHEST)
+
+    def score(passed_over: Tensor) -> Tensor:
+        return -(place + passed_over * place.shape[1]).float()
+
+    def update(passed_over: Tensor, chosen: Tensor) -> Tensor:
+        near = 1 - row_of(similarity, chosen) <= threshold.gather(1, chosen[:, None])
+        return torch.maximum(passed_over, near.to(passed_over.dtype))
+
+    return kept_patches(read, choose_greedily(torch.zeros_like(place), counts.dominant, score, update))
+
+
+METHOD = Method(
+    "agile",
+    "patches by attention, without those that resemble one already kept",
+    choose,
+    frozenset({"scores"}),
+    "AgilePruner, arXiv 2603.01236",
+)
