@@ -196,7 +196,7 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
     whole = _single_value(content)
     if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys():
-        return [Answer(name, str(text).strip()) for name, text in whole.items()], {}
+        return [Answer(name, _text(text, f"entry {name!r} of {path}").strip()) for name, text in whole.items()], {}
     notes: dict[str, Any] = {}
     records, what = (whole, "entry") if isinstance(whole, list) else (_lines(content, str(path), notes), "line")
     answers = [_answer(record, f"{what} {number} of {path}") for number, record in enumerate(records, start=1)]
@@ -250,13 +250,20 @@ def _answer(record: Any, where: str) -> Answer:
         if found is None and field != "prompt":
             raise ValueError(f"{where} has no {names[0]!r}: an answer has question_id, prompt and text")
         values[field] = record[found] if found else ""
-    if not isinstance(values["question_id"], str | int):
+    if not isinstance(values["question_id"], str | int) or isinstance(values["question_id"], bool):
         raise ValueError(f"{where} has the question_id {values['question_id']!r}: it must be a text or a whole number")
     known = {"question_id", "text", "prompt", "answer_id", "model_id", "metadata", "id", "pred", "response"}
     extra = {key: value for key, value in record.items() if key not in known}
     if error := _metadata(record).get("error"):
         extra["error"] = error
-    return Answer(values["question_id"], str(values["text"]), str(values["prompt"]), extra)
+    return Answer(values["question_id"], _text(values["text"], where), _text(values["prompt"], where), extra)
+
+
+def _text(value: Any, where: str) -> str:
+    """A text; numbers, which some tools write for short answers, are taken as such."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where} has {json.dumps(value, ensure_ascii=False)} where a text should be: write one")
+    return str(value)
 
 
 def _parse(line: bytes, name: str, number: int) -> dict[str, Any]:

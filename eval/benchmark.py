@@ -90,7 +90,11 @@ class Score:
     points: Sequence[float] | None = None
 
 
-class ScoredByServerError(ValueError):
+class UnscoredError(ValueError):
+    """There is no score for these answers, though nothing is wrong with them. The message says why."""
+
+
+class ScoredByServerError(UnscoredError):
     """The answers are to be scored by a server: there is no truth here. The message says where to send them."""
 
 
@@ -144,6 +148,8 @@ class Benchmark:
         proxy: a comparison of strings can stand in for it (``--judge exact``).
         graded: the score of a file that the official judge has graded already.
         submit: for a server: write the answers in its format into a folder; returns the file.
+        missing: what the official tool does with questions that have no answer, in words.
+        asked: the part of a truth that some answers are to, where :func:`eval.matching.asked` does not find it.
     """
 
     name: str
@@ -163,3 +169,5 @@ class Benchmark:
     proxy: bool = True
     graded: Callable[[Path, Path | None], Score] | None = None
     submit: Callable[[Sequence[Answer], Any, Path], Path] | None = None
+    missing: str = "do not count"
+    asked: Callable[[Sequence[Answer], Any], Any] | None = None

@@ -25,11 +25,12 @@ import torch
 import visionzip
 from eval.answers import Part, answers_file, as_answers, open_part, part_path
 from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
-from eval.benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
+from eval.benchmark import Answer, Benchmark, Question, Score, UnscoredError
 from eval.cost import covers, read_cost
 from eval.data import check_files, data_of, judge_of
 from eval.frames import check_context, frames_of, with_frames
 from eval.judge import Judge
+from eval.matching import asked, shortfalls
 from eval.methods import ON_TRANSFORMERS, Run, attached, plan
 from eval.registry import BENCHMARKS
 from eval.results import summarize
@@ -93,11 +94,15 @@ def run(args: argparse.Namespace) -> None:
         made = {each.name: part.made for each, part in parts.items()}
     model_name = get_model_name_from_path(args.model_path)
     answers = {each: as_answers(questions, found) for each, found in given.items()}
+    limited = len(questions) < len(every)
     for each, found in answers.items():
         write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
-    if benchmark.submit is not None and len(questions) == len(every):  # a server wants all answers
+    if benchmark.submit is not None and not limited:  # a server wants all answers
         submit_all(benchmark, answers, truth, folder / "submissions")
-    scores = score_all(benchmark, answers, truth, judge)
+    scores = score_all(benchmark, answers, truth, judge, limited)
+    incomplete = {each.name: notes for each, s in scores.items() if (notes := shortfalls(s.details, benchmark.missing))}
+    for name, notes in incomplete.items():
+        print(f"{name} is incomplete: {'; '.join(notes)}", file=sys.stderr)
     errors = {
         each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
         for each, found in given.items()
@@ -118,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
         "tuned": getattr(config, "visionzip", None) is not None,
         "data": data.name,
         "questions": len(questions),
-        "limited": len(questions) < len(every),
+        "of_questions": len(every),
+        "limited": limited,
+        "incomplete": incomplete,
         "not_asked": errors,
         "conv_mode": args.conv_mode,
         "batch_size": args.batch_size,
@@ -194,17 +201,18 @@ def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], tr
 
 
 def score_all(
-    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None
+    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None, limited: bool
 ) -> dict[Run, Score]:
-    """Scores of some runs, as far as they can be had here."""
+    """Scores of some runs, as far as they can be had here; of limited ones, over what was asked."""
+    part_of = benchmark.asked or asked
     scores = {}
     for run, own in answers.items():
         if why := unscored(benchmark, judge):
             print(f"{run.name}: answers are written, not scored: {why}", file=sys.stderr)
             continue
         try:
-            scores[run] = benchmark.score(own, truth, judge)
-        except ScoredByServerError as error:
+            scores[run] = benchmark.score(own, part_of(own, truth) if limited else truth, judge)
+        except UnscoredError as error:
             print(f"{run.name}: answers are written, not scored: {error}", file=sys.stderr)
     return scores
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from eval.matching import match
+from eval.matching import asked, match
 from eval.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from eval.sources import Tables, refuse_repeated
 
@@ -219,4 +219,6 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth_from_folder,
     truth_from_tables=truth_from_tables,
     score=score,
+    missing="do not count, and a subtask without answers adds nothing to the sum",
+    asked=lambda answers, truth: asked(answers, truth, lambda answer: _find(answer, truth)),
 )
