@@ -9,7 +9,6 @@ batches.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 
 import visionzip
-from eval.answers import Part, answers_file, as_answers, open_part, part_path
+from eval.answers import Given, Part, answers_file, as_answers, open_part, part_path
 from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from eval.benchmark import Answer, Benchmark, Question, Score, UnscoredError
 from eval.cost import covers, read_cost
 from eval.data import check_files, data_of, judge_of
+from eval.fingerprint import checksum_of_bytes, contents_of, fingerprint
 from eval.frames import check_context, frames_of, with_frames
 from eval.judge import Judge
 from eval.matching import asked, shortfalls
@@ -44,8 +44,6 @@ from llava.model.loading import find_file
 from llava.model.transformers_llava import is_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
-_LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,13 +69,16 @@ def run(args: argparse.Namespace) -> None:
     judge = judge_of(benchmark, args.judge, folder / "judged")
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
     setting = setting_of(args, benchmark, config, every)
+    contents = contents_of(questions)
     with ExitStack() as stack:
         parts = {}
         for each in runs:
             its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
             path = part_path(folder, each.name, own.rank)
-            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, errors=args.skip_bad))
-        _report_other_code(folder, parts, facts)
+            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, args.skip_bad, contents))
+        if own.rank == 0:
+            _report_other_code(folder, parts, facts)
+            _report_asked_again(parts, len(questions))
         load = _Loader(args, questions, runs)
         if not all(place in part.given for part in parts.values() for place in range(len(questions))):
             answer_all(load(), benchmark, parts, args.batch_size, own)
@@ -101,20 +102,8 @@ def run(args: argparse.Namespace) -> None:
         submit_all(benchmark, answers, truth, folder / "submissions")
     scores = score_all(benchmark, answers, truth, judge, limited)
     incomplete = {each.name: notes for each, s in scores.items() if (notes := shortfalls(s.details, benchmark.missing))}
-    for name, notes in incomplete.items():
-        print(f"{name} is incomplete: {'; '.join(notes)}", file=sys.stderr)
-    errors = {
-        each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
-        for each, found in given.items()
-    }
-    if any(errors.values()):
-        name, own_errors = max(errors.items(), key=lambda item: len(item[1]))
-        first = "{question_id}: {error}".format(**own_errors[0])
-        print(
-            f"{name}: {len(own_errors)} questions could not be asked and count as wrong, the first is {first} (without "
-            "--skip-bad they are asked again)",
-            file=sys.stderr,
-        )
+    errors = {each.name: _not_asked(questions, found) for each, found in given.items()}
+    _report_incomplete(incomplete, errors)
     results = {
         "benchmark": benchmark.name,
         "model": model_name,
@@ -189,6 +178,40 @@ def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[s
         print(
             f"{folder} has answers of other code (commit {', '.join(sorted(earlier))}), which stay: delete it to "
             "answer all again",
+            file=sys.stderr,
+        )
+
+
+def _report_asked_again(parts: Mapping[Run, Part], questions: int) -> None:
+    for each, part in parts.items():
+        missing = questions - len(part.given)
+        if part.changed:
+            print(
+                f"{each.name}: {len(part.changed)} of {questions} questions are asked again, as their images or videos "
+                "are not those that were answered about",
+                file=sys.stderr,
+            )
+        if part.damaged and missing:
+            print(
+                f"{each.name}: damaged and left out: {'; '.join(part.damaged)}. Their questions are asked again; the "
+                f"other {len(part.given)} answers stay",
+                file=sys.stderr,
+            )
+
+
+def _not_asked(questions: Sequence[Question], given: Mapping[int, Given]) -> list[dict[str, Any]]:
+    return [{"question_id": questions[p].id, "error": one.error} for p, one in given.items() if one.error]
+
+
+def _report_incomplete(incomplete: Mapping[str, Sequence[str]], errors: Mapping[str, Sequence[Any]]) -> None:
+    for name, sentences in incomplete.items():
+        print(f"{name} is incomplete: {'; '.join(sentences)}", file=sys.stderr)
+    if any(errors.values()):
+        name, own = max(errors.items(), key=lambda item: len(item[1]))
+        first = "{question_id}: {error}".format(**own[0])
+        print(
+            f"{name}: {len(own)} questions could not be asked and count as wrong, the first is {first} (without "
+            "--skip-bad they are asked again)",
             file=sys.stderr,
         )
 
@@ -287,36 +310,7 @@ def setting_of(
 def checksum_of(questions: Sequence[Question]) -> str:
     """A checksum of what some questions ask, and of the names of their images."""
     facts = [[q.id, q.text, [Path(visual.key).name for visual in q.visuals]] for q in questions]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def fingerprint(*paths: str) -> str:
-    """A checksum of the files in some checkpoints (see :func:`checksum`); of one on the hub, its revision."""
-    parts = []
-    for path in paths:
-        if Path(path).is_dir():
-            files = sorted(file for file in Path(path).rglob("*") if file.suffix in _MODEL_FILES and file.is_file())
-            parts += [f"{file.relative_to(path)} {checksum(file)}" for file in files]
-        else:
-            config = find_file(path, "config.json")
-            parts.append(f"{path} {Path(config).parent.name if config else ''}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def checksum(path: Path) -> str:
-    """Checksum of a file; of a large one's length and samples, as all bytes of a 7B take half a minute at each start.
-
-    A tensor of 4 MiB that has changed is noticed, so that another training of the same model is; a copy is the same.
-    """
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        if size <= _LARGE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for start in (*range(0, size - _SAMPLE, _STRIDE), size - _SAMPLE):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE))
-        return digest.hexdigest()
+    return checksum_of_bytes(json.dumps(facts).encode())
 
 
 def git_commit() -> str | None:

@@ -116,7 +116,7 @@ def facts(results: dict[str, Any]) -> str:
     number = f"{results['questions']} questions"
     if results["limited"]:
         number = f"Partial: {results['questions']} of {results.get('of_questions', 'all')} questions, scored over these"
-    incomplete = "".join(f" * {name} is incomplete: {'; '.join(n)}." for name, n in results.get("incomplete", {}).items())
+    incomplete = results.get("incomplete", {}).items()
     inside = sorted({row["method"] for row in results["rows"] if len(set(row.get("visual_tokens_by_layer", ()))) > 1})
     count = results.get("setting", {}).get("frames")
     frames = "" if count is None else f", {count} frames of each video"
@@ -129,7 +129,7 @@ def facts(results: dict[str, Any]) -> str:
         f"{_INSIDE.format(', '.join(inside)) if inside else ''}"
         f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
         f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
-        f"{incomplete}"
+        + "".join(f" * {name} is incomplete: {'; '.join(sentences)}." for name, sentences in incomplete)
     )
 
 

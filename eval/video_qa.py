@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmark import Benchmark, File, Question, Table, Visual
+from eval.fingerprint import checksum_of_image
 from eval.frames import EXTENSIONS, clip, videos_below
 from eval.sources import Rows, Tables, need, read_json
 from eval.video_judge import graded, score
@@ -140,9 +141,19 @@ def _stored_videos(rows: Rows, folder: Path) -> dict[str, Visual] | None:
         first.setdefault(str(name), index)
     keys = {name: f"{rows.name} video {name}" for name in first}
     return {
-        name: Visual(keys[name], partial(_read_cell, rows, index, folder, keys[name]), FRAMES)
+        name: Visual(
+            keys[name],
+            partial(_read_cell, rows, index, folder, keys[name]),
+            FRAMES,
+            content=partial(_content_of_cell, rows, index, folder),
+        )
         for name, index in first.items()
     }
+
+
+def _content_of_cell(rows: Rows, index: int, folder: Path) -> str:
+    path = rows.path(index, "video")
+    return rows.content if path is None else checksum_of_image(folder / path)
 
 
 def _read_cell(rows: Rows, index: int, folder: Path, key: str, count: int = FRAMES) -> list[Image.Image]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from eval.fingerprint import checksum_of_bytes
 from eval.matching import match, percent, percent_by
 from eval.questions import LETTER, lettered, listed
 from eval.sources import Tables, decode, need, refuse_repeated
@@ -77,7 +78,8 @@ def questions(folder: Path, dev: str, instruction: str) -> list[Question]:
         content = images[name] or ""
         if content.isdecimal():
             content = images.get(int(content)) or ""
-        visual = Visual(f"{path} image of index {name}", partial(_open, content, f"{path} image of index {name}"))
+        key = f"{path} image of index {name}"
+        visual = Visual(key, partial(_open, content, key), content=partial(checksum_of_bytes, content.encode()))
         asked.append(_question(row, seen.setdefault(content, visual), instruction))
     return asked
 
