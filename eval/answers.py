@@ -241,6 +241,9 @@ _NAMES = {
 }
 
 
+_HALF = "half_written_lines"
+
+
 def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
     """The answers in a file: LLaVA's or Video-LLaVA's (a json object on each line, or a list of them), or MMMU's.
 
@@ -255,19 +258,24 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
         ValueError: a line is damaged or no answer, there are none, or they are of several models or runs.
     """
     if path.is_dir() and (subjects := sorted(path.glob("*/output.json"))):
-        return [answer for subject in subjects for answer in read_answers(subject)[0]], {}
+        read = [read_answers(subject) for subject in subjects]
+        half = sum(notes.get(_HALF, 0) for _, notes in read)
+        return [answer for answers, _ in read for answer in answers], {_HALF: half} if half else {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no answers file {path}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
-    whole = _single_value(content)
+    whole = _single_value(content, path)
     if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys():
         return [Answer(name, _text(text, f"entry {name!r} of {path}").strip()) for name, text in whole.items()], {}
     notes: dict[str, Any] = {}
-    records, what = (whole, "entry") if isinstance(whole, list) else (_lines(content, str(path), notes), "line")
-    answers = [_answer(record, f"{what} {number} of {path}") for number, record in enumerate(records, start=1)]
+    if isinstance(whole, list):
+        named = {f"entry {number} of {path}": record for number, record in enumerate(whole, start=1)}
+    else:
+        named = _lines(content, str(path), notes)
+    answers, records = [_answer(record, where) for where, record in named.items()], named.values()
     if not answers:
         raise ValueError(f"{path} has no answers: give the file that a run wrote")
     made = {str(record["model_id"]): None for record in records if record.get("model_id")}
@@ -282,25 +290,30 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
     return answers, notes
 
 
-def _lines(content: str, name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects on a file's lines. A last one that is half written is left out, and noted."""
-    records = []
-    lines = [line for line in content.split("\n") if line.strip()]
+def _lines(content: str, name: str, notes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The objects on a file's lines, by where they are. A last one that is half written is left out, and noted."""
+    records = {}
+    lines = content.split("\n")  # what is behind the last one's end is the empty text
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name}"
         try:
-            records.append(_parse(line.encode(), name, number))
+            records[where] = _parse(line, where)
         except ValueError:
-            if number < len(lines) or content.endswith("\n"):
+            if number < len(lines):
                 raise
-            notes["half_written_lines"] = 1
+            notes[_HALF] = 1
     return records
 
 
-def _single_value(content: str) -> Any:
-    """The json value that the whole file is; None where it is none."""
+def _single_value(content: str, path: Path) -> Any:
+    """The json value that the whole file is; None where it is lines."""
     try:
         return json.loads(content)
-    except ValueError:
+    except ValueError as error:
+        if content.lstrip().startswith("["):  # its end is missing, or something in it is wrong
+            raise ValueError(f"{path} begins as a json list, but is none ({error}): correct it there") from error
         return None
 
 
@@ -334,14 +347,14 @@ def _text(value: Any, where: str) -> str:
     return str(value)
 
 
-def _parse(line: bytes, name: str, number: int) -> dict[str, Any]:
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise TypeError("not an object")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"line {number} of {name} is damaged ({error}): correct it, or delete this line to score the others"
+            f"{where} is damaged ({error}): correct it, or delete this line to score the others"
         ) from error
     return record
 

@@ -19,11 +19,10 @@ import pytest
 
 from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import Given, open_part, read_answers
+from eval.answers import read_answers
 from eval.benchmarks import scenes
 from eval.methods import METHODS, plan
 from eval.registry import BENCHMARKS
-from eval.runner import fingerprint
 from playground.scenes import make_test_set, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,25 +176,6 @@ def assert_matches(text: str, pattern: str) -> None:
         raise ValueError(text)
 
 
-@pytest.mark.parametrize("size", [9, 70 << 20])
-def test_another_checkpoint_at_the_same_path_is_noticed(size: int, tmp_path: Path):
-    """Of a large file samples are read: each tensor of 4 MiB has one in it."""
-    weights = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
-
-    def written(name: str, changed: slice = slice(0)) -> str:
-        own = weights.copy()
-        own[changed] += 1
-        (tmp_path / name).mkdir(exist_ok=True)
-        own.tofile(tmp_path / name / "model.safetensors")
-        return fingerprint(str(tmp_path / name))
-
-    one = written("one")
-    assert written("copy") == written("one") == one
-    tensor = min(4 << 20, size // 3)
-    for start in (0, size // 3, size // 2, size - tensor):
-        assert written("one", slice(start, start + tensor)) != one
-
-
 def test_a_larger_limit_adds_to_the_answers(run, tmp_path: Path):
     assert eval_command(run("--method", "vanilla", limit=8)) == 0
     assert eval_command(run("--method", "vanilla", limit=20)) == 0
@@ -340,76 +320,6 @@ def test_budgets_are_checked_before_the_first_answer(run, tmp_path: Path, capsys
         assert message in capsys.readouterr().err
     part = tmp_path / "out" / "answers" / "parts" / "vanilla.0.jsonl"
     assert len(part.read_text().splitlines()) == 1  # its header
-
-
-def test_parts_of_a_run(tmp_path: Path):
-    path = tmp_path / "run.0.jsonl"
-    with open_part(path, {"tokens": 4}, {}) as part:
-        part.append([Given(1, "yes", 4), Given(2, "Übergröße", 4)])
-        with pytest.raises(BlockingIOError, match="another process is writing"), open_part(path, {"tokens": 4}, {}):
-            pass
-        with open_part(tmp_path / "run.1.jsonl", {"tokens": 4}, {}) as other:  # of another process
-            assert other.given == part.given
-    with open_part(path, {"tokens": 4}, {}) as part:
-        assert part.given[2].text == "Übergröße" and part.damaged == []
-
-
-GOOD = b'{"place": 5, "text": "no", "visual_tokens": 4, "seconds": [1, 2, 3], "error": null}\n'
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"{\n",
-        b"\0\0\0\0\n",
-        b"\xff\n",
-        b"[1]\n",
-        b"{}\n",
-        GOOD.replace(b'"place": 5', b'"place": true'),
-        GOOD.replace(b'"place": 5', b'"place": -1'),
-        GOOD.replace(b'"no"', b'["no"]'),
-        GOOD.replace(b"[1, 2, 3]", b"[1, 2]"),
-        GOOD.replace(b"[1, 2, 3]", b"3"),
-        GOOD.replace(b"4", b"null"),
-        GOOD.replace(b"place", b"question_id"),
-        GOOD.rstrip() + GOOD,
-    ],
-)
-def test_a_damaged_line_costs_its_own_answer(line: bytes, tmp_path: Path):
-    """The others stay, nothing is written over, and what is answered anew counts from then on."""
-    path = tmp_path / "run.0.jsonl"
-    with open_part(path, {"tokens": 4}, {}) as part:
-        part.append([Given(1, "yes", 4), Given(2, "no", 4)])
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(damaged := b"".join([*lines[:2], line, lines[2]]))
-    with open_part(path, {"tokens": 4}, {}) as part:
-        assert part.given == {1: Given(1, "yes", 4), 2: Given(2, "no", 4)}
-        assert len(part.damaged) == 1 and part.damaged[0].startswith(f"line 3 of {path} (")
-        assert path.read_bytes() == damaged
-        part.append([Given(5, "new", 4)])
-    with open_part(path, {"tokens": 4}, {}) as part:
-        assert part.given[5].text == "new"
-
-
-def test_lines_that_cannot_be_asked_again(tmp_path: Path):
-    """A damaged first line, and two that contradict each other: the cure keeps what can be kept."""
-    path = tmp_path / "run.0.jsonl"
-    with open_part(path, {"tokens": 4}, {}) as part:
-        part.append([Given(1, "yes", 4), Given(2, "no", 4)])
-    lines = path.read_bytes().splitlines(keepends=True)
-    other = lines[1].replace(b"yes", b"no")
-    path.write_bytes(b"".join([*lines, lines[1]]))  # the same twice is no harm
-    with open_part(path, {"tokens": 4}, {}) as part:
-        assert len(part.given) == 2
-    for content, message in (
-        ([*lines, other], r"line 2 of .* and line 4 of .* answer question 1 differently: delete the wrong one"),
-        ([b"{\n", *lines[1:]], r"line 1 of .*, and is damaged .*: put line 1 of another run\.\*\.jsonl in its place"),
-        (lines[1:], "line 1 of .* is damaged"),
-    ):
-        path.write_bytes(b"".join(content))
-        with pytest.raises(ValueError, match=message), open_part(path, {"tokens": 4}, {}):
-            pass
-        assert path.read_bytes() == b"".join(content)
 
 
 def test_a_damaged_line_in_the_middle_of_a_run(run, tmp_path: Path, capsys):

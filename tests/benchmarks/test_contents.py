@@ -17,7 +17,7 @@ from test_end_to_end import NAMES, data_module
 
 from eval.benchmark import Question, Visual
 from eval.data import Data
-from eval.fingerprint import checksum_of_image, contents_of
+from eval.fingerprint import checksum_of_image, contents_of, fingerprint
 from eval.registry import BENCHMARKS
 from eval.sources import Tables, picture
 
@@ -114,6 +114,25 @@ def test_another_picture_of_the_same_size(suffix: str, size: tuple[int, int], tm
         os.utime(path, (1, 1))
         seen.add(checksum_of_image(path))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("size", [9, 70 << 20])
+def test_another_checkpoint_at_the_same_path_is_noticed(size: int, tmp_path: Path):
+    """Of a large file samples are read: each tensor of 4 MiB has one in it."""
+    weights = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
+
+    def written(name: str, changed: slice = slice(0)) -> str:
+        own = weights.copy()
+        own[changed] += 1
+        (tmp_path / name).mkdir(exist_ok=True)
+        own.tofile(tmp_path / name / "model.safetensors")
+        return fingerprint(str(tmp_path / name))
+
+    one = written("one")
+    assert written("copy") == written("one") == one
+    tensor = min(4 << 20, size // 3)
+    for start in (0, size // 3, size // 2, size - tensor):
+        assert written("one", slice(start, start + tensor)) != one
 
 
 def test_many_large_files_take_no_time(tmp_path: Path):

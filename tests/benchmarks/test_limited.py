@@ -158,6 +158,14 @@ def test_lines_that_are_no_answers(bad: str, message: str, tmp_path: Path, capsy
     assert "delete the file" not in said
 
 
+def test_lines_are_named_by_their_number_in_the_file(tmp_path: Path, capsys):
+    """Empty ones count. And a list that is cut off is no line."""
+    assert gqa_score(tmp_path / "lines", "\n\n" + line("201307251", "no") + "{oops\n")[0] == 2
+    assert "line 4 of" in capsys.readouterr().err
+    assert gqa_score(tmp_path / "list", "[" + line("201307251", "no").strip() + ', {"question_')[0] == 2
+    assert "answers.jsonl begins as a json list, but is none" in capsys.readouterr().err
+
+
 def test_texts_of_one_object(tmp_path: Path, capsys):
     status, _ = gqa_score(tmp_path, json.dumps({"201307251": ["no"]}))
     assert status == 2 and """entry '201307251' of""" in capsys.readouterr().err
