@@ -18,6 +18,7 @@ from llava.video import FRAMES
 from . import COMMAND
 from .answers import read_answers
 from .data import DATA_ROOT, data_of, judge_of
+from .matching import shortfalls
 from .paper import paper_table
 from .prepare import prepare
 from .registry import BENCHMARKS
@@ -56,14 +57,21 @@ def score(args: argparse.Namespace) -> None:
         if why := unscored(benchmark, judge):
             raise ValueError(f"{benchmark.name} is not scored from answers alone: {why}")
         result = benchmark.score(answers, data_of(benchmark, args).truth(), judge)
+    details = {**result.details, **({"parts": dict(result.parts)} if result.parts else {}), **notes}
+    incomplete = shortfalls(details, benchmark.missing)
     record = {
         "benchmark": benchmark.name,
         "metric": result.metric,
         "score": result.score,
-        "details": {**result.details, **({"parts": dict(result.parts)} if result.parts else {}), **notes},
+        "incomplete": incomplete,
+        "details": details,
     }
     write_atomically(Path(args.output), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(f"{benchmark.name}: {result.score:.4f} ({result.metric})")
+    print(f"{benchmark.name}: {result.score:.4f} ({result.metric}){', incomplete:' if incomplete else ''}")
+    for sentence in incomplete:
+        print(f"  {sentence}")
+    if repeated := details.get("repeated"):
+        print(f"  {repeated} answers are to questions that others are to as well")
 
 
 def show_table(args: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """Answers on disk: the parts that processes write while they answer, and the answers file that these are merged into.
 
-A part's first line says what the answers were made with; every other one is an answer. Lines are whole or they are not
-there: a last line without its end (the process was killed while it wrote) is cut off and answered again.
+A part's first line says what the answers were made with; every other one is an answer, with a checksum of the images
+that it is about. A line that does not count leaves the others alone, and its question is asked again: a last one
+without its end (the process was killed while it wrote; it is cut off), a damaged one, one about images that have
+changed since.
 """
 
 from __future__ import annotations
@@ -43,11 +45,21 @@ class Part:
     Attributes:
         given: by place, those of all parts of the run, earlier processes included.
         made: the facts that were noted when the first part was begun.
+        damaged: lines that do not count, in words.
+        changed: places without an answer that have one about other images or videos.
     """
 
-    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any], errors: bool) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        setting: dict[str, Any],
+        made: dict[str, Any],
+        errors: bool,
+        contents: Sequence[str] | None,
+    ) -> None:
         self._file = file
         self._errors = errors
+        self._contents = contents
         self._setting = json.loads(json.dumps(setting))  # as a file gives it back: lists for tuples
         if not _cut(file):
             self._write([{"setting": self._setting, "made": made}])
@@ -58,37 +70,84 @@ class Part:
     def read(self) -> None:
         """Read all parts of the run: what other processes have written meanwhile."""
         own = Path(self._file.name)
-        self.given = {}
+        self.given, self.damaged, self.changed = {}, [], set()
+        places: dict[int, str] = {}  # where each is from
         for path in sorted(own.parent.glob(f"{own.name.rsplit('.', 2)[0]}.*.jsonl"), key=lambda path: path != own):
-            self._read(path, self._setting)
+            self._read(path, places)
+        self.changed -= self.given.keys()
 
-    def _read(self, path: Path, setting: dict[str, Any]) -> None:
+    def _read(self, path: Path, places: dict[int, str]) -> None:
         content = path.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
         if not lines:
             return  # another process has just begun it
-        header = _parse(lines[0], str(path), 1)
-        _check_setting(header.get("setting", {}), setting, str(path))
+        header = _header(lines[0], path)
+        _check_setting(header["setting"], self._setting, str(path))
         self.made = self.made or header.get("made", {})
         for number, line in enumerate(lines[1:], start=2):
-            record = _parse(line, str(path), number)
-            given = Given(**{**record, "seconds": tuple(record.get("seconds", (0, 0, 0)))})
+            where = f"line {number} of {path}"
+            try:
+                given, about = _given(line)
+            except (ValueError, TypeError) as error:
+                self.damaged.append(f"{where} ({error})")
+                continue
+            if self._contents is not None:
+                if given.place >= len(self._contents):
+                    continue  # it was asked with a larger limit
+                if about != self._contents[given.place]:
+                    self.changed.add(given.place)
+                    continue
             if given.error and not self._errors:
                 continue
             earlier = self.given.get(given.place)
-            if earlier and not earlier.error and not given.error:
-                raise ValueError(f"{path} answers question {given.place} twice: delete it, to answer it all again")
+            if earlier and not earlier.error and not given.error and earlier.text != given.text:
+                raise ValueError(
+                    f"{places[given.place]} and {where} answer question {given.place} differently: delete the wrong "
+                    "one of these lines, or both, and it is asked again; the other answers stay"
+                )
             if earlier is None or earlier.error:
-                self.given[given.place] = given
+                self.given[given.place], places[given.place] = given, where
 
     def append(self, given: Sequence[Given]) -> None:
         """Write answers; once this returns, killing the process does not lose them."""
-        self._write([asdict(one) for one in given])
+        contents = self._contents
+        self._write([{**asdict(one), **({} if contents is None else {"about": contents[one.place]})} for one in given])
         self.given |= {one.place: one for one in given}
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
         self._file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode())
         self._file.flush()
+
+
+def _header(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+        if not isinstance(header["setting"], dict):
+            raise TypeError("no setting")
+    except (ValueError, TypeError, KeyError) as error:
+        run = path.name.rsplit(".", 2)[0]
+        raise ValueError(
+            f"line 1 of {path} should say what the answers below it were made with, and is damaged ({error}): put line "
+            f"1 of another {run}.*.jsonl in its place, if there is one; else its answers cannot be told from those of "
+            "another model, so move the file away, and they are given again"
+        ) from error
+    return header
+
+
+def _given(line: bytes) -> tuple[Given, str | None]:
+    """The answer on a line, and the checksum of what it is about; ValueError or TypeError where it is none."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise TypeError("not an object")
+    about = record.pop("about", None)
+    given = Given(**{**record, "seconds": tuple(record.get("seconds", (0, 0, 0)))})
+    if isinstance(given.place, bool) or not isinstance(given.place, int) or given.place < 0:
+        raise TypeError(f"the place {given.place!r}")
+    if not isinstance(given.text, str) or not isinstance(given.error, str | None):
+        raise TypeError(f"the text {given.text!r}, the error {given.error!r}")
+    if len(given.seconds) != 3 or not all(isinstance(n, int | float) for n in (*given.seconds, given.visual_tokens)):
+        raise TypeError(f"{given.visual_tokens!r} visual tokens, {given.seconds!r} seconds")
+    return given, about
 
 
 def _cut(file: IO[bytes]) -> int:
@@ -107,7 +166,13 @@ def part_path(folder: Path, run: str, rank: int) -> Path:
 
 
 @contextmanager
-def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors: bool = True) -> Iterator[Part]:
+def open_part(
+    path: Path,
+    setting: dict[str, Any],
+    made: dict[str, Any],
+    errors: bool = True,
+    contents: Sequence[str] | None = None,
+) -> Iterator[Part]:
     """Open a process's part of a run's answers, to go on with them or begin; all parts of the run are read.
 
     Args:
@@ -115,9 +180,12 @@ def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors:
         setting: everything that decides the answers.
         made: further facts to note (versions, date); they may differ from those in the file.
         errors: questions that could not be asked count as done; else they are asked again.
+        contents: by place, a checksum of the images or videos of each question that is asked, see
+            :func:`eval.fingerprint.contents_of`: answers about others do not count. None: nothing is compared.
 
     Raises:
-        ValueError: a part's answers were made with another setting, or a line of it is damaged.
+        ValueError: a part's answers were made with another setting, its first line is damaged, or two lines contradict
+            each other.
         BlockingIOError: another process writes to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +196,7 @@ def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors:
             raise BlockingIOError(
                 f"another process is writing to {path}: wait for it, or choose another --output"
             ) from error
-        yield Part(file, setting, made, errors)
+        yield Part(file, setting, made, errors, contents)
 
 
 def as_answers(questions: Sequence[Question], given: Mapping[int, Given]) -> list[Answer]:
@@ -173,6 +241,9 @@ _NAMES = {
 }
 
 
+_HALF = "half_written_lines"
+
+
 def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
     """The answers in a file: LLaVA's or Video-LLaVA's (a json object on each line, or a list of them), or MMMU's.
 
@@ -187,19 +258,24 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
         ValueError: a line is damaged or no answer, there are none, or they are of several models or runs.
     """
     if path.is_dir() and (subjects := sorted(path.glob("*/output.json"))):
-        return [answer for subject in subjects for answer in read_answers(subject)[0]], {}
+        read = [read_answers(subject) for subject in subjects]
+        half = sum(notes.get(_HALF, 0) for _, notes in read)
+        return [answer for answers, _ in read for answer in answers], {_HALF: half} if half else {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no answers file {path}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
-    whole = _single_value(content)
+    whole = _single_value(content, path)
     if isinstance(whole, dict) and not {"question_id", "id"} & whole.keys():
-        return [Answer(name, str(text).strip()) for name, text in whole.items()], {}
+        return [Answer(name, _text(text, f"entry {name!r} of {path}").strip()) for name, text in whole.items()], {}
     notes: dict[str, Any] = {}
-    records, what = (whole, "entry") if isinstance(whole, list) else (_lines(content, str(path), notes), "line")
-    answers = [_answer(record, f"{what} {number} of {path}") for number, record in enumerate(records, start=1)]
+    if isinstance(whole, list):
+        named = {f"entry {number} of {path}": record for number, record in enumerate(whole, start=1)}
+    else:
+        named = _lines(content, str(path), notes)
+    answers, records = [_answer(record, where) for where, record in named.items()], named.values()
     if not answers:
         raise ValueError(f"{path} has no answers: give the file that a run wrote")
     made = {str(record["model_id"]): None for record in records if record.get("model_id")}
@@ -214,25 +290,30 @@ def read_answers(path: Path) -> tuple[list[Answer], dict[str, Any]]:
     return answers, notes
 
 
-def _lines(content: str, name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects on a file's lines. A last one that is half written is left out, and noted."""
-    records = []
-    lines = [line for line in content.split("\n") if line.strip()]
+def _lines(content: str, name: str, notes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The objects on a file's lines, by where they are. A last one that is half written is left out, and noted."""
+    records = {}
+    lines = content.split("\n")  # what is behind the last one's end is the empty text
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name}"
         try:
-            records.append(_parse(line.encode(), name, number))
+            records[where] = _parse(line, where)
         except ValueError:
-            if number < len(lines) or content.endswith("\n"):
+            if number < len(lines):
                 raise
-            notes["half_written_lines"] = 1
+            notes[_HALF] = 1
     return records
 
 
-def _single_value(content: str) -> Any:
-    """The json value that the whole file is; None where it is none."""
+def _single_value(content: str, path: Path) -> Any:
+    """The json value that the whole file is; None where it is lines."""
     try:
         return json.loads(content)
-    except ValueError:
+    except ValueError as error:
+        if content.lstrip().startswith("["):  # its end is missing, or something in it is wrong
+            raise ValueError(f"{path} begins as a json list, but is none ({error}): correct it there") from error
         return None
 
 
@@ -250,23 +331,30 @@ def _answer(record: Any, where: str) -> Answer:
         if found is None and field != "prompt":
             raise ValueError(f"{where} has no {names[0]!r}: an answer has question_id, prompt and text")
         values[field] = record[found] if found else ""
-    if not isinstance(values["question_id"], str | int):
+    if not isinstance(values["question_id"], str | int) or isinstance(values["question_id"], bool):
         raise ValueError(f"{where} has the question_id {values['question_id']!r}: it must be a text or a whole number")
     known = {"question_id", "text", "prompt", "answer_id", "model_id", "metadata", "id", "pred", "response"}
     extra = {key: value for key, value in record.items() if key not in known}
     if error := _metadata(record).get("error"):
         extra["error"] = error
-    return Answer(values["question_id"], str(values["text"]), str(values["prompt"]), extra)
+    return Answer(values["question_id"], _text(values["text"], where), _text(values["prompt"], where), extra)
 
 
-def _parse(line: bytes, name: str, number: int) -> dict[str, Any]:
+def _text(value: Any, where: str) -> str:
+    """A text; numbers, which some tools write for short answers, are taken as such."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{where} has {json.dumps(value, ensure_ascii=False)} where a text should be: write one")
+    return str(value)
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise TypeError("not an object")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"line {number} of {name} is damaged ({error}): delete the file, to answer it all again"
+            f"{where} is damaged ({error}): correct it, or delete this line to score the others"
         ) from error
     return record
 

@@ -24,12 +24,15 @@ class Visual:
             ValueError or OSError with its name.
         frames: of a video, how many of its frames these are; None: it is an image.
         path: the file, where it is one; it is looked for before any work starts.
+        content: a checksum of the bytes, or of what they lie in, at little cost: it tells whether answers can stay.
+            None: the file's, see :func:`eval.fingerprint.checksum_of_image`.
     """
 
     key: str
     open: Callable[..., list[Image.Image]]
     frames: int | None = None
     path: Path | None = None
+    content: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ class Score:
     points: Sequence[float] | None = None
 
 
-class ScoredByServerError(ValueError):
+class UnscoredError(ValueError):
+    """There is no score for these answers, though nothing is wrong with them. The message says why."""
+
+
+class ScoredByServerError(UnscoredError):
     """The answers are to be scored by a server: there is no truth here. The message says where to send them."""
 
 
@@ -144,6 +151,8 @@ class Benchmark:
         proxy: a comparison of strings can stand in for it (``--judge exact``).
         graded: the score of a file that the official judge has graded already.
         submit: for a server: write the answers in its format into a folder; returns the file.
+        missing: what the official tool does with questions that have no answer, in words.
+        asked: the part of a truth that some answers are to, where :func:`eval.matching.asked` does not find it.
     """
 
     name: str
@@ -163,3 +172,5 @@ class Benchmark:
     proxy: bool = True
     graded: Callable[[Path, Path | None], Score] | None = None
     submit: Callable[[Sequence[Answer], Any, Path], Path] | None = None
+    missing: str = "do not count"
+    asked: Callable[[Sequence[Answer], Any], Any] | None = None

@@ -99,9 +99,9 @@ def videos_below(folder: Path) -> dict[str, Visual]:
     for path in folder.rglob("*"):
         add(str(path), clip(path))
         if path.suffix.lower() == ".zip":
-            for member in _members(path):
+            for member, content in _members(path).items():
                 key = f"{path}/{member}"
-                add(key, Visual(key, partial(_read_member, path, member), FRAMES))
+                add(key, Visual(key, partial(_read_member, path, member), FRAMES, content=lambda own=content: own))
     found.sort(key=lambda each: each[:2])
     named: dict[str, Visual] = {}
     for _, _, name, visual in found:
@@ -110,10 +110,11 @@ def videos_below(folder: Path) -> dict[str, Visual]:
     return named
 
 
-def _members(archive: Path) -> list[str]:
+def _members(archive: Path) -> dict[str, str]:
+    """What is in an archive, with the length and the checksum of each that the archive itself has."""
     try:
         with zipfile.ZipFile(archive) as file:
-            return file.namelist()
+            return {member.filename: f"{member.file_size} {member.CRC:08x}" for member in file.infolist()}
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is damaged ({error}): fetch it again") from error
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from .benchmark import Answer
 
 Id = TypeVar("Id", bound=Hashable)
+Gold = TypeVar("Gold")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,34 @@ def match(answers: Sequence[Answer], ids: Iterable[Id], name: Callable[[Answer],
         "unreadable": sum(map(unreadable, by_id.values())),
     }
     return Matched(by_id, found, counts)
+
+
+def asked(answers: Sequence[Answer], truth: Mapping[Id, Gold], name: Callable[[Answer], Any] | None = None) -> Any:
+    """The part of a truth that some answers are to, in its order: what a run with ``--limit`` is compared with.
+
+    Args:
+        answers: to the questions that were asked.
+        truth: by the questions' ids.
+        name: see :func:`match`.
+    """
+    there = match(answers, truth, name).answers
+    return {one: gold for one, gold in truth.items() if one in there}
+
+
+def shortfalls(counts: Mapping[str, Any], missing: str) -> list[str]:
+    """What keeps a score from being that of a whole, sound set of answers, a sentence for each kind; mostly none.
+
+    Args:
+        counts: see :class:`Matched`; and ``half_written_lines``, of an answers file. What is not there is none.
+        missing: what becomes of questions without an answer, see :class:`eval.benchmark.Benchmark`.
+    """
+    sentences = {
+        "missing": f"of {counts.get('questions', counts.get('items'))} questions have no answer: these {missing}",
+        "unexpected": "answers are to no question here: they do not count",
+        "unreadable": "questions were not asked, as their image or video could not be read: they are wrong",
+        "half_written_lines": "line at the end is half written: it is left out",
+    }
+    return [f"{counts[kind]} {sentence}" for kind, sentence in sentences.items() if counts.get(kind)]
 
 
 def unreadable(answer: Answer) -> bool:

@@ -9,7 +9,6 @@ batches.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -32,20 +31,19 @@ from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
 from llava.model.transformers_llava import is_transformers
 
-from .answers import Part, answers_file, as_answers, open_part, part_path
+from .answers import Given, Part, answers_file, as_answers, open_part, part_path
 from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
-from .benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
+from .benchmark import Answer, Benchmark, Question, Score, UnscoredError
 from .cost import covers, read_cost
 from .data import CLONE, check_files, data_of, judge_of
+from .fingerprint import checksum_of_bytes, contents_of, fingerprint
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
+from .matching import asked, shortfalls
 from .methods import Run, attached, plan
 from .registry import BENCHMARKS
 from .results import summarize
 from .table import write_atomically, write_table
-
-_LARGE, _STRIDE, _SAMPLE = 64 << 20, 4 << 20, 64 << 10  # bytes: of such files samples are read, so far apart, so long
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,13 +69,16 @@ def run(args: argparse.Namespace) -> None:
     judge = judge_of(benchmark, args.judge, folder / "judged")
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
     setting = setting_of(args, benchmark, config, every)
+    contents = contents_of(questions)
     with ExitStack() as stack:
         parts = {}
         for each in runs:
             its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
             path = part_path(folder, each.name, own.rank)
-            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, errors=args.skip_bad))
-        _report_other_code(folder, parts, facts)
+            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, args.skip_bad, contents))
+        if own.rank == 0:
+            _report_other_code(folder, parts, facts)
+            _report_asked_again(parts, len(questions))
         load = _Loader(args, questions, runs)
         if not all(place in part.given for part in parts.values() for place in range(len(questions))):
             answer_all(load(), benchmark, parts, args.batch_size, own)
@@ -94,23 +95,15 @@ def run(args: argparse.Namespace) -> None:
         made = {each.name: part.made for each, part in parts.items()}
     model_name = get_model_name_from_path(args.model_path)
     answers = {each: as_answers(questions, found) for each, found in given.items()}
+    limited = len(questions) < len(every)
     for each, found in answers.items():
         write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
-    if benchmark.submit is not None and len(questions) == len(every):  # a server wants all answers
+    if benchmark.submit is not None and not limited:  # a server wants all answers
         submit_all(benchmark, answers, truth, folder / "submissions")
-    scores = score_all(benchmark, answers, truth, judge)
-    errors = {
-        each.name: [{"question_id": questions[p].id, "error": one.error} for p, one in found.items() if one.error]
-        for each, found in given.items()
-    }
-    if any(errors.values()):
-        name, own_errors = max(errors.items(), key=lambda item: len(item[1]))
-        first = "{question_id}: {error}".format(**own_errors[0])
-        print(
-            f"{name}: {len(own_errors)} questions could not be asked and count as wrong, the first is {first} (without "
-            "--skip-bad they are asked again)",
-            file=sys.stderr,
-        )
+    scores = score_all(benchmark, answers, truth, judge, limited)
+    incomplete = {each.name: notes for each, s in scores.items() if (notes := shortfalls(s.details, benchmark.missing))}
+    errors = {each.name: _not_asked(questions, found) for each, found in given.items()}
+    _report_incomplete(incomplete, errors)
     results = {
         "benchmark": benchmark.name,
         "model": model_name,
@@ -119,7 +112,9 @@ def run(args: argparse.Namespace) -> None:
         "tuned": getattr(config, "visionzip", None) is not None,
         "data": data.name,
         "questions": len(questions),
-        "limited": len(questions) < len(every),
+        "of_questions": len(every),
+        "limited": limited,
+        "incomplete": incomplete,
         "not_asked": errors,
         "conv_mode": args.conv_mode,
         "batch_size": args.batch_size,
@@ -187,6 +182,40 @@ def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[s
         )
 
 
+def _report_asked_again(parts: Mapping[Run, Part], questions: int) -> None:
+    for each, part in parts.items():
+        missing = questions - len(part.given)
+        if part.changed:
+            print(
+                f"{each.name}: {len(part.changed)} of {questions} questions are asked again, as their images or videos "
+                "are not those that were answered about",
+                file=sys.stderr,
+            )
+        if part.damaged and missing:
+            print(
+                f"{each.name}: damaged and left out: {'; '.join(part.damaged)}. Their questions are asked again; the "
+                f"other {len(part.given)} answers stay",
+                file=sys.stderr,
+            )
+
+
+def _not_asked(questions: Sequence[Question], given: Mapping[int, Given]) -> list[dict[str, Any]]:
+    return [{"question_id": questions[p].id, "error": one.error} for p, one in given.items() if one.error]
+
+
+def _report_incomplete(incomplete: Mapping[str, Sequence[str]], errors: Mapping[str, Sequence[Any]]) -> None:
+    for name, sentences in incomplete.items():
+        print(f"{name} is incomplete: {'; '.join(sentences)}", file=sys.stderr)
+    if any(errors.values()):
+        name, own = max(errors.items(), key=lambda item: len(item[1]))
+        first = "{question_id}: {error}".format(**own[0])
+        print(
+            f"{name}: {len(own)} questions could not be asked and count as wrong, the first is {first} (without "
+            "--skip-bad they are asked again)",
+            file=sys.stderr,
+        )
+
+
 def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, folder: Path) -> None:
     """Write what a server wants of some runs, each into a folder of its own."""
     for run, own in answers.items():
@@ -195,17 +224,18 @@ def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], tr
 
 
 def score_all(
-    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None
+    benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, judge: Judge | None, limited: bool
 ) -> dict[Run, Score]:
-    """Scores of some runs, as far as they can be had here."""
+    """Scores of some runs, as far as they can be had here; of limited ones, over what was asked."""
+    part_of = benchmark.asked or asked
     scores = {}
     for run, own in answers.items():
         if why := unscored(benchmark, judge):
             print(f"{run.name}: answers are written, not scored: {why}", file=sys.stderr)
             continue
         try:
-            scores[run] = benchmark.score(own, truth, judge)
-        except ScoredByServerError as error:
+            scores[run] = benchmark.score(own, part_of(own, truth) if limited else truth, judge)
+        except UnscoredError as error:
             print(f"{run.name}: answers are written, not scored: {error}", file=sys.stderr)
     return scores
 
@@ -280,36 +310,7 @@ def setting_of(
 def checksum_of(questions: Sequence[Question]) -> str:
     """A checksum of what some questions ask, and of the names of their images."""
     facts = [[q.id, q.text, [Path(visual.key).name for visual in q.visuals]] for q in questions]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def fingerprint(*paths: str) -> str:
-    """A checksum of the files in some checkpoints (see :func:`checksum`); of one on the hub, its revision."""
-    parts = []
-    for path in paths:
-        if Path(path).is_dir():
-            files = sorted(file for file in Path(path).rglob("*") if file.suffix in _MODEL_FILES and file.is_file())
-            parts += [f"{file.relative_to(path)} {checksum(file)}" for file in files]
-        else:
-            config = find_file(path, "config.json")
-            parts.append(f"{path} {Path(config).parent.name if config else ''}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def checksum(path: Path) -> str:
-    """Checksum of a file; of a large one's length and samples, as all bytes of a 7B take half a minute at each start.
-
-    A tensor of 4 MiB that has changed is noticed, so that another training of the same model is; a copy is the same.
-    """
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        if size <= _LARGE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for start in (*range(0, size - _SAMPLE, _STRIDE), size - _SAMPLE):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE))
-        return digest.hexdigest()
+    return checksum_of_bytes(json.dumps(facts).encode())
 
 
 def git_commit() -> str:

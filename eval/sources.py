@@ -6,8 +6,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from . import COMMAND
 from .benchmark import Table, Visual
+from .fingerprint import checksum, checksum_of_bytes
 
 
 def read_json(path: Path) -> Any:
@@ -96,7 +97,7 @@ def picture_of(cell: Any, key: str) -> Visual:
         cell: the image.
         key: names it, for messages and for questions that share it.
     """
-    return Visual(key, partial(_open_cell, cell, key))
+    return Visual(key, partial(_open_cell, cell, key), content=partial(_checksum_of_cell, cell))
 
 
 def _open_file(path: Path) -> list[Image.Image]:
@@ -104,6 +105,11 @@ def _open_file(path: Path) -> list[Image.Image]:
         return [decode(path.read_bytes(), str(path))]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path}") from None
+
+
+def _checksum_of_cell(cell: Any) -> str:
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return checksum_of_bytes(content if isinstance(content, bytes) else b"")
 
 
 def _open_cell(cell: Any, key: str) -> list[Image.Image]:
@@ -127,11 +133,23 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 class Rows:
-    """Rows of a table, in order; images in them stay encoded, ``{"bytes": …, "path": …}``."""
+    """Rows of a table, in order; images in them stay encoded, ``{"bytes": …, "path": …}``.
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    Args:
+        dataset: of the package ``datasets``.
+        name: for messages.
+        files: that the rows are from.
+    """
+
+    def __init__(self, dataset: Any, name: str, files: Sequence[Path] = ()) -> None:
         self._dataset = dataset
         self.name = name
+        self._files = files
+
+    @cached_property
+    def content(self) -> str:
+        """A checksum of the files, which are sampled: of images in a table there is no cheaper one."""
+        return checksum_of_bytes(" ".join(map(checksum, self._files)).encode())
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -151,7 +169,11 @@ class Rows:
 
     def without(self, *columns: str) -> Rows:
         """The same rows without some columns: reading them then does not read the images."""
-        return Rows(self._dataset.remove_columns([c for c in columns if c in self._dataset.column_names]), self.name)
+        return Rows(
+            self._dataset.remove_columns([c for c in columns if c in self._dataset.column_names]),
+            self.name,
+            self._files,
+        )
 
     def picture(self, index: int, column: str = "image") -> Visual:
         """The image in a row (of a list, the first), read from the table when it is opened."""
@@ -161,11 +183,18 @@ class Rows:
             cell = self.cell(index, column)
             return _open_cell(cell[0] if isinstance(cell, list) and cell else cell, key)
 
-        return Visual(key, open_)
+        return Visual(key, open_, content=lambda: self.content)
 
     def cell(self, index: int, column: str) -> Any:
         """A value as the file has it: images and videos encoded, also those in a list."""
         return self._dataset.with_format("arrow")[index][column].to_pylist()[0]
+
+    def path(self, index: int, column: str) -> str | None:
+        """Where the file lies that a cell names; None where its bytes are in the table. Bytes are not read for it."""
+        cell = self._dataset.with_format("arrow")[index][column][0]
+        if "bytes" in getattr(cell, "keys", tuple)():
+            return None if cell["bytes"].is_valid else cell["path"].as_py()
+        return cell.as_py() if str(cell.type) in ("string", "large_string") else None
 
     def __contains__(self, column: str) -> bool:
         return column in self._dataset.column_names
@@ -219,16 +248,18 @@ class Tables:
         try:
             if self.folder is None:
                 loaded = datasets.load_dataset(table.dataset, table.config, split=table.split)
+                files = [Path(file["filename"]) for file in loaded.cache_files]
             else:
-                files = [str(file) for file in parquet_files(self.folder, table)]
-                loaded = datasets.load_dataset("parquet", data_files={table.split: files}, split=table.split)
+                files = parquet_files(self.folder, table)
+                names = [str(file) for file in files]
+                loaded = datasets.load_dataset("parquet", data_files={table.split: names}, split=table.split)
         except damaged as error:
             reason = error.__cause__ or error
             raise ValueError(f"{name} cannot be read ({reason}): fetch it again") from error
         for column, feature in loaded.features.items():
             if isinstance(feature, datasets.Image):
                 loaded = loaded.cast_column(column, datasets.Image(decode=False))
-        return Rows(loaded, name)
+        return Rows(loaded, name, files)
 
 
 def parquet_files(folder: Path, table: Table) -> list[Path]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import COMMAND
+from .matching import shortfalls
 
 _MISSING = "-"
 
@@ -66,12 +67,14 @@ _ABOVE_DIFFERENCES = (
 def main_table(results: dict[str, Any]) -> list[list[str]]:
     """Header and rows: scores, those of the parts first, and what the tokens cost."""
     categories = list(results["rows"][0].get("parts", {}))
-    header = ["method", "visual tokens", *categories, "overall", "% of vanilla", "prefill ms (speed-up)", "GFLOPs"]
+    overall = "overall (partial)" if results["limited"] else "overall"
+    header = ["method", "visual tokens", *categories, overall, "% of vanilla", "prefill ms (speed-up)", "GFLOPs"]
     lines = [header]
     for row in results["rows"]:
         budget = "" if row["dominant"] is None else f" {row['dominant']}+{row['contextual']}"
         means = [row.get("parts", {}).get(category) for category in categories]
         score = _MISSING if "score" not in row else _with_error(row["score"], row["standard_error"])
+        score += "*" if shortfalls(row.get("details", {}), "") else ""
         of_vanilla = row.get("of_vanilla")
         speed_up = f" ({row['prefill_speed_up']['median']:.1f}x)" if "prefill_speed_up" in row else ""
         lines.append(
@@ -111,19 +114,23 @@ def facts(results: dict[str, Any]) -> str:
     where = results["environment"]
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
-    limited = ", not all there are" if results["limited"] else ""
+    number = f"{results['questions']} questions"
+    if results["limited"]:
+        number = f"Partial: {results['questions']} of {results.get('of_questions', 'all')} questions, scored over these"
+    incomplete = results.get("incomplete", {}).items()
     inside = sorted({row["method"] for row in results["rows"] if len(set(row.get("visual_tokens_by_layer", ()))) > 1})
     count = results.get("setting", {}).get("frames")
     frames = "" if count is None else f", {count} frames of each video"
     metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
     return (
-        f"{results['questions']} questions{limited}{frames}; {metric}; ± standard error by bootstrap over questions"
+        f"{number}{frames}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
         f"{_INSIDE.format(', '.join(inside)) if inside else ''}"
         f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
         f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
+        + "".join(f" * {name} is incomplete: {'; '.join(sentences)}." for name, sentences in incomplete)
     )
 
 

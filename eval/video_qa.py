@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava.video import FRAMES, read_frames
 
 from .benchmark import Benchmark, File, Question, Table, Visual
+from .fingerprint import checksum_of_image
 from .frames import EXTENSIONS, clip, videos_below
 from .sources import Rows, Tables, need, read_json
 from .video_judge import graded, score
@@ -141,9 +142,19 @@ def _stored_videos(rows: Rows, folder: Path) -> dict[str, Visual] | None:
         first.setdefault(str(name), index)
     keys = {name: f"{rows.name} video {name}" for name in first}
     return {
-        name: Visual(keys[name], partial(_read_cell, rows, index, folder, keys[name]), FRAMES)
+        name: Visual(
+            keys[name],
+            partial(_read_cell, rows, index, folder, keys[name]),
+            FRAMES,
+            content=partial(_content_of_cell, rows, index, folder),
+        )
         for name, index in first.items()
     }
+
+
+def _content_of_cell(rows: Rows, index: int, folder: Path) -> str:
+    path = rows.path(index, "video")
+    return rows.content if path is None else checksum_of_image(folder / path)
 
 
 def _read_cell(rows: Rows, index: int, folder: Path, key: str, count: int = FRAMES) -> list[Image.Image]:

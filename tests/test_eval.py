@@ -19,11 +19,10 @@ import pytest
 
 from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import Given, open_part, read_answers
+from eval.answers import read_answers
 from eval.benchmarks import scenes
 from eval.methods import METHODS, plan
 from eval.registry import BENCHMARKS
-from eval.runner import fingerprint
 from playground.scenes import make_test_set, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,25 +176,6 @@ def assert_matches(text: str, pattern: str) -> None:
         raise ValueError(text)
 
 
-@pytest.mark.parametrize("size", [9, 70 << 20])
-def test_another_checkpoint_at_the_same_path_is_noticed(size: int, tmp_path: Path):
-    """Of a large file samples are read: each tensor of 4 MiB has one in it."""
-    weights = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
-
-    def written(name: str, changed: slice = slice(0)) -> str:
-        own = weights.copy()
-        own[changed] += 1
-        (tmp_path / name).mkdir(exist_ok=True)
-        own.tofile(tmp_path / name / "model.safetensors")
-        return fingerprint(str(tmp_path / name))
-
-    one = written("one")
-    assert written("copy") == written("one") == one
-    tensor = min(4 << 20, size // 3)
-    for start in (0, size // 3, size // 2, size - tensor):
-        assert written("one", slice(start, start + tensor)) != one
-
-
 def test_a_larger_limit_adds_to_the_answers(run, tmp_path: Path):
     assert eval_command(run("--method", "vanilla", limit=8)) == 0
     assert eval_command(run("--method", "vanilla", limit=20)) == 0
@@ -204,7 +184,7 @@ def test_a_larger_limit_adds_to_the_answers(run, tmp_path: Path):
     assert eval_command(run("--method", "vanilla", limit=8)) == 0
     results = results_of(tmp_path / "out")
     assert (results["questions"], results["limited"]) == (8, True)
-    assert "8 questions, not all there are;" in (tmp_path / "out" / "table.md").read_text()
+    assert "Partial: 8 of 280 questions, scored over these;" in (tmp_path / "out" / "table.md").read_text()
     assert len(answers.read_text().splitlines()) == 8
 
 
@@ -279,12 +259,13 @@ def test_images_that_cannot_be_read(run, scenes_data: Path, tmp_path: Path, caps
     affected = sum(row["image_id"] == broken for row in table)
     assert f"vanilla: {affected} questions could not be asked" in capsys.readouterr().err
     assert len(results_of(tmp_path / "out")["not_asked"]["vanilla"]) == affected
+    assert f"{affected} questions were not asked" in (table_file := tmp_path / "out" / "table.md").read_text()
+    assert "0.0 ± 0.0* |" in table_file.read_text()  # the mark
     answers, _ = read_answers(tmp_path / "out" / "answers" / "vanilla.jsonl")
     assert sum("error" in answer.extra and not answer.text for answer in answers) == affected
     pq.write_table(pq.read_table(scenes_data / "test.parquet").slice(0, 24), folder / "test.parquet")  # it is repaired
-    assert eval_command([*command, "--skip-bad"]) == 0
-    assert len(results_of(tmp_path / "out")["not_asked"]["vanilla"]) == affected
-    assert eval_command(command) == 0
+    assert eval_command([*command, "--skip-bad"]) == 0  # it is another image: --skip-bad does not keep the error
+    assert f"vanilla: {affected} of 24 questions are asked again" in capsys.readouterr().err
     assert results_of(tmp_path / "out")["not_asked"]["vanilla"] == []
     repaired = (tmp_path / "out" / "answers" / "vanilla.jsonl").read_bytes()
     assert eval_command(run("--method", "vanilla", "--output", str(tmp_path / "whole"))) == 0
@@ -341,25 +322,47 @@ def test_budgets_are_checked_before_the_first_answer(run, tmp_path: Path, capsys
     assert len(part.read_text().splitlines()) == 1  # its header
 
 
-def test_damaged_answers_are_not_overwritten(tmp_path: Path):
-    path = tmp_path / "run.0.jsonl"
-    with open_part(path, {"tokens": 4}, {}) as part:
-        part.append([Given(1, "yes", 4), Given(2, "Übergröße", 4)])
-        with pytest.raises(BlockingIOError, match="another process is writing"), open_part(path, {"tokens": 4}, {}):
-            pass
-        with open_part(tmp_path / "run.1.jsonl", {"tokens": 4}, {}) as other:  # of another process
-            assert other.given == part.given
-    with open_part(path, {"tokens": 4}, {}) as part:
-        assert part.given[2].text == "Übergröße"
-    lines = path.read_bytes().splitlines(keepends=True)
-    for content, message in (
-        ([lines[0], b"{\n", lines[1]], "line 2 of .* is damaged"),
-        ([*lines, lines[1]], "answers question 1 twice"),
-    ):
-        path.write_bytes(b"".join(content))
-        with pytest.raises(ValueError, match=message), open_part(path, {"tokens": 4}, {}):
-            pass
-        assert path.read_bytes() == b"".join(content)
+def test_a_damaged_line_in_the_middle_of_a_run(run, tmp_path: Path, capsys):
+    """Its question is asked again, and that is said once."""
+    command = run("--method", "vanilla")
+    assert eval_command(command) == 0
+    file, merged = (tmp_path / "out" / "answers" / name for name in ("parts/vanilla.0.jsonl", "vanilla.jsonl"))
+    before, lines = merged.read_bytes(), file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:7], lines[7][:20] + b"\n", *lines[8:]]))
+    assert eval_command(command) == 0
+    said = capsys.readouterr().err
+    assert f"vanilla: damaged and left out: line 8 of {file} (" in said and "the other 23 answers stay" in said
+    assert merged.read_bytes() == before
+    assert len(file.read_bytes().splitlines()) == 1 + 24 + 1
+    assert eval_command(command) == 0
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_other_images_under_the_same_names(run, scenes_data: Path, tmp_path: Path, capsys):
+    """Their questions are asked again, the answers are those of a fresh folder; the old ones are there for the old."""
+    table = pq.read_table(scenes_data / "test.parquet").slice(0, 24).to_pylist()
+    folder, answers = tmp_path / "data", tmp_path / "out" / "answers" / "vanilla.jsonl"
+    folder.mkdir()
+    replaced = {row["image_id"] for row in table[:6]}
+    others = [
+        {**row, "image": {**row["image"], "bytes": table[-1]["image"]["bytes"]}} if row["image_id"] in replaced else row
+        for row in table
+    ]
+    affected = sum(row["image_id"] in replaced for row in table)
+    command = run("--method", "random", "--tokens", "4", "--seeds", "1", "--data", str(folder))
+    answers = tmp_path / "out" / "answers" / "random-4-seed0.jsonl"
+    found = []
+    for rows, again in ((table, 0), (others, affected), (table, 0)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
+        assert eval_command(command) == 0
+        said = capsys.readouterr().err
+        assert (f": {again} of 24 questions are asked again, as their images" in said) == bool(again)
+        found.append(answers.read_bytes())
+        if again:
+            assert eval_command([*command, "--output", str(tmp_path / "fresh")]) == 0
+            assert (tmp_path / "fresh" / "answers" / answers.name).read_bytes() == found[-1]
+            capsys.readouterr()
+    assert found[0] == found[2] and 0 < affected < 24
 
 
 def test_quickstart(make_checkpoint, scenes_data: Path, tmp_path: Path):

@@ -141,4 +141,5 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth_from_folder,
     truth_from_tables=truth_from_tables,
     score=score,
+    missing="count as wrong",
 )

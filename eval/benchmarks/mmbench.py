@@ -18,7 +18,7 @@ import base64
 import binascii
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from PIL import Image
 
 from .. import COMMAND
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..fingerprint import checksum_of_bytes
 from ..matching import match, percent, percent_by
 from ..questions import LETTER, lettered, listed
 from ..sources import Tables, decode, need, refuse_repeated
@@ -52,10 +53,12 @@ class Truth:
     Attributes:
         name: of the file or table; the submission is called so.
         rows: cells by column; empty cells are None.
+        partly: of how many questions only some rotations are there, as a limit left the others out.
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
+    partly: int = 0
 
 
 def questions(folder: Path, dev: str, instruction: str) -> list[Question]:
@@ -76,7 +79,8 @@ def questions(folder: Path, dev: str, instruction: str) -> list[Question]:
         content = images[name] or ""
         if content.isdecimal():
             content = images.get(int(content)) or ""
-        visual = Visual(f"{path} image of index {name}", partial(_open, content, f"{path} image of index {name}"))
+        key = f"{path} image of index {name}"
+        visual = Visual(key, partial(_open, content, key), content=partial(checksum_of_bytes, content.encode()))
         asked.append(_question(row, seen.setdefault(content, visual), instruction))
     return asked
 
@@ -232,7 +236,17 @@ def score(answers: Sequence[Answer], truth: Truth, judge: Judge | None = None) -
         "undecided": sum(each is None for each in chosen.values()),
         **matched.counts,
     }
-    return Score("circular accuracy", circular, details, by_ability, list(points.values()))
+    some = f" (of {truth.partly} of {len(points)} questions not all rotations were asked)" if truth.partly else ""
+    return Score(f"circular accuracy{some}", circular, details, by_ability, list(points.values()))
+
+
+def _asked(answers: Sequence[Answer], truth: Truth) -> Truth:
+    """The rows that some answers are to. Of a question's rotations those that were asked decide, then."""
+    there = match(answers, (int(row["index"]) for row in truth.rows)).answers
+    rows = [row for row in truth.rows if int(row["index"]) in there]
+    questions = {int(row["index"]) % _ROTATION for row in rows}
+    left_out = {int(row["index"]) % _ROTATION for row in truth.rows if int(row["index"]) not in there}
+    return replace(truth, rows=rows, partly=len(questions & left_out))
 
 
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
@@ -282,6 +296,8 @@ def _benchmark(name: str, title: str, summary: str, dev: str, config: str, instr
         truth_from_tables=partial(truth_of_tables, name=f"{name}_dev"),
         score=score,
         submit=submit,
+        missing="count as wrong",
+        asked=_asked,
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .. import COMMAND
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
-from ..matching import match
+from ..matching import asked, match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..sources import Tables, refuse_repeated
 
@@ -220,4 +220,6 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth_from_folder,
     truth_from_tables=truth_from_tables,
     score=score,
+    missing="do not count, and a subtask without answers adds nothing to the sum",
+    asked=lambda answers, truth: asked(answers, truth, lambda answer: _find(answer, truth)),
 )

@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table
 from ..judge import Judge, Request, normalized_match
-from ..matching import match, unreadable
+from ..matching import asked, match, unreadable
 from ..questions import EVAL_ZIP, read_questions
 from ..sources import Tables, need, read_json, refuse_repeated
 
@@ -346,4 +347,6 @@ BENCHMARK = Benchmark(
     judged=True,
     graded=graded,
     submit=submit,
+    missing="have a grade of 0",
+    asked=partial(asked, name=lambda answer: _name(answer.question_id)),
 )

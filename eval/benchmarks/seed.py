@@ -142,4 +142,5 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth,
     truth_from_tables=truth_of_tables,
     score=score,
+    missing="count as wrong",
 )

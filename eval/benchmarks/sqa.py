@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Answer, Benchmark, File, Question, Score, Table, UnscoredError
 from ..matching import match, percent
 from ..questions import EVAL_ZIP, LETTER, listed
 from ..sources import Tables, need, picture, read_json, refuse_repeated
@@ -108,7 +108,8 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Problem], judge: Judge 
     counts as wrong among all, but not among those with an image. ``points`` are those of the answers with an image.
 
     Raises:
-        ValueError: no answer is to a question here, or none was asked with an image.
+        ValueError: no answer is to a question here.
+        UnscoredError: none was asked with an image.
     """
     matched = match(answers, truth)
     found = matched.answers
@@ -117,7 +118,7 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Problem], judge: Judge 
     with_image = [right[name] for name, answer in found.items() if _IMAGE in answer.prompt]
     without = [right[name] for name, answer in found.items() if _IMAGE not in answer.prompt]
     if not with_image:
-        raise ValueError(
+        raise UnscoredError(
             f"none of the {len(found)} answers has {_IMAGE} in its prompt, where LLaVA notes that there was an image: "
             "the headline is over those that have"
         )
@@ -160,4 +161,5 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth,
     truth_from_tables=truth_of_tables,
     score=score,
+    missing="count as wrong among all, and not at all among those with an image",
 )

@@ -15,10 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table
-from ..matching import match, percent, unreadable
+from ..matching import asked, match, percent, unreadable
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..sources import Tables, need, read_json
 from ..vqa import ten, textvqa_accuracy
@@ -114,4 +115,5 @@ BENCHMARK = Benchmark(
     truth_from_folder=truth_from_folder,
     truth_from_tables=truth_from_tables,
     score=score,
+    asked=partial(asked, name=_key),
 )

@@ -13,11 +13,11 @@ is scored with them as the VQA server would; that VizWiz's server does the same 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
-from ..matching import match
+from ..matching import asked, match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..sources import Tables, need, read_json, read_jsonl, refuse_repeated
 from ..vqa import Annotation, normalise, score_uploaded, ten, write_submission
@@ -112,6 +112,13 @@ def _annotated(answers: Sequence[Answer], truth: Truth) -> bool:
     return any(_stem(answer.question_id) in truth.annotations for answer in answers)
 
 
+def _asked(answers: Sequence[Answer], truth: Truth) -> Truth:
+    """The annotations that some answers are to; what a server scores stays as it is."""
+    if not _annotated(answers, truth):
+        return truth
+    return replace(truth, annotations=asked(answers, truth.annotations, lambda answer: _stem(answer.question_id)))
+
+
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     """Write the results file of the VizWiz challenge.
 
@@ -150,4 +157,6 @@ BENCHMARK = Benchmark(
     truth_from_tables=truth_from_tables,
     score=score,
     submit=submit,
+    missing="count as empty answers",
+    asked=_asked,
 )

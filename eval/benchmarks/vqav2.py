@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
-from ..matching import match
+from ..matching import asked, match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..sources import Tables, need, read_json, read_jsonl, refuse_repeated
 from ..vqa import Annotation, normalise, score_uploaded, ten, write_submission
@@ -106,6 +106,11 @@ def _annotated(answers: Sequence[Answer], truth: Truth) -> bool:
     return any(str(name) in given for name in truth.annotations)
 
 
+def _asked(answers: Sequence[Answer], truth: Truth) -> Truth:
+    """The annotations that some answers are to; what a server scores stays as it is."""
+    return replace(truth, annotations=asked(answers, truth.annotations)) if _annotated(answers, truth) else truth
+
+
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     """Write the results file of the VQA challenge: every question, with "" where there is no answer."""
     ids = truth.annotations if _annotated(answers, truth) else truth.test
@@ -132,4 +137,6 @@ BENCHMARK = Benchmark(
     truth_from_tables=truth_from_tables,
     score=score,
     submit=submit,
+    missing="count as empty answers",
+    asked=_asked,
 )

@@ -191,6 +191,24 @@ def test_a_limited_run_submits_nothing(model_for, tmp_path: Path):
     assert (tmp_path / "out" / "answers" / "vanilla.jsonl").exists() and not (tmp_path / "out" / "submissions").exists()
 
 
+def test_a_limited_run_is_partial(model_for, tmp_path: Path, capsys):
+    """Scored over the two that were asked, with a standard error, and the table says so."""
+    module, _ = data_module("gqa")
+    module.write_folder(tmp_path)
+    out = tmp_path / "out"
+    places = ["--model-path", str(model_for("gqa")), "--data-root", str(tmp_path), "--output", str(out)]
+    assert eval_command(["run", "gqa", *places, "--device", "cpu", "--method", "vanilla", "--limit", "2"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    (row,) = results["rows"]
+    texts = [answer.text for answer in read_answers(out / "answers" / "vanilla.jsonl")[0]]
+    right = sum(text == gold for text, gold in zip(texts, ("no", "woman"), strict=True))
+    assert row["score"] == 50 * right and row["standard_error"] is not None
+    assert (results["questions"], results["of_questions"], results["incomplete"]) == (2, 5, {})
+    table = (out / "table.md").read_text()
+    assert "| overall (partial) |" in table and f"| {row['score']:.1f} ± " in table
+    assert "Partial: 2 of 5 questions, scored over these; exact match" in " ".join(capsys.readouterr().out.split())
+
+
 def test_scripts_are_short_and_there_is_one_for_each():
     scripts = {file.stem: file.read_text().splitlines() for file in SCRIPTS.iterdir()}
     assert set(scripts) == {*NAMES, "all", "run"}
