@@ -41,7 +41,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, unzipped: str) -> None:
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """The flag ``--device``; :func:`device_of` reads it."""
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, … (default: cuda if there is any, else cpu)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="cuda, cuda:1, cpu, … (default: cuda if there is any, else cpu)"
+    )
 
 
 def device_of(args: Any) -> str:
@@ -60,10 +62,18 @@ def add_budget_arguments(
     """VisionZip's two counts; ``note``: what holds without them, where ``default`` does not say it."""
     dominant, contextual = default or (None, None)
     parser.add_argument(
-        "--dominant", type=int, default=dominant, help=f"VisionZip: tokens to keep per tile, CLS included{note}"
+        "--dominant",
+        type=int,
+        default=dominant,
+        metavar="K",
+        help=f"VisionZip: tokens to keep per tile, CLS included{note}",
     )
     parser.add_argument(
-        "--contextual", type=int, default=contextual, help=f"VisionZip: tokens per tile to merge the rest into{note}"
+        "--contextual",
+        type=int,
+        default=contextual,
+        metavar="M",
+        help=f"VisionZip: tokens per tile to merge the rest into{note}",
     )
 
 
@@ -130,7 +140,7 @@ def add_measuring_arguments(
         note: of a ``dtype`` of None, what holds then.
     """
     if rounds is not None:
-        parser.add_argument("--rounds", type=positive, default=rounds, help="timed rounds of all ways")
+        parser.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="timed rounds of all ways")
     add_device_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of the weights{note}")
     parser.add_argument("--output", metavar="FILE", help="JSON file for the results (default: only printed)")

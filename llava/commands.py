@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,17 +47,18 @@ def run_commands(
         parser = parser_of(f"{prog} {name}", target)
         args = parser.parse_args(list(words[1:]))
         return run_command(parser.prog, args.run, args)
-    overview = Parser(prog, description=description)
+    width = max(map(len, commands)) + 4
+    lines = [f"  {each:<{width - 2}}{summary}" for each, (_, summary) in commands.items()]
+    listed = "\n".join(["commands:", *lines, "", f"{prog} COMMAND --help says more of each"])
+    overview = Parser(prog, usage=f"{prog} COMMAND …", description=description, epilog=listed)
     if version is not None:
-        overview.add_argument("--version", action="store_true", help="print the version and end")
-    names = overview.add_subparsers(title="commands", metavar="COMMAND")
-    for each, (_, summary) in commands.items():
-        names.add_parser(each, help=summary)
+        shown = {"action": "store_true", "default": argparse.SUPPRESS}
+        overview.add_argument("--version", help="print the version and end", **shown)
     if name is None:
         overview.error(f"give a command, one of {', '.join(commands)} ({prog} --help says what they do)")
     if not name.startswith("-"):
         overview.error(f"unknown command {name!r}{hint(name, commands)}")
-    if overview.parse_args(list(words)).version:
+    if overview.parse_args(list(words)):  # --help has ended it, so it is --version
         print(f"{prog} {version()}")
     return 0
 
@@ -154,21 +156,22 @@ class Help(argparse.HelpFormatter):
         return self._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
+        text, note, default = (action.help or "").partition("(default: ")
+        text, default = text.strip(), note + default
         if action.choices is not None and action.metavar is None:
             names = ", ".join(map(str, action.choices)).replace("%", "%%")
             text = f"{text}: {names}" if text else names
-        if not action.option_strings or action.default is argparse.SUPPRESS or "(default" in text:
-            return text
-        default = "required" if action.required else f"default: {_shown(action.default)}"
-        return f"{text} ({default})".replace("  ", " ").strip()
+        if action.option_strings and action.default is not argparse.SUPPRESS and not default:
+            default = "(required)" if action.required else f"(default: {_shown(action.default)})"
+        return f"{text} {default}".strip()
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = inspect.cleandoc(text).split("\n\n")
         is_code = re.compile("^ ", re.MULTILINE).search
-        return "\n\n".join(
-            each if is_code(each) else super(Help, self)._fill_text(each, width, indent) for each in paragraphs
-        )
+        return "\n\n".join(each if is_code(each) else "\n".join(self._split_lines(each, width)) for each in paragraphs)
 
 
 def _shown(default: Any) -> str:
@@ -188,7 +191,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Say one line and end with status 2; the flags are in ``--help``."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        one_spelling = re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message)
+        self.exit(2, f"{self.prog}: {one_spelling}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and refuse what is left over."""

@@ -3,9 +3,11 @@
 A scene is a patterned background with a few coloured shapes, letters and digits on it, some of them barely larger than
 one patch. Everything follows from (split, seed, index): the same numbers give the same pixels and words.
 
-    python -m playground.scenes test                      the test set, playground/data/eval/scenes/test.parquet
-    python -m playground.scenes test --seed 7 --output seven.parquet  another one, of another seed
-    python -m playground.scenes train --images 30000 --output DIR    training data, in LLaVA's format
+    … test                                    playground/data/eval/scenes/test.parquet
+    … test --seed 7 --output seven.parquet    another test set
+    … train --images 30000 --output DIR       training data, in LLaVA's format
+
+(``python -m playground.scenes`` in front.)
 """
 
 from __future__ import annotations

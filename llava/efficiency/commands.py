@@ -215,7 +215,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=32,
         metavar="N",
-        help="length of each answer, in tokens (none ends before)",
+        help="tokens of each answer, none of which ends before",
     )
     parser.set_defaults(run=benchmark_generate)
 

@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import transformers
 from matplotlib.figure import Figure
-from transformers import Trainer
+from transformers import HfArgumentParser, Trainer
+
+from llava.commands import Parser
 
 CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
 _LIBRARIES = ("visionzip", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
@@ -26,6 +28,32 @@ class TrainingArguments(transformers.TrainingArguments):
     """Transformers' own, for data sets whose samples are not the model's columns."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and have a line for each logged step where no terminal is, not a bar."""
+        check_finite(self)
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True
+        super().__post_init__()
+
+
+class TrainingParser(Parser, HfArgumentParser):
+    """Parses the command line of a training into dataclasses; refuses as the other commands do."""
+
+    def __init__(self, kinds: Sequence[type], prog: str, description: str | None) -> None:
+        super().__init__(kinds, prog=prog, usage=f"{prog} --FLAG VALUE …", description=description)
+
+
+def check_finite(arguments: Any) -> None:
+    """Check the numbers of a dataclass.
+
+    Raises:
+        ValueError: one is infinite or NaN.
+    """
+    for each in fields(arguments):
+        value = getattr(arguments, each.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{each.name} {value} is no finite number")
 
 
 def last_checkpoint(folder: str) -> str | None:
