@@ -39,9 +39,7 @@ def run_commands(
     name = words[0] if words else None
     if name in commands:
         target, summary = commands[name]
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            target = getattr(importlib.import_module(module), attribute)
+        target = resolve(target)
         if isinstance(target, Mapping):
             return run_commands(f"{prog} {name}", target, words[1:], summary)
         parser = parser_of(f"{prog} {name}", target)
@@ -61,6 +59,14 @@ def run_commands(
     if overview.parse_args(list(words)):  # --help has ended it, so it is --version
         print(f"{prog} {version()}")
     return 0
+
+
+def resolve(target: str | AddArguments | Commands) -> AddArguments | Commands:
+    """What a command is, imported if only its place is given."""
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def parser_of(prog: str, add_arguments: AddArguments) -> Parser:
