@@ -53,7 +53,7 @@ def print_table(
         out: where to print (default: standard output).
     """
     out, rows = out or console(), list(rows)
-    table = Table(title=Text(title), title_justify="left", show_header=any(columns))
+    table = Table(show_header=any(columns))
     for column in columns:
         table.add_column(Text(column), justify="left" if column in left or not column else "right", no_wrap=True)
     for row in rows:
@@ -61,16 +61,19 @@ def print_table(
     needed = Measurement.get(out, out.options.update(width=10_000, max_width=10_000), table).maximum
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = max(out.width, needed)
+    say(title, "bold", out)
     if needed <= out.width:
         out.print(table)
         return
-    out.print(Text(title, style="bold"))
     for row in rows:
         cells = [_cell(column, cell, column in left) for column, cell in zip(columns, row, strict=True) if cell]
         facts = [_cell(column, cell, False) for column, cell in zip(columns[names:], row[names:], strict=True) if cell]
-        out.print(Text(" · ".join(cells[: len(cells) - len(facts)]).replace(_JOINT, " ")))
-        lines = textwrap.wrap(" · ".join(facts), out.width - 2, break_on_hyphens=False)
-        out.print(Text(textwrap.indent("\n".join(lines), "  ").replace(_JOINT, " ")))
+        lines = [" · ".join(cells[: len(cells) - len(facts)])]
+        # A word that is longer than a line is an address, to be copied whole: the terminal itself wraps it.
+        text, margin = f"{_JOINT}· ".join(facts), {"initial_indent": "  ", "subsequent_indent": "  "}
+        lines += textwrap.wrap(text, out.width, break_long_words=False, break_on_hyphens=False, **margin)
+        for line in lines:
+            out.print(Text(line.replace(_JOINT, " ")), soft_wrap=True)
 
 
 def _cell(column: str, cell: str, is_name: bool) -> str:
