@@ -151,7 +151,7 @@ def test_the_benchmark_compares_the_same_method():
 
 def test_benchmark_tower(tmp_path: Path, capsys):
     output = tmp_path / "results" / "tower.json"
-    command = ["benchmark", "tower", "--shape", "tiny", "--batch-sizes", "2", "--rounds", "2", "--output", str(output)]
+    command = ["benchmark", "tower", "--shape", "tiny", "--batch-size", "2", "--rounds", "2", "--output", str(output)]
     assert visionzip_command(command) == 0
     report = json.loads(output.read_text())
     assert report["torch"] == torch.__version__
