@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from llava.arguments import add_model_arguments, positive, run_command
+from llava.arguments import add_frames_argument, add_model_arguments, add_tokens_argument
+from llava.commands import Commands, positive, run_commands
 from llava.methods import METHODS
-from llava.video import FRAMES
+from llava.screen import print_table
 
 from . import COMMAND
 from .answers import read_answers
-from .data import DATA_ROOT, data_of, judge_of
+from .data import data_of, judge_of
 from .matching import shortfalls
 from .paper import paper_table
 from .prepare import prepare
@@ -29,10 +27,7 @@ from .table import write_atomically, write_table
 def show_list(args: argparse.Namespace) -> None:
     """Print the benchmarks and the methods."""
     for title, entries in (("benchmarks", BENCHMARKS), ("methods", METHODS)):
-        table = Table(title=title, show_header=False)
-        for name, entry in entries.items():
-            table.add_row(name, entry.summary)
-        Console().print(table)
+        print_table(title, ("", ""), [(name, entry.summary) for name, entry in entries.items()])
 
 
 def score(args: argparse.Namespace) -> None:
@@ -84,64 +79,107 @@ def show_table(args: argparse.Namespace) -> None:
         print(paper_table(args.paper, None if args.folder is None else Path(args.folder), args.format))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status (2 for bad input, as argparse has it; 130 when interrupted)."""
-    parser = argparse.ArgumentParser(COMMAND, description="Benchmarks of LLaVA models, zipped and not.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show benchmarks and methods").set_defaults(run=show_list)
+def add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    """``eval list`` has no flags."""
+    parser.set_defaults(run=show_list)
 
-    prepare_parser = commands.add_parser("prepare", help="check or fetch the data", description=prepare.__doc__)
-    prepare_parser.add_argument("benchmarks", nargs="+", metavar="benchmark", choices=[*sorted(BENCHMARKS), "all"])
-    prepare_parser.set_defaults(run=prepare, data=None)
 
-    run_parser = commands.add_parser("run", help="answer, score and time", description=run.__doc__)
-    run_parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="what to ask")
-    add_model_arguments(run_parser)
-    run_parser.add_argument(
-        "--method", nargs="+", choices=list(METHODS), default=["vanilla", "visionzip"], help="(vanilla visionzip)"
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval prepare``."""
+    parser.add_argument("benchmarks", nargs="+", choices=[*sorted(BENCHMARKS), "all"], help="what to look for")
+    _add_data_arguments(parser)
+    parser.set_defaults(run=prepare, data=None)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval run``."""
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="what to ask")
+    add_model_arguments(parser, unzipped="--tokens, else the checkpoint's own")
+    parser.add_argument(
+        "--method", nargs="+", choices=list(METHODS), default=["vanilla", "visionzip"], help="ways to compare"
     )
-    run_parser.add_argument("--tokens", type=positive, nargs="+", default=[], help="visual tokens per image or tile")
-    run_parser.add_argument("--seeds", type=positive, default=3, help="how many, for the method random (3)")
-    run_parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (8)")
-    run_parser.add_argument("--limit", type=positive, help="only the first so many questions")
-    run_parser.add_argument("--frames", type=positive, help=f"of each video ({FRAMES}; shorter ones repeat some)")
-    run_parser.add_argument(
+    add_tokens_argument(parser, "tile", "--dominant and --contextual, else the checkpoint's own")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at a time")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first so many questions (default: all)")
+    add_frames_argument(parser)
+    parser.add_argument(
         "--skip-bad", action="store_true", help="count questions whose image or video is missing or damaged as wrong"
     )
-    run_parser.add_argument("--output", required=True, help="folder of the results; a killed run goes on in it")
-    run_parser.set_defaults(run=run)
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where the results go; a killed run goes on there"
+    )
+    _add_data_arguments(parser, own_folder=True)
+    _add_judge_argument(parser)
+    parser.set_defaults(run=run, interrupted="interrupted: the same command goes on from here")
 
-    score_parser = commands.add_parser("score", help="score an answers file", description=score.__doc__)
-    score_parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="what was asked")
-    score_parser.add_argument("--answers", help="answers file: LLaVA's, Video-LLaVA's or MMMU's format")
-    score_parser.add_argument("--graded", help="a file that the official judge has graded (mmvet, llavabench)")
-    score_parser.add_argument("--output", required=True, help="json file to write")
-    score_parser.set_defaults(run=score)
 
-    for each in (run_parser, score_parser):
-        each.add_argument("--data", help="the benchmark's folder (default: its own below --data-root)")
-        each.add_argument("--judge", help="model behind OPENAI_BASE_URL that judges, or 'exact', an offline proxy")
-    for each in (run_parser, score_parser, prepare_parser):
-        each.add_argument("--data-root", help=f"LLaVA's folder of benchmarks ({DATA_ROOT})")
-        each.add_argument(
-            "--from-hub",
-            nargs="?",
-            const="",
-            help="the Hugging Face data set instead; or a local copy of it, or a folder with copies of several",
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval score``."""
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="what was asked")
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="answers in LLaVA's, Video-LLaVA's or MMMU's format (default: none, --graded has them)",
+    )
+    parser.add_argument(
+        "--graded",
+        metavar="FILE",
+        help="what the official judge has graded, of mmvet and llavabench (default: none, --answers are scored)",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the result")
+    _add_data_arguments(parser, own_folder=True)
+    _add_judge_argument(parser)
+    parser.set_defaults(run=score)
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval table``."""
+    parser.add_argument("folder", nargs="?", help="--output of a run; with --paper, a folder with several")
+    parser.add_argument(
+        "--paper", type=positive, metavar="N", help="number of a table of the VisionZip paper (default: the run's own)"
+    )
+    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown", help="of a table of the paper")
+    parser.set_defaults(run=show_table)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser, own_folder: bool = False) -> None:
+    if own_folder:
+        parser.add_argument(
+            "--data", metavar="FOLDER", help="the benchmark's data (default: its own folder below --data-root)"
         )
+    parser.add_argument(
+        "--data-root", metavar="FOLDER", help="LLaVA's folder of benchmarks (default: playground/data/eval)"
+    )
+    parser.add_argument(
+        "--from-hub",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="the Hugging Face data set instead; or a local copy of it, or a folder with copies of several (default: "
+        "the folders above)",
+    )
 
-    table_parser = commands.add_parser("table", help="write a table", description=show_table.__doc__)
-    table_parser.add_argument("folder", nargs="?", help="--output of a run; with --paper, a folder with several")
-    table_parser.add_argument("--paper", type=positive, help="number of a table of the VisionZip paper")
-    table_parser.add_argument("--format", choices=("markdown", "latex"), default="markdown", help="(markdown)")
-    table_parser.set_defaults(run=show_table)
 
-    args = parser.parse_args(argv)
-    try:
-        return run_command(f"{COMMAND} {args.command}", args.run, args)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+def _add_judge_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge", help="model behind OPENAI_BASE_URL that judges, or 'exact', an offline proxy (default: none)"
+    )
+
+
+COMMANDS: Commands = {
+    "list": (add_list_arguments, "show benchmarks and methods"),
+    "prepare": (add_prepare_arguments, "check or fetch the data"),
+    "run": (add_run_arguments, "answer, score and time"),
+    "score": (add_score_arguments, "score an answers file"),
+    "table": (add_table_arguments, "write a table"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status (2 for bad input, as argparse has it; 130 when interrupted)."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_commands(COMMAND, COMMANDS, words, "Benchmarks of LLaVA models, zipped and not.")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation
 from llava.mm_utils import tokenizer_image_token
 from llava.model.transformers_llava import generating_module
+from llava.screen import progress
 from llava.serve.chat import with_image_tokens
 from llava.video import process_visuals
 
@@ -187,10 +187,9 @@ def answer_all(asked: Asked, benchmark: Benchmark, parts: Mapping[Run, Part], ba
     ]
     total = sum(map(len, batches)) * len(parts)
     done = sum(prompt.place in part.given for part in parts.values() for batch in batches for prompt in batch)
-    bar = tqdm(total=total, initial=done, unit="question", smoothing=0.05, disable=own.rank > 0)
-    with bar as progress, ThreadPoolExecutor(1) as ahead:
+    with progress(total, "questions", "questions", done, own.rank > 0) as bar, ThreadPoolExecutor(1) as ahead:
         for run, part in parts.items():
-            progress.set_description(run.name)
+            bar.set_description(run.name)
             missing = [batch for batch in batches if any(prompt.place not in part.given for prompt in batch)]
             upcoming: Future[dict[str, Loaded]] | None = None
             with attached(asked.model, run):
@@ -202,7 +201,7 @@ def answer_all(asked: Asked, benchmark: Benchmark, parts: Mapping[Run, Part], ba
                     new = [prompt.place not in part.given for prompt in batch]
                     found = answer(asked.model, asked.tokenizer, batch, pixels, benchmark.max_new_tokens)
                     part.append([one for one, wanted in zip(found, new, strict=True) if wanted])
-                    progress.update(sum(new))
+                    bar.update(sum(new))
 
 
 @torch.inference_mode()

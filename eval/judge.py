@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from llava.screen import progress
 
 T = TypeVar("T")
 
@@ -111,13 +111,9 @@ class Judge:
         replies = {name: reply for name in records if (reply := self._cached(name)) is not None}
         missing = [name for name in records if name not in replies]
         failures: list[str] = []
-        with tqdm(
-            total=len(records),
-            initial=len(replies),
-            desc=f"judge {self.model}" + (f", attempt {attempt + 1}" if attempt else ""),
-            unit="reply",
-            postfix={"cached": len(replies)},
-        ) as progress:
+        label = f"judge {self.model}" + (f", attempt {attempt + 1}" if attempt else "")
+        label += f", {len(replies)} replies kept" if replies else ""
+        with progress(len(records), label, "replies", len(replies)) as bar:
             pool = ThreadPoolExecutor(self._workers)
             futures = {pool.submit(self._fetch, name, records[name]): name for name in missing}
             in_a_row = 0
@@ -132,7 +128,7 @@ class Judge:
                             break
                     else:
                         in_a_row = 0
-                        progress.update()
+                        bar.update()
             finally:
                 pool.shutdown(cancel_futures=True)  # waits for those under way: they are paid for
         if failures:

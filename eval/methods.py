@@ -65,8 +65,8 @@ def plan(
     at_a_budget = [method for method in methods if method != "vanilla"]
     if at_a_budget and not splits:
         raise ValueError(
-            f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens per image, or --dominant and "
-            "--contextual"
+            f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens to keep per tile, or "
+            "--dominant and --contextual"
         )
     return [Run("vanilla")] * ("vanilla" in methods) + [
         Run(method, budget, seed, own if method == "visionzip" else None)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 import visionzip
-from llava.arguments import load_from_arguments
+from llava.arguments import device_of, load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
-from llava.model.loading import find_file
+from llava.model.loading import checkpoint_path, find_file
 from llava.model.transformers_llava import is_transformers
 
 from .answers import Given, Part, answers_file, as_answers, open_part, part_path
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         OSError: a file is missing or damaged.
     """
     benchmark, own = BENCHMARKS[args.benchmark], world()
-    config = config_of(args.model_path)
+    device, config = device_of(args), config_of(args.model_path)
     runs = _plan(args, config)
     data = data_of(benchmark, args)
     every = with_frames(data.questions(), args.frames)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     args.conv_mode = args.conv_mode or template_for(args.model_path, benchmark)
     if own.size > 1 and args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    folder, facts = Path(args.output), {**environment(_device(args)), "git_commit": git_commit()}
+    folder, facts = Path(args.output), {**environment(device), "git_commit": git_commit()}
     judge = judge_of(benchmark, args.judge, folder / "judged")
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
     setting = setting_of(args, benchmark, config, every)
@@ -272,17 +272,13 @@ def template_for(model_path: str, benchmark: Benchmark) -> str:
     return benchmark.conv_mode if mode in ("llava_v1", "vicuna_v1") else mode
 
 
-def _device(args: argparse.Namespace) -> str:
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def config_of(model_path: str) -> Any:
     """A checkpoint's ``config.json``.
 
     Raises:
         FileNotFoundError: it has none.
     """
-    config = find_file(model_path, "config.json")
+    config = find_file(checkpoint_path(model_path, "--model-path"), "config.json")
     if config is None:
         raise FileNotFoundError(f"--model-path {model_path} has no config.json: give a checkpoint's folder or hub name")
     return SimpleNamespace(**json.loads(Path(config).read_text(encoding="utf-8")))
@@ -299,7 +295,7 @@ def setting_of(
         "benchmark": benchmark.name,
         "model": fingerprint(*filter(None, parts)),
         "bits": 8 if args.load_8bit else 4 if args.load_4bit else None,
-        "device": _device(args).split(":")[0],
+        "device": device_of(args).split(":")[0],
         "frames": frames_of(questions),
         "first_prompt": prompt_of(questions[0], config, args.conv_mode),
         "max_new_tokens": benchmark.max_new_tokens,

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from llava.screen import print_table, say
 
 from . import COMMAND
 from .matching import shortfalls
@@ -15,12 +14,11 @@ from .matching import shortfalls
 _MISSING = "-"
 
 
-def write_table(folder: Path, console: Console | None = None) -> None:
+def write_table(folder: Path) -> None:
     """Write ``table.md`` from a run's ``results.json``, and print it.
 
     Args:
         folder: where ``results.json`` is.
-        console: where to print (default: standard output; with room for all columns where that is no terminal).
 
     Raises:
         FileNotFoundError: there are no results.
@@ -38,17 +36,9 @@ def write_table(folder: Path, console: Console | None = None) -> None:
     texts = [f"# {title}\n", markdown(tables[0]), *(_ABOVE_DIFFERENCES + markdown(table) for table in tables[1:])]
     write_atomically(folder / "table.md", "\n".join([*texts, facts(results), ""]))
 
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 160
     for table, name in zip(tables, (title, "visionzip minus others, in points"), strict=False):
-        shown = Table(title=name)
-        for index, column in enumerate(table[0]):
-            shown.add_column(column, justify="right" if index else "left")
-        for line in table[1:]:
-            shown.add_row(*line)
-        console.print(shown)
-    console.print(facts(results), style="dim", highlight=False)
+        print_table(name, table[0], table[1:], left=table[0][:1])
+    say(facts(results), "dim")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,40 +1,149 @@
-"""What the commands share: which model to load and how, and errors that a user can act on."""
+"""What the commands share: flags that say the same everywhere, and the model that they name."""
 
 from __future__ import annotations
 
 import argparse
-import re
-import sys
-from collections.abc import Callable
-from contextlib import suppress
-from importlib import metadata
+import math
 from typing import Any
 
+import torch
+
+from llava.commands import finite, positive
 from llava.conversation import conv_mode_for, conv_templates, new_conversation
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.model.loading import check_device, checkpoint_path
+from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def add_model_arguments(parser: argparse.ArgumentParser, budget: bool = True) -> None:
-    """Flags that say which model to load and how, for :func:`load_from_arguments`; ``budget``: also how to zip it."""
+
+def add_model_arguments(parser: argparse.ArgumentParser, unzipped: str) -> None:
+    """Flags that say which model to load, how, and how to zip it, for :func:`load_from_arguments`.
+
+    Args:
+        parser: gets them.
+        unzipped: what holds without a budget, for ``--help``.
+    """
     parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
-    parser.add_argument("--model-base", help="for a projector or LoRA checkpoint: the model it completes")
-    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by model name)")
-    parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is any)")
+    parser.add_argument(
+        "--model-base", help="of a projector or LoRA checkpoint, the model it completes (default: it is whole)"
+    )
+    parser.add_argument(
+        "--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by the model's name)"
+    )
+    add_device_argument(parser)
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
-    if budget:
-        parser.add_argument("--dominant", type=int, help="VisionZip: tokens to keep per image or tile, CLS included")
-        parser.add_argument("--contextual", type=int, help="VisionZip: tokens to merge the rest into")
+    add_budget_arguments(parser, note=f" (default: {unzipped})")
 
 
-def positive(text: str) -> int:
-    """A flag's whole number of at least 1; argparse reports the error."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--device``; :func:`device_of` reads it."""
+    parser.add_argument(
+        "--device", metavar="NAME", help="cuda, cuda:1, cpu, … (default: cuda if there is any, else cpu)"
+    )
+
+
+def device_of(args: Any) -> str:
+    """The device that ``--device`` names, or the default one.
+
+    Raises:
+        ValueError: there is none of that name here.
+    """
+    name = getattr(args, "device", None)
+    return check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), flag=name is not None)
+
+
+def add_budget_arguments(
+    parser: argparse.ArgumentParser, default: tuple[int, int] | None = None, note: str = ""
+) -> None:
+    """VisionZip's two counts; ``note``: what holds without them, where ``default`` does not say it."""
+    dominant, contextual = default or (None, None)
+    parser.add_argument(
+        "--dominant",
+        type=int,
+        default=dominant,
+        metavar="K",
+        help=f"VisionZip: tokens to keep per tile, CLS included{note}",
+    )
+    parser.add_argument(
+        "--contextual",
+        type=int,
+        default=contextual,
+        metavar="M",
+        help=f"VisionZip: tokens per tile to merge the rest into{note}",
+    )
+
+
+def add_image_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
+    """The flag ``--image``, also by the name that LLaVA's chat has for it."""
+    parser.add_argument(
+        "--image",
+        "--image-file",
+        dest="image",
+        nargs="+",
+        action="extend",
+        required=required,
+        metavar="IMAGE",
+        help=what,
+    )
+
+
+def add_frames_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--frames`` of commands that read videos."""
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help=f"frames of each video (default: {FRAMES}; shorter videos repeat some)",
+    )
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of how answers are made, for :func:`sampling`."""
+    parser.add_argument("--temperature", type=finite, default=0.2, help="0 for greedy decoding")
+    parser.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=positive, default=512, help="longest answer, in tokens"
+    )
+
+
+def add_tokens_argument(parser: argparse.ArgumentParser, per: str, default: str) -> None:
+    """The flag ``--tokens``, which says the same in each command but for what it counts in.
+
+    Args:
+        parser: gets it.
+        per: ``tile``, or ``image, all its tiles together``.
+        default: what holds without it.
+    """
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help=f"visual tokens to keep per {per} (a LLaVA-1.5 image or a frame is one tile), CLS included; several: one "
+        f"run each (default: {default})",
+    )
+
+
+def add_measuring_arguments(
+    parser: argparse.ArgumentParser, rounds: int | None, dtype: str | None, note: str = ""
+) -> None:
+    """Flags of every ``visionzip benchmark``: how often, where, in what type, and where the results go.
+
+    Args:
+        parser: gets them.
+        rounds: default of ``--rounds``; None leaves it out.
+        dtype: default of ``--dtype``.
+        note: of a ``dtype`` of None, what holds then.
+    """
+    if rounds is not None:
+        parser.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="timed rounds of all ways")
+    add_device_argument(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of the weights{note}")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the results (default: only printed)")
 
 
 def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, Any, Any, str]:
@@ -49,8 +158,9 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
         tokenizer, model, image_processor, conv_mode.
 
     Raises:
-        ValueError: the budget or the template is not valid; before anything is loaded. For the rest see
+        ValueError: the budget, the device or the template is not valid; before anything is loaded. For the rest see
             :func:`llava.model.builder.load_pretrained_model`.
+        FileNotFoundError: there is no such folder.
     """
     name = get_model_name_from_path(args.model_path)
     conv_mode = args.conv_mode or conv_mode_for(name)
@@ -58,6 +168,8 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
     given = {key: value for key, value in budget.items() if value is not None}
     VisionZipConfig(**given)
+    device = device_of(args)
+    checkpoint_path(args.model_path, "--model-path")
     if vanilla and given:
         raise ValueError(f"--vanilla keeps all visual tokens, but a budget was given too ({given}): choose one")
     tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -66,7 +178,7 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
         name,
         load_8bit=getattr(args, "load_8bit", False),
         load_4bit=getattr(args, "load_4bit", False),
-        device=getattr(args, "device", None),
+        device=device,
     )
     if vanilla:
         unzip(model)
@@ -79,29 +191,10 @@ def sampling(temperature: float, **kwargs: Any) -> dict[str, Any]:
     """Arguments of ``generate`` for a temperature (0 is greedy), and ``kwargs``.
 
     Raises:
-        ValueError: the temperature is below 0.
+        ValueError: the temperature is below 0, infinite or no number.
     """
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature={temperature} is no finite number: use 0 for greedy decoding")
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is below 0: use 0 for greedy decoding")
     return {"do_sample": temperature > 0, **({"temperature": temperature} if temperature > 0 else {}), **kwargs}
-
-
-def _cure(error: ModuleNotFoundError) -> str:
-    """What to install, if one of our extras has the missing library."""
-    library = (error.name or "").partition(".")[0]
-    with suppress(metadata.PackageNotFoundError):  # run from a folder that was never installed
-        for needed in metadata.requires("llava-visionzip") or []:
-            if (found := re.fullmatch(r'([\w-]+).*extra == "(\w+)"', needed)) and found[1] == library:
-                return f': pip install "llava-visionzip[{found[2]}]"'
-    return ""
-
-
-def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
-    """Run a command; bad input becomes one line on standard error and exit status 2, as argparse has it."""
-    try:
-        command(args)
-    except (ValueError, OSError, ImportError) as error:
-        cure = _cure(error) if isinstance(error, ModuleNotFoundError) else ""
-        sys.stderr.write(f"{name}: {error}{cure}\n")  # in one piece: other processes say the same at the same time
-        return 2
-    return 0

@@ -27,15 +27,14 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import Progress, track
-from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from llava.arguments import positive, run_command
+from llava.arguments import add_budget_arguments, add_measuring_arguments, device_of
+from llava.commands import positive, run_command
 from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.screen import print_table, progress, say, track
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
 
@@ -123,8 +122,8 @@ def benchmark_tower(args: argparse.Namespace) -> list[Measurement]:
         times = time_interleaved(ways, device, args.rounds, f"time, batch {batch}")
         with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
             peaks = pool.map(partial(_peak_memory, args, batch), WAYS)
-            named = zip(WAYS, track(peaks, f"memory, batch {batch}", total=len(WAYS), console=_progress()), strict=True)
-            memory = dict(named)
+            shown = track(peaks, len(WAYS), f"memory, batch {batch}", "ways")
+            memory = dict(zip(WAYS, shown, strict=True))
         patches, compressed = tower.num_patches, min(args.dominant + args.contextual, tower.sequence_length)
         tokens = dict.fromkeys(WAYS, compressed) | {"vanilla": patches, "unzipped": patches}
         results += compare(batch, tokens, times, memory)
@@ -185,8 +184,7 @@ def time_interleaved(
     """
     times: dict[str, list[float]] = {way: [] for way in ways}
     names = list(ways)
-    with Progress(console=_progress()) as progress:
-        task = progress.add_task(label, total=(rounds + 1) * len(names))
+    with progress((rounds + 1) * len(names), label, "passes") as bar:
         for number in range(rounds + 1):
             turn = number % len(names)
             for way in names[turn:] + names[:turn]:
@@ -197,7 +195,7 @@ def time_interleaved(
                 _synchronize(device)
                 if number > 0:
                     times[way].append(time.perf_counter() - start)
-                progress.advance(task)
+                bar.update()
     return times
 
 
@@ -272,10 +270,6 @@ def _memory_peak() -> float:
     return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def _progress() -> Console:
-    return Console(stderr=True)
-
-
 def environment(device: str) -> dict[str, str]:
     """What a figure depends on, to be written beside it."""
     cuda = device.startswith("cuda")
@@ -295,19 +289,14 @@ def weights_mib(model: torch.nn.Module) -> float:
 
 
 def check_request(args: argparse.Namespace) -> None:
-    """Check ``--device``, ``--output`` and, if the command has it, ``--plot``, before the long work.
+    """Settle ``--device``, and check ``--output`` and, if the command has it, ``--plot``, before the long work.
 
     Raises:
-        ValueError: there is no such device, CUDA is asked for and not there, or the plot is of no known type.
+        ValueError: there is no such device here, or the plot is of no known type.
         IsADirectoryError: the output is a folder.
         ImportError: a plot is asked for and matplotlib is not installed.
     """
-    try:
-        kind = torch.device(args.device).type
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device} is no device: use cuda or cpu") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA")
+    args.device = device_of(args)
     if args.output and Path(args.output).is_dir():
         raise IsADirectoryError(f"--output {args.output} is a folder: give a file")
     if plot := getattr(args, "plot", None):
@@ -339,11 +328,9 @@ def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], result
         ways: what each is.
         results: rows of the table.
     """
-    table = Table(title=title)
-    for column in ("batch", "way", "tokens", "time", "ratio", "quartiles", "peak memory", "ratio"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
-    for row in results:
-        table.add_row(
+    columns = ("batch", "way", "tokens", "time", "ratio", "quartiles", "peak memory", "ratio")
+    cells = [
+        (
             str(row.batch),
             row.way,
             str(row.visual_tokens),
@@ -353,9 +340,11 @@ def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], result
             f"{row.memory_mib:.0f} MiB",
             f"{row.memory_ratio:.3f}",
         )
-    Console().print(table)
+        for row in results
+    ]
+    print_table(title, columns, cells, left=("way",), names=2)
     for way, meaning in ways.items():
-        Console().print(f"{way}: {meaning}", style="dim")
+        say(f"{way}: {meaning}", "dim")
     setting = {key: value for key, value in vars(args).items() if isinstance(value, str | int | list)}
     conclude(args, {**setting, "results": [asdict(row) for row in results]})
 
@@ -363,7 +352,7 @@ def report(args: argparse.Namespace, title: str, ways: Mapping[str, str], result
 def conclude(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
     """Print what the figures depend on, and write it with them to ``args.output`` if that is given."""
     facts = environment(args.device)
-    Console().print(" · ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+    say(" · ".join(f"{key} {value}" for key, value in facts.items()), "dim")
     if args.output:
         write_results(args.output, {**facts, **content})
 
@@ -380,15 +369,30 @@ def write_results(path: str, results: dict[str, Any]) -> None:
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark tower``."""
     parser.add_argument("--shape", choices=sorted(TOWERS), default="vit-l-14-336", help="size of the tower")
+    add_batch_sizes(parser, [1, 5], "images at a time")
+    add_budget_arguments(parser, (54, 10))
+    add_measuring_arguments(parser, 5, "float32")
+    parser.set_defaults(run=benchmark)
+
+
+def add_plot_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag ``--plot``; :func:`check_request` checks it."""
+    endings = ", ".join(PLOTS)
+    parser.add_argument("--plot", metavar="FILE", help=f"figure of {what}, {endings} (default: none is drawn)")
+
+
+def add_batch_sizes(parser: argparse.ArgumentParser, default: list[int], what: str) -> None:
+    """The flag ``--batch-size`` of a command that goes through several."""
     parser.add_argument(
-        "--batch-sizes", type=positive, nargs="+", default=[1, 5], help="images at a time (default: 1 5)"
+        "--batch-size",
+        "--batch-sizes",
+        dest="batch_sizes",
+        type=positive,
+        nargs="+",
+        default=default,
+        metavar="N",
+        help=f"{what}; several: one run each",
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (default: 5)")
-    parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (default: 54)")
-    parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (default: 10)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="weights' type")
-    parser.add_argument("--output", help="also write the results to this JSON file")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from llava.arguments import positive
+from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.benchmark import answer_peak, check_request, compare, peak_memory, report, time_interleaved
+from llava.commands import positive
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.efficiency import shapes
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.screen import track
 from llava.train.cache import drop_tower
 from visionzip import VisionZipConfig, unzip, visionzip
 
@@ -112,7 +112,7 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
     # Before this process has a model, and on a GPU in turn: they share its memory.
     with ThreadPoolExecutor(max_workers=1 if on_cuda else 2) as pool:  # each waits for a process of its own
         measured = pool.map(partial(_peak_memory, args), WAYS)
-        peaks = dict(zip(WAYS, track(measured, "memory", len(WAYS), console=Console(stderr=True)), strict=True))
+        peaks = dict(zip(WAYS, track(measured, len(WAYS), "memory", "ways"), strict=True))
     model = build_model(args.shape, args.device, getattr(torch, args.dtype))
     steps = {way: step_of(way, model, args) for way in WAYS}
     times = time_interleaved(steps, args.device, args.rounds, "time")
@@ -145,20 +145,15 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark tuning``."""
     one_tile = [name for name, shape in shapes.SHAPES.items() if shape.tiles == 1]
     parser.add_argument(
-        "--shape", choices=one_tile, help="the model (default: llava-1.5-7b on cuda, else llava-1.5-small)"
+        "--shape",
+        choices=one_tile,
+        help="model of random weights (default: llava-1.5-7b on cuda, else llava-1.5-small)",
     )
-    parser.add_argument("--batch-size", type=positive, default=2, help="samples in a step (default: 2)")
-    parser.add_argument("--text-tokens", type=positive, default=128, help="text of a sample (default: 128)")
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (default: 5)")
-    parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (default: 54)")
-    parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (default: 10)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="weights' type (default: bfloat16 on cuda, else float32)",
-    )
-    parser.add_argument("--output", help="also write the results to this JSON file")
+    parser.add_argument("--batch-size", type=positive, default=2, metavar="N", help="samples in a step")
+    parser.add_argument("--text-tokens", type=positive, default=128, metavar="N", help="text tokens of a sample")
+    add_budget_arguments(parser, (54, 10))
+    add_measuring_arguments(parser, 5, None, " (default: bfloat16 on cuda, else float32)")
+    parser.set_defaults(run=benchmark_tuning)
 
 
 if __name__ == "__main__":

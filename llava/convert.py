@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
@@ -33,7 +32,7 @@ from llava.model.layouts import (
     original_key,
     original_values,
 )
-from llava.model.loading import check_weights, has_weights, load_weights, main_dtype, weight_files
+from llava.model.loading import check_weights, checkpoint_path, has_weights, load_weights, main_dtype, weight_files
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.processors import (
     check_added_tokens,
@@ -44,6 +43,7 @@ from llava.model.processors import (
     tokenizer_settings,
 )
 from llava.model.tokenizer import load_tokenizer
+from llava.screen import progress
 
 _SHARD_BYTES = 5 * 10**9
 _VOCABULARY_MULTIPLE = 64  # llava-hf's: 32000 + 2 tokens make 32064 rows
@@ -109,7 +109,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def _local(path: str, patterns: Sequence[str]) -> Path:
     """The folder of a checkpoint; of one on the hub, with the files of some patterns fetched."""
-    folder = Path(path).expanduser()
+    folder = Path(checkpoint_path(path, "SRC"))
     if folder.is_dir():
         return folder
     try:
@@ -236,13 +236,13 @@ def _write(weights: list[Weight], folder: Path, key_of: Callable[[str], str]) ->
             shards.append([])
         shards[-1].append(weight)
     weight_map = {}
-    with tqdm(total=_size(weights), unit="B", unit_scale=True, desc="weights") as bar:
+    with progress(len(weights), "weights", "tensors") as bar:
         for number, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors = {}
             for weight, value in _read(shard):
                 tensors[key_of(weight.name)] = value
-                bar.update(weight.size)
+                bar.update()
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -290,5 +290,6 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="full checkpoint: folder or hub name")
     parser.add_argument("dst", metavar="DST", help="new folder")
     parser.add_argument(
-        "--to", required=True, choices=["transformers", "original"], help="layout to write: llava-hf's or LLaVA's own"
+        "--to", required=True, choices=["transformers", "original"], help="layout to write, llava-hf's or LLaVA's own"
     )
+    parser.set_defaults(run=convert)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.arguments import add_model_arguments, load_from_arguments
+from llava.arguments import add_image_argument, add_model_arguments, load_from_arguments
 from llava.mm_utils import load_image, process_images
 from llava.model import MGMLlamaForCausalLM
 
@@ -26,7 +26,7 @@ def visualize(args: argparse.Namespace) -> None:
     """
     from visionzip import visualize as figures  # noqa: PLC0415 - matplotlib is an extra: only this command needs it
 
-    folder = _check_folder(args.out)
+    folder = _check_folder(args.output)
     images = [load_image(file) for file in args.image]
     _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
     prepared = [process_images([image], image_processor, model.config)[0] for image in images]
@@ -57,14 +57,13 @@ def _check_folder(path: str) -> Path:
     folder = Path(path)
     nearest = next(part for part in (folder, *folder.parents) if part.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"--out {path}: {nearest} is a file, not a folder; choose another one")
+        raise NotADirectoryError(f"--output {path}: {nearest} is a file, not a folder; choose another one")
     return folder
 
 
 def add_visualize_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip visualize``."""
-    add_model_arguments(parser)
-    parser.add_argument("--image", nargs="+", action="extend", required=True, help="files or addresses of images")
-    parser.add_argument(
-        "--out", default="results/visualize", metavar="FOLDER", help="where the figures go (default: results/visualize)"
-    )
+    add_model_arguments(parser, unzipped="the checkpoint's own, else 54 + 10")
+    add_image_argument(parser, "files or addresses of the images", required=True)
+    parser.add_argument("--output", "--out", default="results/visualize", metavar="FOLDER", help="where the figures go")
+    parser.set_defaults(run=visualize)

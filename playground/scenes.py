@@ -3,9 +3,11 @@
 A scene is a patterned background with a few coloured shapes, letters and digits on it, some of them barely larger than
 one patch. Everything follows from (split, seed, index): the same numbers give the same pixels and words.
 
-    python -m playground.scenes test                      the test set, playground/data/eval/scenes/test.parquet
-    python -m playground.scenes test --seed 7 --out seven.parquet    another one, of another seed
-    python -m playground.scenes train --images 30000 --out DIR       training data, in LLaVA's format
+    … test                                    playground/data/eval/scenes/test.parquet
+    … test --seed 7 --output seven.parquet    another test set
+    … train --images 30000 --output DIR       training data, in LLaVA's format
+
+(``python -m playground.scenes`` in front.)
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from llava.commands import Commands, run_commands
+from llava.screen import track
 from playground.asking import (
     TYPES,
     answers_of,
@@ -177,7 +180,7 @@ def write_training_data(
     make = functools.partial(_training_record, split, seed, edge, things, folder / "images")
     with multiprocessing.Pool() as pool:
         made = pool.imap(make, range(images), chunksize=64)
-        records = list(tqdm(made, desc=f"scenes {edge} px", total=images, unit="image"))
+        records = list(track(made, images, f"scenes of {edge} px", "images"))
     for name in records[0]:
         unfinished = folder / f"{name}.json.partial"
         unfinished.write_text(json.dumps([record[name] for record in records]))
@@ -186,34 +189,51 @@ def write_training_data(
 
 def main() -> int:
     """The command: write a test set, or training data."""
-    parser = argparse.ArgumentParser(
-        "python -m playground.scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return run_commands("python -m playground.scenes", COMMANDS, sys.argv[1:], __doc__)
+
+
+def _write_test(args: argparse.Namespace) -> None:
+    """Write a test set, one parquet file."""
+    records = list(make_test_set(seed=args.seed, per_type=args.per_type))
+    write_parquet(records, args.output)
+    print(f"{args.output}: {len(records)} questions about {records[-1].image_id + 1} images")
+
+
+def _write_train(args: argparse.Namespace) -> None:
+    """Write images and json files to train from."""
+    write_training_data(args.output, args.images, args.split, args.seed, args.edge, (1, args.max_things))
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``test``."""
+    parser.add_argument("--per-type", type=int, default=200, help="questions of each type, a multiple of 40")
+    default = "playground/data/eval/scenes/test.parquet"
+    parser.add_argument(
+        "--output", "--out", type=Path, default=TEST_SET, metavar="FILE", help=f"file to write (default: {default})"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    test = commands.add_parser("test", help="a test set, one parquet file")
-    test.add_argument("--per-type", type=int, default=200, help="questions of each type, a multiple of 40 (200)")
-    test.add_argument("--out", type=Path, default=TEST_SET, help=f"file to write ({TEST_SET})")
-    train = commands.add_parser("train", help="images and json files to train from")
-    train.add_argument("--split", choices=("train", "validation"), default="train")
-    train.add_argument("--images", type=int, required=True, help="how many")
-    train.add_argument("--edge", type=int, default=EDGE, help=f"of the images, in pixels ({EDGE})")
-    train.add_argument("--max-things", type=int, default=MAX_THINGS, help=f"objects at most ({MAX_THINGS})")
-    train.add_argument("--out", type=Path, required=True, help="folder to write into")
-    for command in (test, train):
-        command.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (0)")
-    args = parser.parse_args()
-    try:
-        if args.command == "test":
-            records = list(make_test_set(seed=args.seed, per_type=args.per_type))
-            write_parquet(records, args.out)
-            print(f"{args.out}: {len(records)} questions about {records[-1].image_id + 1} images")
-        else:
-            things = (1, args.max_things)
-            write_training_data(args.out, args.images, args.split, args.seed, args.edge, things)
-    except (ValueError, OSError) as error:
-        print(f"playground.scenes: {error}", file=sys.stderr)
-        return 2
-    return 0
+    _add_seed_argument(parser)
+    parser.set_defaults(run=_write_test)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``train``."""
+    parser.add_argument("--split", choices=("train", "validation"), default="train", help="what it is for")
+    parser.add_argument("--images", type=int, required=True, help="how many")
+    parser.add_argument("--edge", type=int, default=EDGE, help="of the images, in pixels")
+    parser.add_argument("--max-things", type=int, default=MAX_THINGS, help="objects at most")
+    parser.add_argument("--output", "--out", type=Path, required=True, metavar="FOLDER", help="folder to write into")
+    _add_seed_argument(parser)
+    parser.set_defaults(run=_write_train)
+
+
+def _add_seed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes")
+
+
+COMMANDS: Commands = {
+    "test": (add_test_arguments, "a test set, one parquet file"),
+    "train": (add_train_arguments, "images and json files to train from"),
+}
 
 
 if __name__ == "__main__":

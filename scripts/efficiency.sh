@@ -20,7 +20,7 @@ if [[ "${1:-}" == shapes ]]; then
         "$PYTHON" -m llava.cli benchmark prefill --shape "$shape" --tokens 640 320 160 \
             --output "$OUTPUT/$shape-prefill.json" --plot "$OUTPUT/$shape-prefill.png" "$@"
         say "$shape: whole answers"
-        "$PYTHON" -m llava.cli benchmark generate --shape "$shape" --tokens 640 320 160 --new-tokens 8 \
+        "$PYTHON" -m llava.cli benchmark generate --shape "$shape" --tokens 640 320 160 --max-new-tokens 8 \
             --output "$OUTPUT/$shape-generate.json" "$@"
     done
     exit

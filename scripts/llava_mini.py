@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from llava.commands import Parser
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
 from llava.train.labels import render
@@ -114,8 +114,8 @@ def export(run: Path, folder: Path) -> None:
 
 def main() -> int:
     """Run one of the steps."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    steps = parser.add_subparsers(required=True)
+    parser = Parser(description=__doc__)
+    steps = parser.add_subparsers(required=True, metavar="STEP")
     for name, function, source in (
         ("language", write_language_model, "folder of training scenes"),
         ("export", export, "folder of the finished run"),

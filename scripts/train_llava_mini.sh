@@ -48,7 +48,7 @@ train() {
         --save_total_limit 1 --report_to none "${@:6}"
 }
 
-scenes() { "$PYTHON" -m playground.scenes train --out "$OUT/$1" --images "$(scaled "$2")" "${@:3}"; }
+scenes() { "$PYTHON" -m playground.scenes train --output "$OUT/$1" --images "$(scaled "$2")" "${@:3}"; }
 
 tower() { # FOLDER DATA STEPS BATCH RATE …
     train llava.train.contrastive "$1" "$3" "$4" "$5" --data_path "$OUT/$2/tower.json" --image_folder "$OUT/$2/images" \

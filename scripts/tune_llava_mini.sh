@@ -16,7 +16,7 @@ export MODEL_PATH=checkpoints/llava-mini DATA_PATH="$OUT/scenes/instruct.json" I
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 mkdir -p "$OUT"
-[[ -e "$DATA_PATH" ]] || "$PYTHON" -m playground.scenes train --out "$OUT/scenes" --images "$IMAGES"
+[[ -e "$DATA_PATH" ]] || "$PYTHON" -m playground.scenes train --output "$OUT/scenes" --images "$IMAGES"
 for seed in 0 1 2; do
     if [[ ! -e "$OUT/seed-$seed/mm_projector.safetensors" ]]; then
         say "projector, seed $seed"

@@ -141,8 +141,7 @@ def test_a_run_that_is_stopped_leaves_nothing(copied, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(llava.convert, "_SHARD_BYTES", 100_000)
     monkeypatch.setattr(llava.convert, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "native", "transformers")
+    assert convert(source, tmp_path / "native", "transformers") == 130
     assert written[0].parent.name == "native.partial"
     assert not list(tmp_path.glob("native*"))
     monkeypatch.undo()

@@ -26,7 +26,7 @@ def model() -> Any:
 
 def test_prefill(tmp_path: Path, capsys):
     output, figure = tmp_path / "results" / "prefill.json", tmp_path / "figures" / "prefill.png"
-    more = ["--batch-sizes", "1", "2", "--output", str(output), "--plot", str(figure)]
+    more = ["--batch-size", "1", "2", "--output", str(output), "--plot", str(figure)]
     assert main(["benchmark", "prefill", *NEXT, *more]) == 0
     report = json.loads(output.read_text())
     assert report["torch"] == torch.__version__ and report["date"]
@@ -54,8 +54,17 @@ def test_prefill(tmp_path: Path, capsys):
 
 def test_generate_from_a_checkpoint(make_checkpoint, tmp_path: Path):
     output = tmp_path / "generate.json"
-    command = ["benchmark", "generate", "--model-path", str(make_checkpoint()), "--tokens", "8", "--new-tokens", "3"]
-    more = ["--device", "cpu", "--methods", "vanilla", "visionzip", "--rounds", "1", "--output", str(output)]
+    command = [
+        "benchmark",
+        "generate",
+        "--model-path",
+        str(make_checkpoint()),
+        "--tokens",
+        "8",
+        "--max-new-tokens",
+        "3",
+    ]
+    more = ["--device", "cpu", "--method", "vanilla", "visionzip", "--rounds", "1", "--output", str(output)]
     assert main([*command, *more]) == 0
     vanilla, zipped = json.loads(output.read_text())["results"]
     assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (16, 8)
@@ -64,7 +73,7 @@ def test_generate_from_a_checkpoint(make_checkpoint, tmp_path: Path):
 
 def test_memory(tmp_path: Path):
     output = tmp_path / "memory.json"
-    flags = ["--methods", "vanilla", "visionzip", "--output", str(output)]
+    flags = ["--method", "vanilla", "visionzip", "--output", str(output)]
     assert main(["benchmark", "memory", *NEXT[:-2], *flags]) == 0
     vanilla, zipped = json.loads(output.read_text())["results"]
     assert vanilla["memory_mib"] > vanilla["weights_mib"] > 0
@@ -113,7 +122,7 @@ def test_bad_input_about_frames(flags: list[str], message: str, capsys):
         (["--plot", "latency.txt"], "give a file that ends in .png, .svg, .pdf"),
         (["--model-path", "somewhere"], "--model-path somewhere: give one of them"),
         (["--shape", "video-llava-tiny", "--transformers"], "only images have shapes of transformers' classes"),
-        (["--methods", "vanilla", "--compile"], "have visionzip among --methods"),
+        (["--method", "vanilla", "--compile"], "have visionzip among --method"),
     ],
 )
 def test_bad_input(flags: list[str], message: str, capsys):
@@ -123,14 +132,14 @@ def test_bad_input(flags: list[str], message: str, capsys):
 
 def test_a_process_that_refuses_says_why(capsys):
     """Memory is measured in processes of their own: what is wrong there is one line here too."""
-    flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--methods", "sparsevlm", "--device", "cpu"]
+    flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--method", "sparsevlm", "--device", "cpu"]
     assert main(["benchmark", "memory", *flags]) == 2
     message = "visionzip benchmark: memory of sparsevlm-5: SparseVLM cannot make 1 of 64 visual tokens: give 2 to 64"
     assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_a_budget_that_leaves_nothing_to_compress(make_checkpoint, capsys):
-    flags = ["--model-path", str(make_checkpoint()), "--tokens", "16", "--methods", "fastv", "--device", "cpu"]
+    flags = ["--model-path", str(make_checkpoint()), "--tokens", "16", "--method", "fastv", "--device", "cpu"]
     assert main(["benchmark", "prefill", *flags]) == 2
     assert "--tokens 16: this model has 16 visual tokens per image" in capsys.readouterr().err
 

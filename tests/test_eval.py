@@ -286,7 +286,7 @@ def test_bad_input_is_explained_before_anything_is_loaded(run, unread, scenes_da
         (["--method", "vanilla", "--data", str(folders["damaged"])], "test.parquet is not a readable parquet file"),
         (["--method", "vanilla", "--data", str(folders["twice"])], "has 1 ids more than once (1)"),
         (["--method", "vanilla", "--data", str(folders["few"])], "test.parquet has no column answer"),
-        (["--method", "vanilla", "--model-path", "/nowhere"], "/nowhere has no config.json"),
+        (["--method", "vanilla", "--model-path", "/nowhere"], "--model-path: there is no folder /nowhere"),
     ):
         assert eval_command([*run(), *more]) == 2, more
         assert message in capsys.readouterr().err

@@ -170,14 +170,14 @@ def test_commands(converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     printed = capsys.readouterr().out
     assert "LlavaForConditionalGeneration on cpu, float32 · VisionZip 5 + 2" in printed and "(7 visual)" in printed
 
-    assert main(["visualize", *model, *budget, "--image", str(file), "--out", str(tmp_path / "figures")]) == 0
+    assert main(["visualize", *model, *budget, "--image", str(file), "--output", str(tmp_path / "figures")]) == 0
     assert len(list((tmp_path / "figures").glob("*.png"))) == 5
 
     short = ["--temperature", "0", "--max_new_tokens", "3", "--query", "What?", "--image-file", str(file)]
     assert run_llava([*model, *short]) == 0
 
     times = ["--tokens", "8", "--rounds", "1", "--output", str(output)]
-    assert main(["benchmark", "generate", *model, *times, "--new-tokens", "3", "--batch-sizes", "2"]) == 0
+    assert main(["benchmark", "generate", *model, *times, "--max-new-tokens", "3", "--batch-size", "2"]) == 0
     vanilla, zipped = json.loads(output.read_text())["results"]
     assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (16, 8)
     assert vanilla["layer_tokens"] == [76] * 2 and zipped["layer_tokens"] == [68] * 2
@@ -262,7 +262,7 @@ def test_what_is_not_for_these_models_is_refused(
         (eval_command, [*run, "--method", "fastv", "--tokens", "6"], convert),
         (eval_command, [*run, "--method", "random", "--tokens", "6"], convert),
         (eval_command, [*run, "--method", "no-cls", "--tokens", "6"], convert),
-        (main, ["benchmark", "prefill", *model, "--tokens", "6", "--methods", "vanilla", "fastv"], "--methods fastv"),
+        (main, ["benchmark", "prefill", *model, "--tokens", "6", "--method", "vanilla", "fastv"], "--method fastv"),
         (main, ["benchmark", "prefill", *model, "--tokens", "6", "--transformers"], "leave it out"),
     ):
         assert command(arguments) == 2

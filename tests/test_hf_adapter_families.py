@@ -130,7 +130,7 @@ def test_videos_of_families_with_tiles(family):
 def test_visualize_and_benchmark(name: str, saved, tmp_path: Path):
     model, output = ["--model-path", str(saved(name)), "--device", "cpu"], tmp_path / "times.json"
     picture(0).save(tmp_path / "cube.png")
-    files = ["--image", str(tmp_path / "cube.png"), "--out", str(tmp_path / "figures")]
+    files = ["--image", str(tmp_path / "cube.png"), "--output", str(tmp_path / "figures")]
     assert main(["visualize", *model, "--dominant", "5", "--contextual", "2", *files]) == 0
     assert len(list((tmp_path / "figures").glob("*.png"))) == 5
     tiles = 1 if name == "video_llava" else 5

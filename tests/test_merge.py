@@ -22,7 +22,7 @@ ZIPPED = {"dominant": 3, "contextual": 2}
 
 
 def merge(part: Path, base: Path, out: Path, *flags: str) -> int:
-    return main(["merge", "--model-path", str(part), "--model-base", str(base), "--out", str(out), *flags])
+    return main(["merge", "--model-path", str(part), "--model-base", str(base), "--output", str(out), *flags])
 
 
 def answer(*folders: Path) -> tuple[list[int], Any]:
@@ -98,7 +98,7 @@ def test_what_cannot_be_merged(copied, projector, tmp_path: Path, monkeypatch: p
     out = tmp_path / "out"
     for arguments, message in (
         ((base, base, out), f"{base} is a full checkpoint already: there is nothing to merge"),
-        ((part, base, full), f"--out {full} exists: choose a new folder"),
+        ((part, base, full), f"--output {full} exists: choose a new folder"),
         ((part, base, full / "notes"), "exists: choose a new folder"),
         ((full, base, out), "has no config.json"),
         ((part, Path("/nowhere"), out), "/nowhere"),
@@ -109,7 +109,7 @@ def test_what_cannot_be_merged(copied, projector, tmp_path: Path, monkeypatch: p
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=9))
     assert merge(part, base, out) == 2
-    assert f"--out {out} needs 0.0 GB but {tmp_path} has 0.0 GB free" in capsys.readouterr().err
+    assert f"--output {out} needs 0.0 GB but {tmp_path} has 0.0 GB free" in capsys.readouterr().err
     monkeypatch.undo()
     edit_weights(base, without("model.norm.weight"))
     assert merge(part, base, out) == 2

@@ -57,7 +57,7 @@ def test_run_llava(flags: list[str], image_file: str) -> None:
 
 def test_visualize(flags: list[str], image_file: str, tmp_path: Path) -> None:
     out = tmp_path / "figures"
-    flags = [*flags, "--dominant", "4", "--contextual", "2", "--image", image_file, "--out", str(out)]
+    flags = [*flags, "--dominant", "4", "--contextual", "2", "--image", image_file, "--output", str(out)]
     assert visionzip_command(["visualize", *flags]) == 0
     assert (out / "tokens.png").is_file()
 

@@ -232,7 +232,7 @@ def test_sentences_are_true_or_false_as_they_say(rng, kind):
 def test_write_a_test_set(tmp_path: Path):
     """Of another seed; the first rows are not the shipped ones."""
     path = tmp_path / "new" / "seven.parquet"
-    done = run("test", "--seed", "7", "--per-type", "40", "--out", str(path))
+    done = run("test", "--seed", "7", "--per-type", "40", "--output", str(path))
     assert done.returncode == 0, done.stderr
     rows = rows_of(path)
     assert rows == [dataclasses.asdict(record) for record in make_test_set(seed=7, per_type=40)]
@@ -242,7 +242,7 @@ def test_write_a_test_set(tmp_path: Path):
 
 def test_per_type_must_be_shared_equally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     out = tmp_path / "test.parquet"
-    monkeypatch.setattr(sys, "argv", ["playground.scenes", "test", "--per-type", "50", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["playground.scenes", "test", "--per-type", "50", "--output", str(out)])
     assert main() == 2
     message = capsys.readouterr().err
     assert "per_type=50 is not a multiple of 40" in message
@@ -254,7 +254,7 @@ def test_write_training_data(tmp_path: Path):
     """In LLaVA's format, with every image; the same again when it is run again."""
     flags = ["--images", "5", "--edge", "72", "--max-things", "3"]
     for folder in ("once", "again"):
-        done = run("train", *flags, "--out", str(tmp_path / folder))
+        done = run("train", *flags, "--output", str(tmp_path / folder))
         assert done.returncode == 0, done.stderr
     once, again = (
         {path.relative_to(tmp_path / folder): path.read_bytes() for path in (tmp_path / folder).rglob("*.*")}

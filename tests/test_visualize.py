@@ -275,7 +275,7 @@ def test_visionzip_visualize(make_checkpoint: Any, image_file: Path, tmp_path: P
     out = tmp_path / "results" / "figures"
     model = ["--model-path", str(make_checkpoint(**NEXT)), "--device", "cpu", "--dominant", "5", "--contextual", "2"]
     images = ["--image", str(image_file), str(tmp_path / "tall.png")]
-    assert visionzip_command(["visualize", *model, *images, "--out", str(out)]) == 0
+    assert visionzip_command(["visualize", *model, *images, "--output", str(out)]) == 0
     assert sorted(file.name for file in out.iterdir()) == [f"{name}.png" for name in FIGURES]
     written = capsys.readouterr().out.splitlines()
     assert sorted(written) == [f"wrote {out / name}.png" for name in FIGURES]
@@ -285,14 +285,22 @@ def test_visionzip_visualize(make_checkpoint: Any, image_file: Path, tmp_path: P
 
 def test_visualize_explains_bad_input(make_checkpoint: Any, image_file: Path, tmp_path: Path, unread: None, capsys):
     """Before the model is loaded."""
-    command = ["visualize", "--model-path", str(make_checkpoint()), "--image", str(image_file), "--out", str(tmp_path)]
+    command = [
+        "visualize",
+        "--model-path",
+        str(make_checkpoint()),
+        "--image",
+        str(image_file),
+        "--output",
+        str(tmp_path),
+    ]
     text = tmp_path / "notes.png"
     text.write_text("not an image")
     for more, message in (
         (["--image", "none.png"], "no image file at none.png"),
         (["--image", str(text)], "notes.png is not a readable image"),
-        (["--out", str(text)], f"--out {text}: {text} is a file"),
-        (["--out", str(text / "figures")], f"--out {text / 'figures'}: {text} is a file"),
+        (["--output", str(text)], f"--output {text}: {text} is a file"),
+        (["--output", str(text / "figures")], f"--output {text / 'figures'}: {text} is a file"),
         (["--dominant", "0"], "dominant=0 is below 1"),
     ):
         assert visionzip_command([*command, *more]) == 2, more

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from llava.arguments import positive
+from llava import screen
+from llava.arguments import add_measuring_arguments, add_tokens_argument
 from llava.benchmark import (
-    PLOTS,
+    add_batch_sizes,
+    add_plot_argument,
     answer_peak,
     check_request,
     conclude,
@@ -25,6 +25,7 @@ from llava.benchmark import (
     weights_mib,
     write_results,
 )
+from llava.commands import positive
 from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
 from llava.efficiency.report import make_rows, plot, print_table
 from llava.efficiency.shapes import SHAPES, build_model
@@ -80,9 +81,8 @@ def benchmark_memory(args: argparse.Namespace) -> None:
                 facts = json.loads(report.read_text())
                 rows.append({"way": way.name, **asdict(way), "batch": batch, "memory_mib": peak, **facts})
     whole = {row["batch"]: row for row in rows if row["way"] == "vanilla"}
-    table = Table(title=_title(args))
-    for column in ("batch", "way", "visual", "peak MiB", "ratio", "over weights MiB", "ratio", "KV MiB", "ratio"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    columns = ("batch", "way", "visual", "peak MiB", "ratio", "over weights MiB", "ratio", "KV MiB", "ratio")
+    lines = []
     for row in rows:
         base = whole.get(row["batch"])
         row["over_weights_mib"] = row["memory_mib"] - row["weights_mib"]
@@ -90,8 +90,8 @@ def benchmark_memory(args: argparse.Namespace) -> None:
         for key in ("memory_mib", "over_weights_mib", "kv_cache_mib"):
             row[f"{key.removesuffix('_mib')}_ratio"] = None if base is None else row[key] / base[key]
             cells += [f"{row[key]:.1f}", "" if base is None else f"{row[key] / base[key]:.3f}"]
-        table.add_row(*cells)
-    Console(width=max(Console().width, 110)).print(table)
+        lines.append(cells)
+    screen.print_table(_title(args), columns, lines, left=("way",), names=2)
     conclude(args, {"setting": _setting(args), "results": rows})
 
 
@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace) -> list[Way]:
     args.shape = None if args.model_path else args.shape or "llava-next-7b"
     tokens = args.tokens
     if args.model_path and not tokens:
-        raise ValueError("--model-path needs --tokens too: visual tokens per image, all its tiles together")
+        raise ValueError("--model-path needs --tokens too: visual tokens to keep per image, all its tiles together")
     if args.model_path and config_values(args.model_path).get("mm_vision_tower_aux"):
         raise ValueError(
             f"--model-path {args.model_path} is a Mini-Gemini, whose second tower and mining are no phases of these "
@@ -141,7 +141,7 @@ def _check(args: argparse.Namespace) -> list[Way]:
     ways += [Way(name, number) for number in tokens for name in args.methods if name != "vanilla"]
     if getattr(args, "compile", False):
         if "visionzip" not in args.methods:
-            raise ValueError("--compile compiles VisionZip's prefill: have visionzip among --methods")
+            raise ValueError("--compile compiles VisionZip's prefill: have visionzip among --method")
         ways += [Way("visionzip", number, compiled=True) for number in tokens]
     return list(dict.fromkeys(ways))
 
@@ -154,7 +154,7 @@ def _methods(args: argparse.Namespace) -> list[str]:
     able = ON_TRANSFORMERS if stock else tuple(METHODS)
     asked = args.methods or [name for name in TIMED if name in able]
     if refused := [name for name in asked if name not in able]:
-        raise ValueError(f"--methods {' '.join(refused)}: on transformers' own models there are {', '.join(able)}")
+        raise ValueError(f"--method {' '.join(refused)}: on transformers' own models there are {', '.join(able)}")
     return asked
 
 
@@ -201,36 +201,51 @@ def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark prefill``."""
     _add_timing(parser)
     parser.add_argument("--compile", action="store_true", help="time VisionZip under torch.compile too (needs g++)")
+    parser.set_defaults(run=benchmark_prefill)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark generate``."""
     _add_timing(parser)
-    parser.add_argument("--new-tokens", type=positive, default=32, help="tokens of an answer (32)")
+    parser.add_argument(
+        "--max-new-tokens",
+        "--new-tokens",
+        dest="new_tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="tokens of each answer, none of which ends before",
+    )
+    parser.set_defaults(run=benchmark_generate)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark memory``."""
-    parser.add_argument("--shape", choices=list(SHAPES), help="model of random weights (llava-next-7b)")
+    _add_arguments(parser, rounds=None)
+    parser.set_defaults(run=benchmark_memory)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, rounds: int | None) -> None:
+    parser.add_argument("--shape", choices=list(SHAPES), help="model of random weights (default: llava-next-7b)")
     parser.add_argument("--transformers", action="store_true", help="transformers' own class of that shape")
-    parser.add_argument("--model-path", help="a checkpoint instead: folder or hub name")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="(all; vanilla and visionzip there)")
+    parser.add_argument("--model-path", help="checkpoint instead of a shape: folder or hub name (default: a shape)")
     parser.add_argument(
-        "--tokens", type=positive, nargs="+", help="visual tokens per image, all tiles together (NeXT: 160, else 64)"
+        "--method",
+        "--methods",
+        dest="methods",
+        nargs="+",
+        choices=list(METHODS),
+        help="ways to compare (default: all; on transformers' models vanilla and visionzip)",
     )
-    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (60)")
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="prompts at a time (1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    default = "bfloat16" if torch.cuda.is_available() else "float32"
-    types = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", choices=types, default=default, help=f"weights' type ({default})")
-    parser.add_argument("--output", help="also write the results to this JSON file")
+    add_tokens_argument(parser, "image, all its tiles together", "160 of a LLaVA-NeXT, else 64")
+    parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")
+    add_batch_sizes(parser, [1], "prompts at a time")
+    add_measuring_arguments(parser, rounds, "bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
-    add_memory_arguments(parser)
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (5)")
-    parser.add_argument("--plot", help=f"draw latency against visual tokens ({', '.join(PLOTS)})")
+    _add_arguments(parser, rounds=5)
+    add_plot_argument(parser, "latency against visual tokens")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from llava.arguments import positive
+from llava.arguments import add_measuring_arguments
 from llava.benchmark import (
-    PLOTS,
+    add_plot_argument,
     answer_peak,
     check_request,
     conclude,
@@ -31,10 +29,12 @@ from llava.benchmark import (
     time_interleaved,
     weights_mib,
 )
+from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.measure import marks
 from llava.efficiency.report import Spread, ratio, save_figure, spread
 from llava.efficiency.shapes import SHAPES, build_model
+from llava.screen import print_table, say
 from visionzip import unzip, visionzip
 
 _VIDEO_SHAPES = [name for name, shape in SHAPES.items() if shape.frames is not None]
@@ -186,25 +186,15 @@ def _answer_once(request: dict[str, Any]) -> None:
 
 
 def _print(rows: Sequence[Row], title: str) -> None:
-    table = Table(title=title)
-    for column in (
-        "way",
-        "visual tokens",
-        "vision, ms",
-        "prefill, ms",
-        "ratio",
-        "first token, ms",
-        "peak MiB",
-        "KV MiB",
-    ):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    columns = ("way", "visual tokens", "vision, ms", "prefill, ms", "ratio", "first token, ms", "peak MiB", "KV MiB")
+    cells = []
     for row in rows:
         times = [f"{1e3 * each['median']:.0f}" for each in (row.vision, row.prefill, row.first_token)]
         ratios = f"{row.prefill_ratio['median']:.2f}"
         memory = [f"{row.memory_mib:.0f}", f"{row.kv_cache_mib:.1f}"]
-        table.add_row(row.way, str(row.visual_tokens), *times[:2], ratios, times[2], *memory)
-    Console(width=max(Console().width, 120)).print(table)
-    Console().print(f"medians; ratio: the prefill's time by that of {rows[0].way} in the same round.", style="dim")
+        cells.append((row.way, str(row.visual_tokens), *times[:2], ratios, times[2], *memory))
+    print_table(title, columns, cells, left=("way",))
+    say(f"medians; ratio: the prefill's time by that of {rows[0].way} in the same round.", "dim")
 
 
 def _plot(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -248,16 +238,14 @@ def add_frames_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark frames``."""
     cuda = torch.cuda.is_available()
     shape = "video-llava-7b" if cuda else "video-llava-mini"
-    parser.add_argument("--shape", choices=_VIDEO_SHAPES, default=shape, help=f"model of random weights ({shape})")
-    parser.add_argument("--frames", type=positive, nargs="+", default=[8, 32, 120], help="of the videos (8 32 120)")
-    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (60)")
-    parser.add_argument("--rounds", type=positive, default=3, help="timed rounds of all ways (3)")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    default = "bfloat16" if cuda else "float32"
-    types = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", choices=types, default=default, help=f"weights' type ({default})")
-    parser.add_argument("--output", help="also write the results to this JSON file")
-    parser.add_argument("--plot", help=f"draw time and memory against frames ({', '.join(PLOTS)})")
+    parser.add_argument("--shape", choices=_VIDEO_SHAPES, default=shape, help="model of random weights")
+    parser.add_argument(
+        "--frames", type=positive, nargs="+", default=[8, 32, 120], metavar="N", help="frames of each video"
+    )
+    parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")
+    add_measuring_arguments(parser, 3, "bfloat16" if cuda else "float32")
+    add_plot_argument(parser, "time and memory against frames")
+    parser.set_defaults(run=benchmark_frames)
 
 
 if __name__ == "__main__":

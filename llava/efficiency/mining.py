@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig, ConvNextConfig
 
-from llava.arguments import positive
+from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.benchmark import (
     answer_peak,
     check_request,
@@ -26,9 +24,11 @@ from llava.benchmark import (
     time_ratio,
     weights_mib,
 )
+from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
 from llava.model import MGMConfig, MGMLlamaForCausalLM
+from llava.screen import print_table, say
 from visionzip import VisionZipConfig, unzip, visionzip
 
 CONVNEXT_L = {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]}
@@ -141,9 +141,8 @@ def benchmark_mining(args: argparse.Namespace) -> None:
     weights = weights_mib(model)
     memory = {way: peak_memory("llava.efficiency.mining", {**request, "way": way}) - weights for way in MINING}
 
-    table = Table(title=f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}")
-    for column in ("what", "time", "ratio", "quartiles", "peak over weights"):
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
+    title = f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}"
+    columns, cells = ("what", "time", "ratio", "quartiles", "peak over weights"), []
     rows = []
     for name, own in seconds.items():
         base = "all" if name in MINING else f"{name.split(', ')[0]}, vanilla"
@@ -151,25 +150,21 @@ def benchmark_mining(args: argparse.Namespace) -> None:
         rows.append({"what": name, "seconds": own, "ratio": ratio, "memory_mib": memory.get(name)})
         median = f"{statistics.median(own) * 1e3:.1f} ms"
         peak = f"{memory[name]:.0f} MiB" if name in memory else ""
-        table.add_row(
-            name if ", " in name else f"mining, {name}", median, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", peak
-        )
-    Console(width=max(Console().width, 110)).print(table)
+        what = name if ", " in name else f"mining, {name}"
+        cells.append((what, median, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", peak))
+    print_table(title, columns, cells, left=("what",))
     for way, meaning in MINING.items():
-        Console().print(f"mining, {way}: {meaning}", style="dim")
+        say(f"mining, {way}: {meaning}", "dim")
     conclude(args, {"setting": request, "results": rows})
 
 
 def add_mining_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark mining``."""
-    parser.add_argument("--shape", choices=list(SHAPES), default="mgm", help="model of random weights (mgm)")
-    parser.add_argument("--dominant", type=int, default=54, help="tokens to keep, CLS included (54)")
-    parser.add_argument("--contextual", type=int, default=10, help="tokens to merge the rest into (10)")
-    parser.add_argument("--text-tokens", type=positive, default=60, help="of the prompt (60)")
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of all ways (5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="weights' type")
-    parser.add_argument("--output", help="also write the results to this JSON file")
+    parser.add_argument("--shape", choices=list(SHAPES), default="mgm", help="model of random weights")
+    add_budget_arguments(parser, (54, 10))
+    parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")
+    add_measuring_arguments(parser, 5, "float32")
+    parser.set_defaults(run=benchmark_mining)
 
 
 def _build(request: dict[str, Any]) -> tuple[MGMLlamaForCausalLM, Tensor]:

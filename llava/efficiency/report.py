@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from llava import screen
 from llava.efficiency.measure import PHASES, Prompt, Timed, Way, encoder_layers
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
 from visionzip.methods import token_counts
@@ -141,14 +139,11 @@ def _flops(model: Any, prompt: Prompt, own: Timed) -> dict[str, int]:
 
 def print_table(rows: Sequence[Row], title: str) -> None:
     """Print the rows, and below them what the language model gains of what the bare one does."""
-    console = Console()
     whole = {row.batch: row for row in rows if row.way == "vanilla"}
-    table = Table(title=title)
-    for column in ("batch", "way", "visual", *PHASES, "first token", "total", "prefill x", "first x", "total x"):
-        table.add_column(column, justify="left" if column == "way" else "right")
     answers = any(row.tokens_per_second is not None for row in rows)
-    for column in (*(("decode x", "tokens/s") if answers else ()), "FLOPs x", "KV MiB"):
-        table.add_column(column, justify="right")
+    columns = ["batch", "way", "visual", *PHASES, "first token", "total", "prefill x", "first x", "total x"]
+    columns += [*(("decode x", "tokens/s") if answers else ()), "FLOPs x", "KV MiB"]
+    lines = []
     for row in rows:
         times = [f"{1e3 * row.seconds[name]['median']:.1f}" for name in (*PHASES, "first_token", "total")]
         keys = _GAINS if answers else _GAINS[:-1]
@@ -156,14 +151,14 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         gains += [f"{row.tokens_per_second['median']:.1f}"] if answers else []
         base = whole.get(row.batch)
         flops = "" if base is None else f"{base.flops['language_model'] / row.flops['language_model']:.2f}"
-        table.add_row(str(row.batch), row.way, str(row.visual_tokens), *times, *gains, flops, f"{row.kv_cache_mib:.1f}")
-    # Never cut: a table in a log is as wide as it is.
-    Console(width=max(console.width, 210)).print(table)
-    console.print("milliseconds, medians; x: times faster than vanilla, median over rounds; first token: from pixels.")
+        kv_cache = f"{row.kv_cache_mib:.1f}"
+        lines.append((str(row.batch), row.way, str(row.visual_tokens), *times, *gains, flops, kv_cache))
+    screen.print_table(title, columns, lines, left=("way",), names=2)
+    screen.say("milliseconds, medians; x: times faster than vanilla, median over rounds; first token: from pixels.")
     for row in rows:
         if row.of_bare is not None and row.way != "vanilla":
             low, high = row.of_bare["quartiles"]
-            console.print(
+            screen.say(
                 f"{row.way}, batch {row.batch}: prefill {row.speed_up['prefill']['median']:.2f} times faster, the bare "
                 f"language model {row.bare_speed_up['median']:.2f} times: {row.of_bare['median']:.1%} of it "
                 f"(quartiles {low:.1%}-{high:.1%})"

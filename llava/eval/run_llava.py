@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
+from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
+from llava.commands import finite, parser_of, positive, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import new_conversation
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
@@ -30,6 +31,8 @@ def eval_model(args: Any) -> str:
         ValueError: a file is not an image, or ``<image>`` in the query and images differ in number.
     """
     generate_kwargs = sampling(args.temperature, num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
+    if args.top_p and not 0 < args.top_p <= 1:  # NaN neither
+        raise ValueError(f"top_p={args.top_p} is not above 0 and at most 1: leave it out for all tokens")
     if args.temperature > 0 and args.top_p:
         generate_kwargs["top_p"] = args.top_p
     images = [load_image(file) for file in args.image_file.split(args.sep)]
@@ -52,16 +55,23 @@ def eval_model(args: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m llava.eval.run_llava``."""
-    parser = argparse.ArgumentParser("python -m llava.eval.run_llava", description=__doc__)
-    add_model_arguments(parser)
-    parser.add_argument("--image-file", required=True, help="image files or addresses, separated by --sep")
-    parser.add_argument("--query", required=True, help="the question; <image> in it says where images go")
-    parser.add_argument("--sep", default=",", help="separates image files (default: a comma)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
-    parser.add_argument("--top_p", type=float, help="nucleus sampling")
-    parser.add_argument("--num_beams", type=positive, default=1, help="beams (default: 1)")
-    parser.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer (default: 512)")
+    parser = parser_of("python -m llava.eval.run_llava", add_question_arguments)
     return run_command(parser.prog, eval_model, parser.parse_args(argv))
+
+
+def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    """LLaVA's flags of its command for one question, and VisionZip's two."""
+    parser.description = "Ask a model one question about some images, and print the answer."
+    add_model_arguments(parser, unzipped="the model is left as the checkpoint has it")
+    parser.add_argument(
+        "--image", "--image-file", dest="image_file", required=True, help="files or addresses, separated by --sep"
+    )
+    parser.add_argument("--query", required=True, help="the question; <image> in it says where images go")
+    parser.add_argument("--sep", default=",", help="separates images")
+    add_generation_arguments(parser)
+    parser.add_argument("--top-p", "--top_p", type=finite, help="nucleus sampling, a share of 1 (default: all tokens)")
+    parser.add_argument("--num-beams", "--num_beams", type=positive, default=1, help="beams")
+    parser.set_defaults(run=eval_model)
 
 
 if __name__ == "__main__":

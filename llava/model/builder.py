@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llava.model import (
     MGMLlamaForCausalLM,
     VideoLlavaLlamaForCausalLM,
 )
-from llava.model.loading import find_file, has_weights, load_weights
+from llava.model.loading import check_device, checkpoint_path, find_file, has_weights, load_weights
 from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
@@ -96,11 +95,9 @@ def load_pretrained_model(
         ValueError: the checkpoint is not an original LLaVA one, its weights do not fit, or it needs ``model_base``.
         ImportError: a library that the layout needs (peft, bitsandbytes) is not installed; the message says which.
     """
-    model_path = _existing(model_path)
-    model_base = model_base and _existing(model_base)
-    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for but this machine has no CUDA: use device='cpu'")
+    model_path = checkpoint_path(model_path)
+    model_base = model_base and checkpoint_path(model_base)
+    device = check_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     options = {
         "device_map": device_map if device == "cuda" or device_map is None else {"": device},
         "dtype": _dtype(kwargs, device),
@@ -144,13 +141,6 @@ def load_pretrained_model(
         )
     context_len = getattr(model.config, "max_sequence_length", 2048)
     return tokenizer, model, image_processor, context_len
-
-
-def _existing(path: str) -> str:
-    path = os.path.expanduser(path)  # noqa: PTH111 - pathlib would turn ./name into what could be a hub name
-    if not Path(path).is_dir() and (path.startswith((".", "/")) or path.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {path} (a model on the hub has a name of the form owner/name)")
-    return path
 
 
 def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype | str:
@@ -244,6 +234,7 @@ def config_values(model_path: str) -> dict[str, Any]:
     Raises:
         OSError: it is missing or damaged.
     """
+    model_path = checkpoint_path(model_path)
     if Path(model_path).is_dir() and not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} has no config.json: copy the one that belongs to its weights there")
     try:

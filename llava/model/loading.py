@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -35,8 +37,69 @@ _WEIGHT_FILES = (
 )
 
 
+def checkpoint_path(path: str, flag: str | None = None) -> str:
+    """A checkpoint's folder, or its name on the hub, with ``~`` expanded.
+
+    Args:
+        path: as the user gives it.
+        flag: the flag that it is of, for the message.
+
+    Raises:
+        FileNotFoundError: it can only be a folder (see :func:`_is_folder_name`) and is not there; nothing asks the hub.
+    """
+    path = os.path.expanduser(path)  # noqa: PTH111 - pathlib would turn ./name into what could be a hub name
+    if _is_folder_name(path) and not Path(path).is_dir():
+        parent = Path(path).parent
+        beside = [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
+        close = difflib.get_close_matches(Path(path).name, beside, n=1)
+        guess = f": did you mean {parent / close[0]}?" if close else ""
+        raise FileNotFoundError(
+            f"{flag + ': ' if flag else ''}there is no folder {path}{guess} (a model on the hub has a name of the form "
+            "owner/name)"
+        )
+    return path
+
+
+def _is_folder_name(path: str) -> bool:
+    """Whether a name is no model of the hub: it begins with . or /, with a folder that is here, or has several /."""
+    first, slash, _ = path.partition("/")
+    return path.startswith((".", "/")) or path.count("/") > 1 or (bool(slash) and Path(first).is_dir())
+
+
+def check_device(name: str, flag: bool = False) -> str:
+    """A device's name, checked before anything is built there.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, …
+        flag: whether it is of the flag ``--device``, for the message.
+
+    Raises:
+        ValueError: torch knows no such device, nothing can be computed on it, or this machine has none.
+    """
+    given, cpu = (f"--device {name}", "--device cpu") if flag else (f"device={name!r}", "device='cpu'")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{given} is no device: use cuda or cpu") from error
+    if device.type == "cuda":  # asked without starting CUDA in this process
+        if not torch.cuda.is_available():
+            raise ValueError(f"{given} was asked for but this machine has no CUDA: use {cpu}")
+        if (device.index or 0) >= (number := torch.cuda.device_count()):
+            raise ValueError(f"{given} was asked for but this machine has {number} such devices, counted from 0")
+        return name
+    try:
+        usable = device.type != "meta" and torch.zeros(1, device=device).item() == 0
+    except Exception:  # each backend that is not there has its own
+        usable = False
+    if not usable:
+        raise ValueError(f"{given} was asked for but nothing can be computed on it here: use cuda or cpu")
+    return name
+
+
 def find_file(path: str | Path, name: str) -> str | None:
     """Where a checkpoint (folder or hub name) has the file ``name``; None if it has none or cannot be reached."""
+    if _is_folder_name(str(path)) and not Path(path).is_dir():
+        return None  # the hub would be asked again and again
     try:
         return cached_file(str(path), name)
     except OSError:

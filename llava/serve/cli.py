@@ -3,35 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from transformers import TextStreamer
 
-from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
+from llava import screen
+from llava.arguments import (
+    add_frames_argument,
+    add_generation_arguments,
+    add_image_argument,
+    add_model_arguments,
+    load_from_arguments,
+    sampling,
+)
+from llava.commands import hint, parser_of, run_command
 from llava.mm_utils import load_image
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
-from llava.video import FRAMES, load_video
+from llava.video import load_video
 
-_HELP = "/image FILE and /video FILE ask about another one too, /reset starts anew, /exit (or an empty line) ends."
+_COMMANDS = {
+    "/image": "FILE: the next question is about this image too",
+    "/video": "FILE: the next question is about this video too",
+    "/reset": "forget all that was said, and begin with the first images again",
+    "/help": "this list",
+    "/exit": "end, as an empty line and Ctrl-D do; Ctrl-C cancels a line or an answer only",
+}
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions about images and videos, from standard input until it ends, keeping the KV cache."""
+    """Answer questions about images and videos, from standard input until it ends, keeping the KV cache.
+
+    In the chat /help lists the commands; Ctrl-C cancels the line or the answer.
+    """
     generate_kwargs = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     openers = {"/image": load_image, "/video": partial(load_video, frames=args.frames)}
-    first = [load_image(file) for file in args.image_file or []]
+    first = [load_image(file) for file in args.image or []]
     first += [load_video(file, args.frames) for file in args.video or []]
     tokenizer, model, image_processor, conv_mode = load_from_arguments(args, getattr(args, "vanilla", None))
     session = ChatSession(model, tokenizer, image_processor, conv_mode, **generate_kwargs)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{describe(model)} · template {conv_mode} · {_HELP}", style="dim")
+    console = screen.console()
+    screen.say(f"{describe(model)} · template {conv_mode} · /help lists the commands", "dim", console)
     pending = first
     user, assistant = session.conversation.roles
+    streamer = _Wrapped(tokenizer, console)
     while line := _read_line(f"{user or 'USER'}: "):
         command, _, rest = line.partition(" ")
         if command == "/exit":
@@ -40,20 +61,26 @@ def chat(args: argparse.Namespace) -> None:
             if command == "/reset":
                 session.reset()
                 pending = first
-                continue
-            if command in openers:
+            elif command in openers:
+                if not rest.strip():
+                    raise ValueError(f"{command} needs a file: {command} FILE")
                 pending = [*pending, openers[command](Path(rest.strip()).expanduser())]
-                continue
-            print(f"{assistant or 'ASSISTANT'}: ", end="", flush=True)
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            turn = session.ask(line, pending, streamer)
+            elif command == "/help":
+                for name, meaning in _COMMANDS.items():
+                    screen.say(f"{name} {meaning}", "dim", console)
+            elif re.fullmatch(r"/\w*", command):  # a path or a fraction is no command
+                raise ValueError(f"unknown command {command!r}{hint(command, _COMMANDS)}")
+            else:
+                streamer.begin(f"{assistant or 'ASSISTANT'}: ")
+                turn = session.ask(line, pending, streamer)
+                pending = []
+                screen.say(str(turn), "dim", console)
+                if args.debug:
+                    screen.say(repr(session.conversation.get_prompt()), "", console)
+        except KeyboardInterrupt:
+            screen.say("\ncancelled: the conversation is as it was before this line", "dim", console)
         except (ValueError, OSError) as error:  # a wrong file or an overlong conversation does not end the chat
-            console.print(str(error), style="red")
-            continue
-        pending = []
-        console.print(str(turn), style="dim")
-        if args.debug:
-            console.print(repr(session.conversation.get_prompt()))
+            screen.say(str(error), "red", console)
 
 
 def describe(model: Any) -> str:
@@ -65,34 +92,78 @@ def describe(model: Any) -> str:
 
 
 def _read_line(prompt: str) -> str:
-    try:
-        return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+    """The next line without spaces around it, empty at the end; Ctrl-C begins it anew."""
+    while True:
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            print()
+            return ""
+        except KeyboardInterrupt:
+            print()
+
+
+class _Wrapped(TextStreamer):
+    """Prints an answer as it comes, broken between words where the terminal ends."""
+
+    def __init__(self, tokenizer: Any, console: Console) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._console = console
+        self._width: int | None = None
+        self._column = 0
+        self._space = ""  # not printed yet: a line does not end with it
+
+    def begin(self, name: str) -> None:
+        """Say who answers, and forget an answer that was cancelled."""
+        self.token_cache, self.print_len, self.next_tokens_are_prompt = [], 0, True
+        self._width = self._console.width if self._console.is_terminal else None  # which may have changed
+        self._column, self._space = cell_len(name), ""
+        print(name, end="", flush=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print some whole words."""
+        for word in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if word == "\n":
+                self._column, self._space = 0, ""
+                print()
+            elif word.isspace():
+                self._space += word
+            else:
+                needed = cell_len(self._space + word)
+                if self._width and self._column and self._column + needed > self._width:
+                    self._column, self._space, needed = 0, "", cell_len(word)
+                    print()
+                print(self._space + word, end="")
+                self._column, self._space = self._column + needed, ""
+        print(end="\n" if stream_end else "", flush=True)
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """LLaVA's flags of its terminal chat, and VisionZip's two."""
-    add_model_arguments(parser)
+    _add_arguments(parser, "the model is left as the checkpoint has it")
+
+
+def add_zipped_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``visionzip chat``."""
+    _add_arguments(parser, "the checkpoint's own, else 54 + 10")
+    parser.add_argument("--vanilla", action="store_true", help="keep all visual tokens")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, unzipped: str) -> None:
+    add_model_arguments(parser, unzipped)
+    add_image_argument(parser, "images that the first question is about")
     parser.add_argument(
-        "--image-file",
-        "--image",
-        nargs="+",
-        action="extend",
-        metavar="IMAGE",
-        help="images that the first question is about",
+        "--video", nargs="+", action="extend", metavar="VIDEO", help="videos that the first question is about"
     )
-    parser.add_argument("--video", nargs="+", action="extend", help="videos that the first question is about")
-    parser.add_argument("--frames", type=positive, help=f"frames of each video ({FRAMES}, repeated in shorter ones)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="longest answer (default: 512)")
+    add_frames_argument(parser)
+    add_generation_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="print the whole prompt after each turn")
+    parser.set_defaults(run=chat)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m llava.serve.cli``."""
-    parser = argparse.ArgumentParser("python -m llava.serve.cli", description=__doc__, epilog=_HELP)
-    add_chat_arguments(parser)
+    parser = parser_of("python -m llava.serve.cli", add_chat_arguments)
     return run_command(parser.prog, chat, parser.parse_args(argv))
 
 

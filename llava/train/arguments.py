@@ -10,7 +10,8 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.utils import is_peft_available
 
-from llava.train.run import TrainingArguments
+from llava.model.loading import checkpoint_path
+from llava.train.run import TrainingArguments, check_finite
 from visionzip import VisionZipConfig
 
 _DECIDING_DATA = ("data_path", "image_aspect_ratio", "data_fraction", "turns_apart")
@@ -43,6 +44,10 @@ class ModelArguments:
     visionzip_dominant: int | None = field(default=None, metadata={"help": "train with VisionZip: tokens to keep"})
     visionzip_contextual: int | None = field(default=None, metadata={"help": "train with VisionZip: merged tokens"})
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_finite(self)
+
     @property
     def budget(self) -> dict[str, int]:
         """VisionZip's counts as far as they are given; none of them leaves the model as it is."""
@@ -74,6 +79,10 @@ class DataArguments:
         default=False,
         metadata={"help": "questions of a record see its image, but not each other (eager or sdpa)"},
     )
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_finite(self)
 
 
 @dataclass
@@ -114,7 +123,7 @@ def check_arguments(arguments: ModelArguments, data: DataArguments, training: Ll
     """Find what does not go together or is not there, before anything is read.
 
     Raises:
-        FileNotFoundError: the projector to start from is not there.
+        FileNotFoundError: the model, its vision tower or the projector to start from is not there.
         NotADirectoryError: the output folder is a file.
         ValueError: arguments do not go together.
         ImportError: a library is not installed.
@@ -130,6 +139,9 @@ def check_arguments(arguments: ModelArguments, data: DataArguments, training: Ll
     if arguments.bits < 16 and is_deepspeed_zero3_enabled():
         raise ValueError(f"bits={arguments.bits} and ZeRO-3 do not go together: use zero2.json, or no deepspeed")
     _check_values(arguments, data, training)
+    for name in ("model_name_or_path", "vision_tower"):
+        if path := getattr(arguments, name):
+            checkpoint_path(path, name)
     projector = arguments.pretrain_mm_mlp_adapter
     if projector and not Path(projector).is_file():
         raise FileNotFoundError(f"pretrain_mm_mlp_adapter={projector} is no file")

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,12 +25,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.mm_utils import load_image, process_images
 from llava.model.loading import gathered
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.screen import progress
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
 
@@ -97,17 +98,15 @@ def cache_visual_tokens(folder: str, data: InstructionData, model: Any, training
         todo = [path for path in own if (path, stamps[path]) not in index.by_path]
         if todo:
             _check_room(folder, len(todo) * training.world_size, tower, precision)
-            quiet = training.disable_tqdm or training.process_index > 0
-            progress = tqdm(
-                desc="visual tokens", total=len(own), initial=len(own) - len(todo), unit="image", disable=quiet
-            )
+            quiet = (training.disable_tqdm and sys.stderr.isatty()) or training.process_index > 0
+            bar = progress(len(own), "visual tokens", "images", len(own) - len(todo), quiet)
             images = _Images(todo, set(index.by_digest), data)
             loader = DataLoader(images, batch_size=_BATCH, num_workers=training.dataloader_num_workers, collate_fn=list)
             encode = _encoder(tower, precision, device)
-            with progress, Writer(store, recipe) as writer:
+            with bar, Writer(store, recipe) as writer:
                 for batch in loader:
                     bad |= _encode_batch(batch, encode, index, writer)
-                    progress.update(len(batch))
+                    bar.update(len(batch))
     shares = gather_object([(bool(todo), bad)])  # waits for all
     bad = {path: problem for _, problems in shares for path, problem in problems.items()}
     _refuse(bad, paths, data)

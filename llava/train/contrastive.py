@@ -28,14 +28,21 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    HfArgumentParser,
     Trainer,
     set_seed,
 )
 
-from llava.arguments import run_command
+from llava.commands import run_command
 from llava.mm_utils import load_image
-from llava.train.run import TrainingArguments, check_installed, finish, last_checkpoint, leave_together
+from llava.train.run import (
+    TrainingArguments,
+    TrainingParser,
+    check_finite,
+    check_installed,
+    finish,
+    last_checkpoint,
+    leave_together,
+)
 
 _WORDS = 4096  # rows of the word table; words are hashed into it
 
@@ -58,6 +65,10 @@ class TowerArguments:
     num_layers: int = field(default=6, metadata={"help": "layers of the tower"})
     num_heads: int = field(default=4, metadata={"help": "attention heads"})
     local_weight: float = field(default=1.0, metadata={"help": "weight of the decision by patches; 0 leaves it out"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_finite(self)
 
 
 class CaptionedImages(Dataset):
@@ -236,7 +247,8 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
 def _run(words: list[str]) -> None:
     check_installed(words)
-    train(*HfArgumentParser((TowerArguments, TrainingArguments)).parse_args_into_dataclasses(words))
+    parser = TrainingParser((TowerArguments, TrainingArguments), "python -m llava.train.contrastive", __doc__)
+    train(*parser.parse_args_into_dataclasses(words))
     leave_together()
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, PretrainedConfi
 
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 from llava.model.builder import load_pretrained_model, read_config
-from llava.model.loading import gathered, load_weights
+from llava.model.loading import checkpoint_path, gathered, load_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ def is_llava(path: str) -> bool:
         OSError: its config cannot be read.
         ValueError: it is a Video-LLaVA or a Mini-Gemini.
     """
-    values, _ = PretrainedConfig.get_config_dict(path)
+    values, _ = PretrainedConfig.get_config_dict(checkpoint_path(path))
     if values.get("mm_video_tower"):
         raise ValueError(
             f"model_name_or_path={path} is a Video-LLaVA, which is not trained here (its data has videos, which are "

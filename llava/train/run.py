@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer
+from matplotlib.figure import Figure
+from transformers import HfArgumentParser, Trainer
 
+from llava.commands import Parser
 from visionzip import __version__
 
 CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
@@ -28,6 +30,32 @@ class TrainingArguments(transformers.TrainingArguments):
     """Transformers' own, for data sets whose samples are not the model's columns."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and have a line for each logged step where no terminal is, not a bar."""
+        check_finite(self)
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True
+        super().__post_init__()
+
+
+class TrainingParser(Parser, HfArgumentParser):
+    """Parses the command line of a training into dataclasses; refuses as the other commands do."""
+
+    def __init__(self, kinds: Sequence[type], prog: str, description: str | None) -> None:
+        super().__init__(kinds, prog=prog, usage=f"{prog} --FLAG VALUE …", description=description)
+
+
+def check_finite(arguments: Any) -> None:
+    """Check the numbers of a dataclass.
+
+    Raises:
+        ValueError: one is infinite or NaN.
+    """
+    for each in fields(arguments):
+        value = getattr(arguments, each.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{each.name} {value} is no finite number")
 
 
 def check_installed(words: Sequence[str]) -> None:
@@ -115,8 +143,6 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         histories: name of each run to its Trainer's ``log_history``.
         path: picture to write.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, see check_installed
-
     columns = min(4, len(histories))
     rows = math.ceil(len(histories) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")

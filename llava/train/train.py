@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
-from llava.arguments import run_command
+from llava.commands import run_command
 from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,
@@ -35,7 +35,7 @@ from llava.train.cache import cache_visual_tokens, check_cache_folder, drop_towe
 from llava.train.data import Collator, InstructionData, read_records
 from llava.train.model import build_model, choose_what_is_learnt, is_llava, whiten_projector
 from llava.train.outputs import check_room
-from llava.train.run import check_installed, check_same_run, finish, last_checkpoint, leave_together
+from llava.train.run import TrainingParser, check_installed, check_same_run, finish, last_checkpoint, leave_together
 from llava.train.trainer import LlavaTrainer
 from visionzip import visionzip
 
@@ -149,7 +149,8 @@ def _skipped(file: Path | None) -> list[dict[str, Any]]:
 
 def _run(words: list[str]) -> None:
     check_installed(words)
-    parser = HfArgumentParser((ModelArguments, DataArguments, LlavaTrainingArguments), description=__doc__)
+    kinds = (ModelArguments, DataArguments, LlavaTrainingArguments)
+    parser = TrainingParser(kinds, "python -m llava.train.train", __doc__)
     train(*parser.parse_args_into_dataclasses(words))
     leave_together()
 
