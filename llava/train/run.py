@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from matplotlib.figure import Figure
 from transformers import HfArgumentParser, Trainer
 
 from llava.commands import Parser
@@ -145,6 +144,8 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     """
     columns = min(4, len(histories))
     rows = math.ceil(len(histories) / columns)
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, see check_installed
+
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels[len(histories) :]:
