@@ -37,6 +37,7 @@ from eval.table import write_atomically, write_table
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
+from llava.images import AS_STORED
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import find_file
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
         "limited": len(questions) < len(every),
         "not_asked": errors,
         "conv_mode": args.conv_mode,
+        "images": AS_STORED,
         "batch_size": args.batch_size,
         "processes": own.size,
         "judge": None if judge is None else judge.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -11,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from eval.benchmark import Table, Visual
+from llava.images import load_image
 
 
 def read_json(path: Path) -> Any:
@@ -99,30 +99,14 @@ def picture_of(cell: Any, key: str) -> Visual:
 
 
 def _open_file(path: Path) -> list[Image.Image]:
-    try:
-        return [decode(path.read_bytes(), str(path))]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
+    return [load_image(path, as_stored=True)]
 
 
 def _open_cell(cell: Any, key: str) -> list[Image.Image]:
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
         raise ValueError(f"{key} has no image bytes: fetch the data again")
-    return [decode(content, key)]
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """The RGB image in an image file's bytes.
-
-    Raises:
-        ValueError: it cannot be read; the message has the name.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): fetch it again") from error
+    return [load_image(content, as_stored=True, name=key)]
 
 
 class Rows:

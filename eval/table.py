@@ -106,7 +106,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def facts(results: dict[str, Any]) -> str:
     """What the figures are and how they came about, in a few sentences."""
-    where = results["environment"]
+    where, images = results["environment"], results.get("images")
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
     limited = ", not all there are" if results["limited"] else ""
@@ -120,7 +120,8 @@ def facts(results: dict[str, Any]) -> str:
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
         f"{_INSIDE.format(', '.join(inside)) if inside else ''}"
-        f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
+        f"Template {results['conv_mode']}{f'; {images}' if images else ''}; {where['date']}, {where['device']}, "
+        f"{where['threads']} threads, "
         f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
     )
 

@@ -28,7 +28,8 @@ from PIL import Image
 from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
 from eval.matching import match, percent, percent_by
 from eval.questions import LETTER, lettered, listed
-from eval.sources import Tables, decode, need, refuse_repeated
+from eval.sources import Tables, need, refuse_repeated
+from llava.images import load_image
 
 if TYPE_CHECKING:
     from eval.judge import Judge
@@ -113,7 +114,7 @@ def _leading_options(row: Mapping[str, Any]) -> list[str]:
 
 def _open(content: str, name: str) -> list[Image.Image]:
     try:
-        return [decode(base64.b64decode(content), name)]
+        return [load_image(base64.b64decode(content), as_stored=True, name=name)]
     except binascii.Error as error:
         raise ValueError(f"{name} is no base64 ({error}): fetch the file again") from error
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +42,8 @@ def chat(args: argparse.Namespace) -> None:
                 pending = first
                 continue
             if command in openers:
-                pending = [*pending, openers[command](Path(rest.strip()).expanduser())]
+                place = os.path.expanduser(rest.strip())  # noqa: PTH111 - a Path would make https:/ of an address
+                pending = [*pending, openers[command](place)]
                 continue
             print(f"{assistant or 'ASSISTANT'}: ", end="", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from llava.arguments import run_command
-from llava.mm_utils import load_image
+from llava.images import load_image
 from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
 
 _WORDS = 4096  # rows of the word table; words are hashed into it
@@ -74,7 +74,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = load_image(self.folder / record["image"])
+        image = load_image(self.folder / record["image"], as_stored=True)
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         negatives = [sentence for name in self.lists for sentence in record[name]]
         return {"pixels": pixels, "captions": record["captions"], "negatives": negatives}
