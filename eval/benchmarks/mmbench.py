@@ -29,6 +29,7 @@ from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visu
 from eval.matching import match, percent, percent_by
 from eval.questions import LETTER, lettered, listed
 from eval.sources import Tables, need, refuse_repeated
+from llava.files import write_atomically
 from llava.images import load_image
 
 if TYPE_CHECKING:
@@ -260,9 +261,8 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
                 cell.data_type = "s"  # an answer that begins with = is no formula
             else:
                 cell.value = cells[column]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{truth.name}.xlsx"
-    book.save(path)
+    write_atomically(path, book.save)
     return path
 
 
