@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from eval.benchmark import Table, Visual
-from llava.files import is_full, writing
+from llava.files import full_disk, writing
 from llava.images import load_image
 
 
@@ -207,10 +207,10 @@ class Tables:
                 files = [str(file) for file in parquet_files(self.folder, table)]
                 loaded = datasets.load_dataset("parquet", data_files={table.split: files}, split=table.split)
         except (*damaged, OSError) as error:
-            if is_full(error):  # tables are unpacked into a cache
-                safe = "Set HF_DATASETS_CACHE to a folder on another disk; what is in the cache stays"
+            if full := full_disk(error):  # tables are unpacked into a cache
+                safe = "It is HF_DATASETS_CACHE that says where; what is there stays"
                 with writing(f"{name} into {datasets.config.HF_DATASETS_CACHE}", safe):
-                    raise
+                    raise full from error
             if not isinstance(error, damaged):
                 raise
             reason = error.__cause__ or error

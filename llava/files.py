@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -12,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors (Rust's words for the same three) and torch say where a disk takes no more.
+_NO_ROOM = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|inline_container|iostream error")
 
 
 class WriteError(OSError):
@@ -34,7 +37,7 @@ def writing(what: str | Path, safe: str) -> Iterator[None]:
     except WriteError:  # of a file within, whose name says more
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        room = " Make room, or choose another disk." if is_full(error) else ""
+        room = " Make room, or choose another disk." if full_disk(error) or _NO_ROOM.search(str(error)) else ""
         raise WriteError(f"cannot write {what}: {_reason(error)}. {safe}.{room}") from error
 
 
@@ -90,13 +93,13 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a disk, or the room allowed on it, is full."""
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The error among those that led to one which says that a disk, or the room allowed on it, is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -262,7 +263,9 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
             else:
                 cell.value = cells[column]
     path = folder / f"{truth.name}.xlsx"
-    write_atomically(path, book.save)
+    content = io.BytesIO()  # on a full disk, a zip file that is written there would have the last word
+    book.save(content)
+    write_atomically(path, content.getvalue())
     return path
 
 
