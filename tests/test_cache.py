@@ -275,7 +275,7 @@ def test_no_room(tune, full_disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tune("run", cache_visual_tokens=here, **ZIPPED) == 2
     assert "has 0.0 GB free, but the tokens of 6 images take at least 0.0 GB" in capsys.readouterr().err
     monkeypatch.undo()
-    with full_disk(700):
+    with full_disk(3000):  # four images
         assert tune("run", cache_visual_tokens=here, **ZIPPED) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "cannot write " in message and "tokens-" in message and "The images that are encoded stay so" in message
