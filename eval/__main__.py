@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.arguments import add_frames_argument, add_model_arguments, add_tokens_argument
 from llava.commands import Commands, positive, run_commands
+from llava.files import write_atomically
 from llava.methods import METHODS
 from llava.screen import print_table
 
@@ -21,7 +22,7 @@ from .paper import paper_table
 from .prepare import prepare
 from .registry import BENCHMARKS
 from .runner import run, unscored
-from .table import write_atomically, write_table
+from .table import write_table
 
 
 def show_list(args: argparse.Namespace) -> None:

@@ -14,10 +14,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from llava.files import append, writing
 
 from .benchmark import Answer, Question
+
+GO_ON = "The answers that there are stay: the same command goes on from there"  # whatever cannot be written of a run
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Part:
 
     def __init__(
         self,
-        file: IO[bytes],
+        file: FileIO,
         setting: dict[str, Any],
         made: dict[str, Any],
         errors: bool,
@@ -115,8 +120,8 @@ class Part:
         self.given |= {one.place: one for one in given}
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode())
-        self._file.flush()
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        append(self._file, lines.encode(), GO_ON)
 
 
 def _header(line: bytes, path: Path) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def _given(line: bytes) -> tuple[Given, str | None]:
     return given, about
 
 
-def _cut(file: IO[bytes]) -> int:
+def _cut(file: FileIO) -> int:
     """Cut off a line without its end; the bytes that are left."""
     file.seek(0)
     content = file.read()
@@ -188,8 +193,10 @@ def open_part(
             each other.
         BlockingIOError: another process writes to it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with writing(path, GO_ON):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("ab+", buffering=0)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however
         except BlockingIOError as error:

@@ -25,13 +25,15 @@ import visionzip
 from llava.arguments import device_of, load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
+from llava.files import write_atomically
+from llava.images import AS_STORED
 from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import checkpoint_path, find_file
 from llava.model.transformers_llava import is_transformers
 
-from .answers import Given, Part, answers_file, as_answers, open_part, part_path
+from .answers import GO_ON, Given, Part, answers_file, as_answers, open_part, part_path
 from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from .benchmark import Answer, Benchmark, Question, Score, UnscoredError
 from .cost import covers, read_cost
@@ -43,7 +45,7 @@ from .matching import asked, shortfalls
 from .methods import Run, attached, plan
 from .registry import BENCHMARKS
 from .results import summarize
-from .table import write_atomically, write_table
+from .table import write_table
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,13 +93,13 @@ def run(args: argparse.Namespace) -> None:
         cost = read_cost(folder / "cost.json", setting)
         if cost is None or not covers(cost, given):
             cost = load().measure(given)
-            write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1))
+            write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1), GO_ON)
         made = {each.name: part.made for each, part in parts.items()}
     model_name = get_model_name_from_path(args.model_path)
     answers = {each: as_answers(questions, found) for each, found in given.items()}
     limited = len(questions) < len(every)
     for each, found in answers.items():
-        write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
+        write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name), GO_ON)
     if benchmark.submit is not None and not limited:  # a server wants all answers
         submit_all(benchmark, answers, truth, folder / "submissions")
     scores = score_all(benchmark, answers, truth, judge, limited)
@@ -117,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
         "incomplete": incomplete,
         "not_asked": errors,
         "conv_mode": args.conv_mode,
+        "images": AS_STORED,
         "batch_size": args.batch_size,
         "processes": own.size,
         "judge": None if judge is None else judge.model,
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         "cost": cost,
         "answers_made": made,
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1))
+    write_atomically(folder / "results.json", json.dumps(results, indent=1), GO_ON)
     write_table(folder)
 
 
@@ -219,7 +222,6 @@ def _report_incomplete(incomplete: Mapping[str, Sequence[str]], errors: Mapping[
 def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, folder: Path) -> None:
     """Write what a server wants of some runs, each into a folder of its own."""
     for run, own in answers.items():
-        (folder / run.name).mkdir(parents=True, exist_ok=True)
         print(f"for the server: {benchmark.submit(own, truth, folder / run.name)}", file=sys.stderr)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -11,7 +10,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from llava.files import full_disk, writing
+from llava.images import load_image
 
 from . import COMMAND
 from .benchmark import Table, Visual
@@ -101,10 +103,7 @@ def picture_of(cell: Any, key: str) -> Visual:
 
 
 def _open_file(path: Path) -> list[Image.Image]:
-    try:
-        return [decode(path.read_bytes(), str(path))]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
+    return [load_image(path, as_stored=True)]
 
 
 def _checksum_of_cell(cell: Any) -> str:
@@ -116,20 +115,7 @@ def _open_cell(cell: Any, key: str) -> list[Image.Image]:
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
         raise ValueError(f"{key} has no image bytes: fetch the data again")
-    return [decode(content, key)]
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """The RGB image in an image file's bytes.
-
-    Raises:
-        ValueError: it cannot be read; the message has the name.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({error}): fetch it again") from error
+    return [load_image(content, as_stored=True, name=key)]
 
 
 class Rows:
@@ -253,7 +239,13 @@ class Tables:
                 files = parquet_files(self.folder, table)
                 names = [str(file) for file in files]
                 loaded = datasets.load_dataset("parquet", data_files={table.split: names}, split=table.split)
-        except damaged as error:
+        except (*damaged, OSError) as error:
+            if full := full_disk(error):  # tables are unpacked into a cache
+                safe = "It is HF_DATASETS_CACHE that says where; what is there stays"
+                with writing(f"{name} into {datasets.config.HF_DATASETS_CACHE}", safe):
+                    raise full from error
+            if not isinstance(error, damaged):
+                raise
             reason = error.__cause__ or error
             raise ValueError(f"{name} cannot be read ({reason}): fetch it again") from error
         for column, feature in loaded.features.items():

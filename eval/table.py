@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava.files import write_atomically
 from llava.screen import print_table, say
 
 from . import COMMAND
@@ -39,14 +40,6 @@ def write_table(folder: Path) -> None:
     for table, name in zip(tables, (title, "visionzip minus others, in points"), strict=False):
         print_table(name, table[0], table[1:], left=table[0][:1])
     say(facts(results), "dim")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 _ABOVE_DIFFERENCES = (
@@ -101,7 +94,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def facts(results: dict[str, Any]) -> str:
     """What the figures are and how they came about, in a few sentences."""
-    where = results["environment"]
+    where, images = results["environment"], results.get("images")
     rounds = len(next(iter(results["cost"]["prefill"].values()))["seconds"])
     seeds = max((len(row.get("score_by_seed", {})) for row in results["rows"]), default=0)
     number = f"{results['questions']} questions"
@@ -118,7 +111,8 @@ def facts(results: dict[str, Any]) -> str:
         f"{results['cost']['text_tokens']} text tokens and the visual ones, median of {rounds} interleaved rounds, "
         "speed-up over vanilla in the same round; GFLOPs: its matrix products. "
         f"{_INSIDE.format(', '.join(inside)) if inside else ''}"
-        f"Template {results['conv_mode']}; {where['date']}, {where['device']}, {where['threads']} threads, "
+        f"Template {results['conv_mode']}{f'; {images}' if images else ''}; {where['date']}, {where['device']}, "
+        f"{where['threads']} threads, "
         f"torch {where['torch']}, transformers {where['transformers']}, commit {where['git_commit']}."
         + "".join(f" * {name} is incomplete: {'; '.join(sentences)}." for name, sentences in incomplete)
     )

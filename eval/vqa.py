@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llava.files import write_atomically
+
 from .benchmark import Score
 from .matching import Id, Matched, percent, unreadable
 
@@ -184,6 +186,5 @@ def score_uploaded(matched: Matched[Id], annotations: Mapping[Id, Annotation], m
 
 def write_submission(entries: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Write a json list as LLaVA's converters do, byte for byte."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(entries)), encoding="utf-8")
+    write_atomically(path, json.dumps(list(entries)))
     return path

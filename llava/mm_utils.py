@@ -8,45 +8,30 @@ from __future__ import annotations
 import ast
 import base64
 import math
-from io import BytesIO
-from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import load_image
 
 Size = tuple[int, int]
 
 
-def load_image(source: str | Path) -> Image.Image:
-    """Open an image file or an http(s) address as RGB.
+def load_image_from_base64(image: str) -> Image.Image:
+    """Open an image that is given as base64 text, as RGB.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an image, or is cut short.
+        ValueError: it is no base64, or what it holds is no image that can be read.
     """
-    if str(source).startswith(("http://", "https://")):
-        with urlopen(str(source), timeout=30) as response:
-            data: Any = BytesIO(response.read())
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"no image file at {source}")
-    else:
-        data = source
     try:
-        with Image.open(data) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{source} is not a readable image ({error}): give a PNG, JPEG, WebP … file") from error
-
-
-def load_image_from_base64(image: str) -> Image.Image:
-    """Open an image that is given as base64 text."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+        content = base64.b64decode(image)
+    except ValueError as error:
+        raise ValueError(f"{image[:60]!r}… is no base64 text ({error}): a data URL is for load_image") from error
+    return load_image(content)
 
 
 def select_best_resolution(original_size: Size, possible_resolutions: list[Size]) -> Size:
@@ -184,7 +169,7 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     """Images as the model was trained to see them: padded to a square, cut into tiles, or as the processor has it.
 
     Args:
-        images: PIL images of any mode and size.
+        images: PIL images of any size, read as :func:`llava.images.load_image` does: upright, on white, 16 bits as 8.
         image_processor: the vision tower's, third value of ``load_pretrained_model``.
         model_cfg: the model's config. ``image_aspect_ratio`` is ``"pad"`` (to a square, with the mean colour),
             ``"anyres"`` (``image_grid_pinpoints`` lists the resolutions) or anything else: as the processor has it.
@@ -196,7 +181,9 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
 
     Raises:
         TypeError: an element is not a PIL image.
-        ValueError: there are no images, or ``image_aspect_ratio`` is a variant of anyres that is not supported.
+        ValueError: there are no images, or one cannot be read; ``image_aspect_ratio`` is a variant of anyres that is
+            not supported; or an image for anyres lies on its side, so that its ``size``, which ``generate`` needs as
+            ``image_sizes``, would not be that of its tiles.
     """
     if isinstance(images, Image.Image):
         images = [images]
@@ -209,10 +196,16 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     if not images:
         raise ValueError("images is empty: give at least one, or leave images out for a text-only prompt")
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    images = [image.convert("RGB") for image in images]
+    upright = [load_image(image, name=f"images[{index}]") for index, image in enumerate(images)]
     if aspect_ratio == "anyres":
+        for index, (image, turned) in enumerate(zip(images, upright, strict=True)):
+            if turned.size != image.size:
+                raise ValueError(
+                    f"images[{index}] lies on its side, as its EXIF orientation says: turn it with "
+                    f"llava.mm_utils.load_image(image) first, and give image_sizes of the result, {turned.size}"
+                )
         pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
-        tensors = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+        tensors = [process_anyres_image(image, image_processor, pinpoints) for image in upright]
     elif str(aspect_ratio).startswith("anyres"):
         raise ValueError(
             f"image_aspect_ratio={aspect_ratio!r} is not supported (it is LLaVA-OneVision's): supported are 'pad' and "
@@ -221,11 +214,11 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     else:
         if aspect_ratio == "pad":
             mean_color = tuple(int(channel * 255) for channel in image_processor.image_mean)
-            images = [expand2square(image, mean_color) for image in images]
+            upright = [expand2square(image, mean_color) for image in upright]
         size = {}
         if edge := getattr(model_cfg, "image_size_aux", None):
             size = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
-        tensors = list(image_processor.preprocess(images, return_tensors="pt", **size)["pixel_values"])
+        tensors = list(image_processor.preprocess(upright, return_tensors="pt", **size)["pixel_values"])
     if all(tensor.shape == tensors[0].shape for tensor in tensors):
         return torch.stack(tensors)
     return tensors

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from llava.images import load_image
 from llava.mm_utils import process_images, processor_resolution
 
 FRAMES = 8  # of each video, where nothing else is asked for: Video-LLaVA's
@@ -180,7 +181,7 @@ def check_frames(frames: Any, name: str) -> None:
 
 def _pixels(frame: Image.Image, edge: int, mean: Tensor, std: Tensor) -> Tensor:
     """One frame: (3, edge, edge)."""
-    values = torch.from_numpy(np.array(frame.convert("RGB"))).permute(2, 0, 1).float() / 255
+    values = torch.from_numpy(np.array(load_image(frame))).permute(2, 0, 1).float() / 255
     width, height = frame.size
     long = math.floor(max(width, height) / min(width, height) * edge)
     size = (long, edge) if width < height else (edge, long)
@@ -213,7 +214,8 @@ def process_visuals(
             tensors.append(model.video_pixels(visual, image_processor))
             sizes.append(visual[0].size)
         else:
-            images = [visual] if isinstance(visual, Image.Image) else list(visual)
+            given = [visual] if isinstance(visual, Image.Image) else visual
+            images = [load_image(image) for image in given]  # upright before their sizes are taken
             tensors += process_images(images, image_processor, model.config)
             sizes += [image.size for image in images]
     return tensors, sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -266,6 +267,13 @@ def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
     """An image of noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """An image file's content."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def pixels(count: int, seed: int = 0, edge: int = 56) -> torch.Tensor:

@@ -23,6 +23,7 @@ from eval.answers import read_answers
 from eval.benchmarks import scenes
 from eval.methods import METHODS, plan
 from eval.registry import BENCHMARKS
+from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +84,7 @@ def test_run_and_table(run, scenes_data: Path, tmp_path: Path, capsys):
     table = (out / "table.md").read_text()
     assert "| visionzip 5+1 | 6 |" in table and "| visionzip 3+1 | 4 |" in table and "| no-cls 3+1 | 4 |" in table
     assert "random: mean of 2 seeds" in table and "visionzip 5+1" in printed
+    assert results["images"] == AS_STORED and AS_STORED in table
     assert not list(out.rglob("*.partial"))
 
     (out / "table.md").unlink()

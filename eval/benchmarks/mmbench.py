@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from llava.files import write_atomically
+from llava.images import load_image
+
 from .. import COMMAND
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
 from ..fingerprint import checksum_of_bytes
 from ..matching import match, percent, percent_by
 from ..questions import LETTER, lettered, listed
-from ..sources import Tables, decode, need, refuse_repeated
+from ..sources import Tables, need, refuse_repeated
 
 if TYPE_CHECKING:
     from ..judge import Judge
@@ -118,7 +122,7 @@ def _leading_options(row: Mapping[str, Any]) -> list[str]:
 
 def _open(content: str, name: str) -> list[Image.Image]:
     try:
-        return [decode(base64.b64decode(content), name)]
+        return [load_image(base64.b64decode(content), as_stored=True, name=name)]
     except binascii.Error as error:
         raise ValueError(f"{name} is no base64 ({error}): fetch the file again") from error
 
@@ -274,9 +278,10 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
                 cell.data_type = "s"  # an answer that begins with = is no formula
             else:
                 cell.value = cells[column]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{truth.name}.xlsx"
-    book.save(path)
+    content = io.BytesIO()  # on a full disk, a zip file that is written there would have the last word
+    book.save(content)
+    write_atomically(path, content.getvalue())
     return path
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from llava.files import write_atomically
+
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table
 from ..judge import Judge, Request, normalized_match
 from ..matching import asked, match, unreadable
@@ -242,9 +244,8 @@ def graded(path: Path, data: Path | None) -> Score:
 def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
     """Write the answers as the official evaluator reads them; name the file after the model."""
     path = folder / "mmvet.json"
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {_name(answer.question_id): answer.text for answer in answers}
-    path.write_text(json.dumps(texts, indent=2), encoding="utf-8")
+    write_atomically(path, json.dumps(texts, indent=2))
     return path
 
 

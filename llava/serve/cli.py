@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -23,7 +23,7 @@ from llava.arguments import (
     sampling,
 )
 from llava.commands import hint, parser_of, run_command
-from llava.mm_utils import load_image
+from llava.images import load_image
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 from llava.video import load_video
@@ -64,7 +64,8 @@ def chat(args: argparse.Namespace) -> None:
             elif command in openers:
                 if not rest.strip():
                     raise ValueError(f"{command} needs a file: {command} FILE")
-                pending = [*pending, openers[command](Path(rest.strip()).expanduser())]
+                place = os.path.expanduser(rest.strip())  # noqa: PTH111 - a Path would make https:/ of an address
+                pending = [*pending, openers[command](place)]
             elif command == "/help":
                 for name, meaning in _COMMANDS.items():
                     screen.say(f"{name} {meaning}", "dim", console)

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from llava.mm_utils import load_image, process_images
+from llava.images import load_image
+from llava.mm_utils import process_images
 from llava.model.loading import gathered
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.screen import progress
@@ -37,7 +38,7 @@ from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
 if TYPE_CHECKING:
     from transformers import TrainingArguments  # loads peft and bitsandbytes, which `visionzip --help` need not
 
-_FORMAT = 1  # of what is computed and how it is stored; a change makes all older caches unknown
+_FORMAT = 2  # of what is computed and how it is stored; a change makes all older caches unknown
 _BATCH = 32  # images that the tower encodes at a time
 _NOT_THE_TOWER = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -151,7 +152,7 @@ class _Images(Dataset):
             item = {"path": path, "stamp": stamp_of(path)}
             item["digest"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             if item["digest"] not in self.known:
-                image = load_image(path)
+                image = load_image(path, as_stored=True)
                 pixels = process_images([image], self.image_processor, self.model_config)[0]
                 item |= {"size": image.size, "pixels": pixels if pixels.ndim == 4 else pixels[None]}
         except UNUSABLE as error:  # told when all the others are encoded

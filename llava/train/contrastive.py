@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from llava.commands import run_command
-from llava.mm_utils import load_image
+from llava.folders import whole_files
+from llava.images import load_image
 from llava.train.run import (
     TrainingArguments,
     TrainingParser,
@@ -85,7 +86,7 @@ class CaptionedImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = load_image(self.folder / record["image"])
+        image = load_image(self.folder / record["image"], as_stored=True)
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         negatives = [sentence for name in self.lists for sentence in record[name]]
         return {"pixels": pixels, "captions": record["captions"], "negatives": negatives}
@@ -234,9 +235,10 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     if not trainer.is_world_process_zero():
         return
     output = Path(training.output_dir)
-    model.tower.save_pretrained(output)
-    processor.save_pretrained(output)
-    torch.save(model.state_dict(), output / "contrastive.pt")
+    with whole_files(output) as unfinished:
+        model.tower.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        torch.save(model.state_dict(), unfinished / "contrastive.pt")
     facts: dict[str, Any] = {}
     if arguments.validation_path:
         held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, processor)

@@ -1,7 +1,8 @@
 """LLaVA's training data: a json list of conversations about images.
 
 A record has ``id``, ``image`` (a file; without it the record is text only) and ``conversations``: turns ``{"from":
-"human", "value": "<image> …"}`` and ``{"from": "gpt", "value": …}``.
+"human", "value": "<image> …"}`` and ``{"from": "gpt", "value": …}``. Images are read as LLaVA's training reads them: as
+they are stored, EXIF's orientation ignored and transparency dropped (:mod:`llava.images`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import new_conversation
-from llava.mm_utils import load_image, process_images, processor_resolution
+from llava.files import writing
+from llava.images import load_image
+from llava.mm_utils import process_images, processor_resolution
 from llava.train.labels import Turns, render, tokenize, tokenize_apart, usable_turns
 from llava.train.token_store import CachedImages, DamagedCacheError
 
@@ -30,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-# What damaged images and records lead to; Pillow has errors of several kinds.
-UNUSABLE = (ValueError, OSError, KeyError, SyntaxError, Image.DecompressionBombError)
+UNUSABLE = (ValueError, OSError, KeyError)  # what damaged images and records lead to
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class InstructionData(Dataset):
             except ValueError as error:
                 logger.warning("%s; the next one stands in for it", error)
                 note = {"id": self.records[place].get("id", place), "why": str(error)}
-                with self.skipped.open("a", encoding="utf-8") as file:
+                safe = "Checkpoints are whole: the same command goes on at the last one"
+                with writing(self.skipped, safe), self.skipped.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(note) + "\n")  # one write: processes do not tear each other's lines
         raise ValueError("not one of the records can be used")
 
@@ -209,7 +211,7 @@ class InstructionData(Dataset):
             if self.encoded is not None:
                 sample["image"], sample["image_size"] = self.encoded.sample(record.get("image"))
             elif "image" in record:
-                image = load_image(self.folder / record["image"])
+                image = load_image(self.folder / record["image"], as_stored=True)
                 sample["image"] = process_images([image], self.image_processor, self.model_config)[0]
                 sample["image_size"] = image.size
             else:  # every process must use the projector in every step, or its gradients could not be exchanged

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ import transformers
 from transformers import HfArgumentParser, Trainer
 
 from llava.commands import Parser
+from llava.files import write_atomically
 from visionzip import __version__
 
 CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
@@ -122,9 +124,8 @@ def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, A
         **facts,
         "losses": trainer.state.log_history,
     }
-    unfinished = output / "run.json.partial"
-    unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.replace(output / "run.json")
+    safe = "The weights in its folder are whole: with room there, the same command writes it"
+    write_atomically(output / "run.json", json.dumps(record, indent=1), safe)
     plot_losses({output.name: trainer.state.log_history}, output / "losses.png")
 
 
@@ -156,4 +157,4 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
             panel.plot(*zip(*points, strict=True), linewidth=1)
         panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    write_atomically(path, partial(figure.savefig, dpi=150, format=path.suffix[1:]))
