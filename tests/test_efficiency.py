@@ -53,7 +53,16 @@ def test_prefill(tmp_path: Path, capsys):
 
 def test_generate_from_a_checkpoint(make_checkpoint, tmp_path: Path):
     output = tmp_path / "generate.json"
-    command = ["benchmark", "generate", "--model-path", str(make_checkpoint()), "--tokens", "8", "--max-new-tokens", "3"]
+    command = [
+        "benchmark",
+        "generate",
+        "--model-path",
+        str(make_checkpoint()),
+        "--tokens",
+        "8",
+        "--max-new-tokens",
+        "3",
+    ]
     more = ["--device", "cpu", "--method", "vanilla", "visionzip", "--rounds", "1", "--output", str(output)]
     assert main([*command, *more]) == 0
     vanilla, zipped = json.loads(output.read_text())["results"]
@@ -124,8 +133,8 @@ def test_a_process_that_refuses_says_why(capsys):
     """Memory is measured in processes of their own: what is wrong there is one line here too."""
     flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--method", "sparsevlm", "--device", "cpu"]
     assert main(["benchmark", "memory", *flags]) == 2
-    message = "visionzip benchmark: memory of sparsevlm-5: SparseVLM cannot make 5 of 320 visual tokens: give 10 to 320"
-    assert capsys.readouterr().err.splitlines()[-1] == message
+    message = "memory of sparsevlm-5: SparseVLM cannot make 5 of 320 visual tokens: give 10 to 320"
+    assert capsys.readouterr().err.splitlines()[-1] == f"visionzip benchmark memory: {message}"
 
 
 def test_a_budget_that_leaves_nothing_to_compress(make_checkpoint, capsys):

@@ -285,7 +285,15 @@ def test_visionzip_visualize(make_checkpoint: Any, image_file: Path, tmp_path: P
 
 def test_visualize_explains_bad_input(make_checkpoint: Any, image_file: Path, tmp_path: Path, unread: None, capsys):
     """Before the model is loaded."""
-    command = ["visualize", "--model-path", str(make_checkpoint()), "--image", str(image_file), "--output", str(tmp_path)]
+    command = [
+        "visualize",
+        "--model-path",
+        str(make_checkpoint()),
+        "--image",
+        str(image_file),
+        "--output",
+        str(tmp_path),
+    ]
     text = tmp_path / "notes.png"
     text.write_text("not an image")
     for more, message in (
