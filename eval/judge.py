@@ -113,7 +113,7 @@ class Judge:
         missing = [name for name in records if name not in replies]
         failures: list[str] = []
         label = f"judge {self.model}" + (f", attempt {attempt + 1}" if attempt else "")
-        label += f", {len(replies)} replies kept" if replies else ""
+        label += f", cached={len(replies)}"
         with progress(len(records), label, "replies", len(replies)) as bar:
             pool = ThreadPoolExecutor(self._workers)
             futures = {pool.submit(self._fetch, name, records[name]): name for name in missing}

@@ -134,8 +134,8 @@ def test_a_process_that_refuses_says_why(capsys):
     """Memory is measured in processes of their own: what is wrong there is one line here too."""
     flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--method", "sparsevlm", "--device", "cpu"]
     assert main(["benchmark", "memory", *flags]) == 2
-    message = "visionzip benchmark: memory of sparsevlm-5: SparseVLM cannot make 1 of 64 visual tokens: give 2 to 64"
-    assert capsys.readouterr().err.splitlines()[-1] == message
+    message = "memory of sparsevlm-5: SparseVLM cannot make 1 of 64 visual tokens: give 2 to 64"
+    assert capsys.readouterr().err.splitlines()[-1] == f"visionzip benchmark memory: {message}"
 
 
 def test_a_budget_that_leaves_nothing_to_compress(make_checkpoint, capsys):
