@@ -15,7 +15,7 @@ from layouts import convert
 from llava.constants import IMAGE_TOKEN_INDEX as IMG
 from llava.model.builder import load_pretrained_model
 from llava.model.generation import REFUSED
-from visionzip import unzip, visionzip
+from visionzip import visionzip
 
 ROWS = [[1, IMG, 13, 40, 41], [1, 50, IMG, 51, IMG, 52, 53, 54], [1, 60, 61]]
 TOKENS, EOS = 10, 2
