@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -176,11 +177,59 @@ def test_what_goes_wrong_leaves_the_conversation_as_it_was(session: ChatSession)
         ("vicuna", {}, "conv_mode='vicuna' is unknown: use one of vicuna_v1"),
         ("plain", {}, "conv_mode='plain' is for pretraining"),
         ("vicuna_v1", {"num_beams": 2}, "num_beams=2"),
+        (
+            "vicuna_v1",
+            {"num_return_sequences": 2},
+            "num_return_sequences=2 cannot be used here: a conversation",
+        ),
+        ("vicuna_v1", {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 cannot .* again behind its cache"),
+        ("vicuna_v1", {"assistant_model": torch.nn.Linear(1, 1)}, "assistant_model=Linear cannot"),
+        ("vicuna_v1", {"prefill_chunk_size": 8}, "prefill_chunk_size=8 cannot"),
+        ("vicuna_v1", {"guidance_scale": 2.0}, "guidance_scale=2.0 cannot"),
+        ("vicuna_v1", {"cache_implementation": "static"}, "cache_implementation=static cannot .* its own cache"),
+        ("vicuna_v1", {"return_dict_in_generate": True}, "return_dict_in_generate=True cannot .* returns a Turn"),
+        ("vicuna_v1", {"max_new_tokens": None}, "max_new_tokens=None: .* needs a limit, give 1 or more"),
+        ("vicuna_v1", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("vicuna_v1", {"max_new_tokens": 2.5}, r"max_new_tokens=2\.5"),
+        ("vicuna_v1", {"streamer": None, "images": []}, "images, streamer cannot be given to a session"),
     ],
 )
 def test_unusable_settings(conv_mode: str, generate_kwargs: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         ChatSession(None, None, None, conv_mode, **generate_kwargs)
+
+
+def test_settings_of_the_models_own_config(load):
+    """What a checkpoint asks for is refused as what a call asks for, and can be switched off."""
+    tokenizer, model, processor, _ = load()
+    for name, value, off in (("prompt_lookup_num_tokens", 2, None), ("num_beams", 3, 1)):
+        setattr(model.generation_config, name, value)
+        with pytest.raises(ValueError, match=f"{name}={value} cannot"):
+            ChatSession(model, tokenizer, processor)
+        session = ChatSession(model, tokenizer, processor, **GENERATE, **{name: off})
+        assert session.ask("Hello").new_tokens >= 3
+        setattr(model.generation_config, name, None)
+
+
+def test_a_cache_that_something_else_has_cut(session: ChatSession):
+    """Its length is checked after each turn; the next turn starts with a new one."""
+
+    def cut(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 2:
+            session._cache.crop(-1)
+        return scores
+
+    session.ask(QUESTIONS[0], [picture(0)])
+    before = list(session.conversation.messages)
+    session.generate_kwargs["logits_processor"] = [cut]
+    with pytest.raises(RuntimeError, match=r"^the cache has \d+ positions") as raised:
+        session.ask(QUESTIONS[1])
+    held, said = re.search(r"(\d+) positions, but the conversation (\d+)", str(raised.value)).groups()
+    assert int(held) == int(said) - 1
+    assert session.conversation.messages == before
+    del session.generate_kwargs["logits_processor"]
+    turn = session.ask(QUESTIONS[1])
+    assert turn.cached_tokens == 0 and turn.text == recompute(session, [picture(0)])
 
 
 def test_image_tokens_with_markers():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import PAD, TEXTS, llava, llava_batch, llava_processor, pictures
+from hf_models import FAMILIES, PAD, TEXTS, both, llava, llava_batch, llava_processor, pictures
+from hf_video_models import build, processor_for, video
 from torch import Tensor
 from transformers import StaticCache
 
@@ -85,6 +86,45 @@ def test_inputs_that_do_not_fit(change: Any, message: str, call: str):
         model(**inputs) if call == "forward" else model.generate(**inputs, max_new_tokens=2)
 
 
+def call_with(model: Any, call: str, inputs: Any) -> Any:
+    return model(**inputs) if call == "forward" else model.generate(**inputs, max_new_tokens=2)
+
+
+@both
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_pixels_that_are_no_numbers(call: str, family: str):
+    """As in-tree models refuse them; without, the answer is made of zeros."""
+    build_model, build_processor = FAMILIES[family]
+    model = visionzip(build_model(), K, M)
+    inputs = build_processor()(images=pictures((90, 60), (60, 90)), text="<image> or <image>", return_tensors="pt")
+    for value in (torch.nan, torch.inf):
+        inputs["pixel_values"][1].view(-1)[0] = value
+        with pytest.raises(ValueError, match=r"^pixel_values\[1\] has 1 pixels that are NaN or infinite, of \d+:"):
+            call_with(model, call, inputs)
+    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^pixel_values are torch\.uint8: raw pixels are not normalised"):
+        call_with(model, call, inputs)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_frames_that_are_no_numbers(call: str):
+    model = visionzip(build("video_llava"), K, M)
+    inputs = processor_for("video_llava")(text="<video> <video>", videos=[video(0), video(1)], return_tensors="pt")
+    inputs["pixel_values_videos"][1, 2, 0, 0, 0] = -torch.inf
+    with pytest.raises(ValueError, match=r"^pixel_values_videos\[1\] has 1 pixels that are NaN or infinite"):
+        call_with(model, call, inputs)
+
+
+def test_pixels_are_looked_at_once_for_an_answer(model: Any, monkeypatch: pytest.MonkeyPatch):
+    """Not in each step, as every look waits for the device."""
+    looks, isfinite = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda values: looks.append(values.shape) or isfinite(values))
+    model.generate(**one_image(), max_new_tokens=6, min_new_tokens=6)
+    assert looks == [(1, 3, 56, 56)]
+    model(**one_image())
+    assert looks == [(1, 3, 56, 56)] * 2
+
+
 @pytest.mark.parametrize(
     "changes, length",
     [({"num_additional_image_tokens": 0}, 15), ({"vision_feature_select_strategy": None}, 17), ({"patch_size": 7}, 64)],
@@ -130,6 +170,31 @@ def test_a_cache_that_does_not_fit():
     cache.crop(-8)
     with pytest.raises(ValueError, match="holds 12 tokens, which ends inside image 0"):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("place", ["argument", "generation config"])
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_drafts_behind_a_cache(name: str, place: str, model: Any):
+    """Transformers feeds a whole conversation again then; new tokens alone it feeds once."""
+    inputs = one_image()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    turn = model.generate(**inputs, **options, return_dict_in_generate=True)
+    conversation = torch.cat([turn.sequences, torch.full((1, 3), 9)], dim=1)
+    everything = {"input_ids": conversation, "pixel_values": inputs["pixel_values"]}
+    expected = model.generate(**everything, **options)[:, -6:]
+    drafts = {name: 3 if name.startswith("prompt") else llava(seed=1)}
+    if place == "generation config" and name.startswith("prompt"):
+        model.generation_config.prompt_lookup_num_tokens = drafts.pop(name)
+    cache = turn.past_key_values
+    text = {"input_ids": torch.full_like(conversation, 9)}
+    embeds = {"inputs_embeds": model.get_input_embeddings()(text["input_ids"])}
+    for whole in (everything, everything | {"attention_mask": torch.ones_like(conversation)}, text, embeds):
+        message = rf"^{name} does not go with past_key_values of earlier turns \({cache.get_seq_length()} positions\)"
+        with pytest.raises(ValueError, match=message):
+            model.generate(**whole, past_key_values=cache, **drafts, **options)
+    new = {"input_ids": conversation[:, -4:]}
+    new["attention_mask"] = torch.ones(1, cache.get_seq_length() + 4, dtype=torch.long)
+    assert torch.equal(model.generate(**new, past_key_values=cache, **drafts, **options)[:, -6:], expected)
 
 
 def two_turns(model: Any, image: bool) -> tuple[Any, dict[str, Tensor], Tensor]:

@@ -266,6 +266,23 @@ def test_a_second_turn_of_several_answers_to_each_prompt(model: Any):
     assert torch.equal(answers(model, conversation, past_key_values=turn.past_key_values), expected)
 
 
+def test_a_penalty_on_the_new_tokens_of_a_padded_row(model: Any):
+    """The mask of the cache is longer than the ids: what it masks is not among them."""
+    texts, penalty = ["<image> a", "<image> and a much longer question"], {"repetition_penalty": 0.1}
+    six = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def second_turn(texts: list[str], images: list[Any]) -> Tensor:
+        first = llava_processor()(images=images, text=texts, padding=True, return_tensors="pt")
+        cache = model.generate(**first, **six, return_dict_in_generate=True).past_key_values
+        padding = (first["attention_mask"] == 0).sum(1)
+        mask = torch.arange(cache.get_seq_length() + 3).expand(len(texts), -1) >= padding[:, None]
+        new = {"input_ids": torch.tensor([[9, 10, 11]] * len(texts)), "attention_mask": mask.long()}
+        return model.generate(**new, past_key_values=cache, **six, **penalty)[:, 3:]
+
+    alone = [second_turn([text], [image]) for text, image in zip(texts, IMAGES[:2], strict=True)]
+    assert torch.equal(second_turn(texts, IMAGES[:2]), torch.cat(alone))
+
+
 def test_the_whole_conversation_after_a_turn_of_new_tokens_alone(model: Any):
     first = llava_batch(texts=["<image> a", "<image> b"])
     turn = model.generate(**first, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)

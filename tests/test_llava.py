@@ -275,6 +275,12 @@ REFUSED = {
     "an empty list": (ONE, list, "1 <image> but no images"),
     "NaN": ([1, IMG, IMG], lambda: spoilt_pixels(torch.nan), r"images\[1\] has 1 pixels that are NaN"),
     "infinity in a list": ([1, IMG, IMG], lambda: list(spoilt_pixels(torch.inf)), r"images\[1\] has 1 pixels"),
+    "an id beyond the vocabulary": (
+        [1, 7, 480],
+        lambda: None,
+        "the id 480 at position 2, .* 0 to 479, and",
+    ),
+    "an id of another sentinel": ([-7, IMG], lambda: pixels(1), "prompt 0 has the id -7 at position 0"),
     "no batch axis": (ONE, lambda: pixels(1)[0], r"shape \(3, 56, 56\).*images\[None\]"),
     "another size": (ONE, lambda: pixels(1, edge=42), r"\(B, 3, 56, 56\).*42"),
     "not an image": (ONE, lambda: [torch.zeros(56, 56)], r"images\[0\] has shape \(56, 56\)"),
@@ -287,6 +293,12 @@ def test_refused(model, case: str):
     prompt, images, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([prompt]), images=images(), **GREEDY)
+
+
+def test_ids_of_padding_may_be_any(model):
+    prompt = torch.tensor([[-7, 1, IMG, 7]])
+    found = model.generate(prompt, images=pixels(1), attention_mask=torch.tensor([[0, 1, 1, 1]]), **GREEDY)
+    assert torch.equal(found, model.generate(prompt[:, 1:], images=pixels(1), **GREEDY))
 
 
 def test_pil_images_are_refused(model):

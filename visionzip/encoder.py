@@ -7,7 +7,7 @@ behind the scored one is run, and all run the user's attention kernel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,32 @@ from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_atte
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.methods import EncoderRead, method_of
+
+
+def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> None:
+    """Check that pixels are normalised numbers: of a floating type, none NaN or infinite.
+
+    Args:
+        batch: (tiles, …), the tiles of all images.
+        counts: how many tiles each image has.
+        name: of the argument that the images are in.
+
+    Raises:
+        ValueError: they are not; the message names the image.
+    """
+    if not batch.is_floating_point():
+        raise ValueError(
+            f"{name} are {batch.dtype}: raw pixels are not normalised, prepare them with the model's image processor "
+            "(llava.mm_utils.process_images)"
+        )
+    if torch.isfinite(batch).all():
+        return
+    for index, image in enumerate(batch.split(list(counts))):
+        if wrong := int((~torch.isfinite(image)).sum()):
+            raise ValueError(
+                f"{name}[{index}] has {wrong} pixels that are NaN or infinite, of {image.numel()}: check how it was "
+                "decoded and normalised"
+            )
 
 
 def has_cls_token(vision_model: nn.Module) -> bool:

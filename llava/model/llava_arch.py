@@ -15,16 +15,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.generation import REFUSED, check_settings, own_memory, with_row_lengths
 from llava.model.loading import CheckedLoading
 from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompts import (
     as_tiles,
-    check_finite,
     check_images,
     check_mask,
     check_prompts,
+    check_vocabulary,
     first_places,
     images_per_row,
     pad_rows,
@@ -34,6 +35,8 @@ from llava.model.prompts import (
     visual_positions,
 )
 from llava.model.tiles import Layout, lay_out_tiles, tile_layouts, unpad_image
+from visionzip.encoder import check_finite
+from visionzip.integrations.generation import refuse_drafts_behind_a_cache, with_mask_of_ids
 from visionzip.tiles import join_tiles
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
@@ -89,7 +92,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         self.model = self.backbone_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(_own_memory)
+        self.lm_head.register_forward_pre_hook(own_memory)
         self.post_init()
 
     def get_model(self) -> Any:
@@ -128,12 +131,8 @@ class LlavaMetaForCausalLM(CheckedLoading):
         says where ``inputs_embeds`` has visual tokens (only FastV and SparseVLM ask); the others as in transformers.
         """
         # logits_to_keep is by name because transformers' generate looks for it: else it asks for every token's logits.
-        flags = {
-            "use_cache": use_cache,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        kwargs |= {name: value for name, value in flags.items() if value is not None}
+        flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        kwargs |= {name: value for name, value in (flags | {"use_cache": use_cache}).items() if value is not None}
         if inputs_embeds is None and (images is not None or past_key_values is None):
             prepared, visual_mask = self._prepare(
                 input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
@@ -174,12 +173,15 @@ class LlavaMetaForCausalLM(CheckedLoading):
             The new tokens only, without the prompt: (B, new).
 
         Raises:
-            ValueError: the prompts and images do not fit together, or a pixel is not finite.
+            ValueError: the prompts and images do not fit together, a pixel is not finite, an id is not the model's, or
+                a setting is not for embeddings (:mod:`llava.model.generation`).
             TypeError: the images are not tensors.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        check_settings(REFUSED, self, kwargs)
+        refuse_drafts_behind_a_cache(self, kwargs.get("generation_config"), kwargs)
         if kwargs.get("inputs_embeds") is not None:
-            return super().generate(**kwargs)
+            return super().generate(**with_row_lengths(self, kwargs))
         check_prompts(inputs)
         kwargs.pop("position_ids", None)  # follow from the mask
         mask = kwargs.pop("attention_mask", None)
@@ -188,10 +190,12 @@ class LlavaMetaForCausalLM(CheckedLoading):
             mask = padding_mask(inputs, pad)
         rows, _, visual = self._embed_prompts(inputs, mask, None, images, image_sizes)
         embeds, mask, _, _ = pad_rows(rows, None, side="left")
-        visual_mask = pad_sequence(visual, batch_first=True, padding_side="left")
-        return super().generate(
-            inputs_embeds=embeds, attention_mask=mask.long(), visual_mask=visual_mask.to(mask.device), **kwargs
-        )
+        where = pad_sequence(visual, batch_first=True, padding_side="left").to(mask.device)
+        kwargs |= {"inputs_embeds": embeds, "attention_mask": mask.long(), "visual_mask": where}
+        return super().generate(**with_row_lengths(self, kwargs))
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_logits_processor(*args, **with_mask_of_ids(kwargs))
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Visual tokens in the language model's width: (B, N, hidden_size) of images (B, 3, h, w).
@@ -281,6 +285,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         """Of each prompt, without padding: embeddings (L', D), labels (L',), and where visual tokens are (L',) bool."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_mask(input_ids, keep)
+        check_vocabulary(input_ids, keep, self.get_model().embed_tokens.num_embeddings)
         prompts = [row[mask] for row, mask in zip(input_ids, keep, strict=True)]
         row_labels = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
         markers = [int((prompt == IMAGE_TOKEN_INDEX).sum()) for prompt in prompts]
@@ -393,14 +398,3 @@ class LlavaMetaForCausalLM(CheckedLoading):
             return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
         side = tower.num_patches_per_side
         return join_tiles(tokens, dominant_indices, layout.grid, side, cls_token=tower.counts.cls_token)
-
-
-def _own_memory(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-    """The last tokens' hidden states as a tensor of their own, not a slice of the prompt's.
-
-    Given a slice in bf16, torch's CPU kernel copies the whole weight of the head: 150 ms for 2 at 32000 x 1024.
-    """
-    (hidden,) = args
-    if hidden.stride(0) == hidden.shape[1:].numel():
-        return None
-    return (hidden.clone(memory_format=torch.contiguous_format),)

@@ -27,7 +27,8 @@ from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.mining import average_patches, mine, sub_patches
 from llava.model.multimodal_encoder.openclip_encoder import STRIDE, OpenCLIPVisionTower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.prompts import check_finite, check_images, first_places
+from llava.model.prompts import check_images, first_places
+from visionzip.encoder import check_finite
 
 __all__ = ["MGMMetaForCausalLM", "MGMMetaModel"]
 

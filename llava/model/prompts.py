@@ -39,6 +39,21 @@ def check_mask(input_ids: Tensor, mask: Tensor) -> None:
         raise ValueError(f"prompt {row} has no tokens: its attention_mask is 0 everywhere; leave it out")
 
 
+def check_vocabulary(input_ids: Tensor, mask: Tensor, size: int) -> None:
+    """Check that what is not masked of prompts (B, L) is text that the model can read, or the image sentinel.
+
+    Raises:
+        ValueError: an id is negative, or not below ``size``.
+    """
+    outside = mask & (input_ids != IMAGE_TOKEN_INDEX) & ((input_ids < 0) | (input_ids >= size))
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"prompt {row} has the id {int(input_ids[row, column])} at position {column}, but this model's ids are 0 "
+            f"to {size - 1}, and {IMAGE_TOKEN_INDEX} for <image>: tokenize with its own tokenizer"
+        )
+
+
 def padding_mask(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """Mask (B, L), False where a prompt begins or ends with padding; the same id inside a prompt is text."""
     text = input_ids != pad_token_id
@@ -141,30 +156,6 @@ def as_tiles(image: Any, index: int, edge: int) -> Tensor:
             f"or (tiles, 3, {edge}, {edge}) for anyres, as llava.mm_utils.process_images makes it"
         )
     return image[None] if image.ndim == 3 else image
-
-
-def check_finite(batch: Tensor, counts: list[int]) -> None:
-    """Check that pixels are normalised numbers: of a floating type, none NaN or infinite.
-
-    Args:
-        batch: (tiles, 3, h, w), the tiles of all images.
-        counts: how many tiles each image has.
-
-    Raises:
-        ValueError: they are not; the message names the image.
-    """
-    if not batch.is_floating_point():
-        raise ValueError(
-            f"images are {batch.dtype}: raw pixels are not normalised, prepare them with llava.mm_utils.process_images"
-        )
-    if torch.isfinite(batch).all():
-        return
-    for index, image in enumerate(batch.split(counts)):
-        if wrong := int((~torch.isfinite(image)).sum()):
-            raise ValueError(
-                f"images[{index}] has {wrong} pixels that are NaN or infinite, of {image.numel()}: check how it was "
-                "decoded and normalised"
-            )
 
 
 def splice(

@@ -11,6 +11,7 @@ a prompt with others one tile each. FastV, SparseVLM and the controls hook into 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,12 +31,14 @@ from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
 from llava.model.loading import OBSOLETE, has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.prompts import as_tiles, check_finite, check_images, first_places
+from llava.model.prompts import as_tiles, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
 from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
+from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, find_integration
+from visionzip.integrations.generation import logits_processors
 
 
 def is_transformers(values: dict[str, Any]) -> bool:
@@ -141,6 +144,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
 
     def __init__(self, native: Any) -> None:
         _Language.__init__(self, native)
+        # As of the in-tree models: of embeddings, the processors see new ids alone.
+        native._get_logits_processor = functools.partial(logits_processors, native)
         self.kind = KINDS[native.config.model_type]
         self.config = _llava_config(native.config)
         with torch.device("meta"):

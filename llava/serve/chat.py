@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, new_conversation
 from llava.mm_utils import tokenizer_image_token
+from llava.model.generation import REFUSED, Refused, check_settings
 from llava.video import Visual, process_visuals
 
 
@@ -84,6 +85,20 @@ def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
     return text.replace(DEFAULT_IMAGE_TOKEN, marker)
 
 
+_ONE_CACHE = "a conversation has one cache, and one answer to a question: leave it out"
+_REFUSED = REFUSED | {
+    "num_beams": Refused(_ONE_CACHE, (1,)),
+    "num_return_sequences": Refused(_ONE_CACHE, (1,)),
+    "cache_implementation": Refused("a conversation keeps its own cache: leave it out"),
+    "prompt_lookup_num_tokens": Refused(
+        "transformers would feed the whole conversation again behind its cache in each turn: leave it out"
+    ),
+    "return_dict_in_generate": Refused("a session returns a Turn: leave it out", (False,)),
+}
+_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "streamer", "images"}
+_OWN |= {"image_sizes", "generation_config"}
+
+
 class ChatSession:
     """A conversation with a LLaVA model, zipped or not.
 
@@ -95,7 +110,8 @@ class ChatSession:
         **generate_kwargs: for ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
 
     Raises:
-        ValueError: the template is unknown, or has no turns; or beams are asked for.
+        ValueError: the template is unknown, or has no turns; or a setting, also of the model's own generation config,
+            is not for one answer to a conversation with one cache.
     """
 
     def __init__(
@@ -103,13 +119,17 @@ class ChatSession:
     ) -> None:
         if new_conversation(conv_mode).sep_style is SeparatorStyle.PLAIN:
             raise ValueError(f"conv_mode={conv_mode!r} is for pretraining and has no turns: use 'vicuna_v1' or another")
-        if generate_kwargs.get("num_beams", 1) > 1:
-            raise ValueError(f"num_beams={generate_kwargs['num_beams']}: a conversation has one cache; use 1")
+        if taken := sorted(_OWN & generate_kwargs.keys()):
+            raise ValueError(f"{', '.join(taken)} cannot be given to a session: it gives them to generate itself")
+        check_settings(_REFUSED, model, generate_kwargs)
+        generate_kwargs = {"max_new_tokens": 512, "do_sample": False, **generate_kwargs}
+        if type(limit := generate_kwargs["max_new_tokens"]) is not int or limit < 1:
+            raise ValueError(f"max_new_tokens={limit!r}: an answer of a conversation needs a limit, give 1 or more")
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.conv_mode = conv_mode
-        self.generate_kwargs = {"max_new_tokens": 512, "do_sample": False, **generate_kwargs}
+        self.generate_kwargs = generate_kwargs
         self.reset()
 
     def reset(self) -> None:
@@ -137,8 +157,8 @@ class ChatSession:
 
         Raises:
             TypeError: one is neither a PIL image nor such frames.
-            ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context. The
-                conversation is then as it was before.
+            ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context.
+            RuntimeError: the cache does not hold what was said. In either case the conversation is then as it was.
         """
         counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
         question = with_image_tokens(text, counts, self.model.config)
@@ -163,10 +183,11 @@ class ChatSession:
                 streamer=clock,
                 **self.generate_kwargs | {"max_new_tokens": min(self.generate_kwargs["max_new_tokens"], room)},
             )[0].tolist()
+            self._check_cache(len(positions), len(new_ids))
         except BaseException:  # stopped half-way, the cache holds what nobody knows: the next turn fills a new one
             self._forget_cache()
             raise
-        self._cached = (positions + new_ids)[: self._cache.get_seq_length()]
+        self._cached = (positions + new_ids)[:-1]
         self._visual += visual
         answer = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
         # An image that the model only writes about is none.
@@ -182,6 +203,19 @@ class ChatSession:
             prefill_seconds=clock.first - clock.start,
             decode_seconds=clock.last - clock.first,
         )
+
+    def _check_cache(self, prompt: int, new: int) -> None:
+        """Check that the cache holds the prompt and the answer but for its last token, which has not been fed.
+
+        Raises:
+            RuntimeError: it has another length.
+        """
+        if (held := self._cache.get_seq_length()) != prompt + new - 1:
+            raise RuntimeError(
+                f"the cache has {held} positions, but the conversation {prompt + new - 1}: something else has fed or "
+                "cut it, so that the answer cannot be trusted. Leave out what is given to generate besides, and ask "
+                "again: the next turn fills a new cache"
+            )
 
     def _encode(self, images: Sequence[Visual]) -> list[Tensor]:
         if not images:

@@ -22,6 +22,7 @@ from visionzip.integrations.huggingface import (
     Family,
     Zipped,
     cached_length,
+    check_values,
     has_pixels,
     held_by,
     hold,
@@ -64,6 +65,7 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     for name, modality in family.modalities.items():
         _hang(zipped, model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
     _hang(zipped, model, "generate", functools.partial(generation.generate, model))
+    _hang(zipped, model, "_get_logits_processor", functools.partial(generation.logits_processors, model))
     model._visionzip = zipped
     model.config.visionzip = config.to_dict()
 
@@ -240,6 +242,7 @@ def _shortened(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict
     if base is module and all(_count(given["input_ids"], v) == sum(run.short for run in v.runs) for v in found):
         return given
     edits = find_runs(given["input_ids"], found)
+    check_values(zipped.family, given)
     return given | shorten(given, edits, pad_token(module)).arguments
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from visionzip.integrations.huggingface import (
     NO_IDS,
     Zipped,
     cached_length,
+    check_values,
     has_pixels,
     held_by,
     hold,
@@ -62,7 +63,8 @@ def generate(
         What transformers' own returns, with the user's prompts in front of the answers.
 
     Raises:
-        ValueError: prompts and images do not fit together.
+        ValueError: prompts and images do not fit together, a pixel is not finite, or tokens are to be drafted behind a
+            cache.
     """
     zipped: Zipped = model._visionzip
     own = {
@@ -79,12 +81,16 @@ def generate(
         raise ValueError(NO_IDS)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
+        refuse_drafts_behind_a_cache(model, generation_config, kwargs)
         return stock(inputs, **own, **kwargs)
     kwargs = renamed(zipped.family, kwargs) | {"input_ids": prompt}
     if misfit := mask_misfit(kwargs):
         raise ValueError(misfit)
     found = visuals(zipped, model.model, kwargs)
     past, held = cached_length(kwargs), held_by(kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.shape[1] == prompt.shape[1]:
+        refuse_drafts_behind_a_cache(model, generation_config, kwargs)
     if not any(visual.runs for visual in found):
         return stock(**own, **kwargs)
 
@@ -94,6 +100,7 @@ def generate(
     if whole:
         kwargs.pop("position_ids", None)  # transformers counts them by the mask
     edits = find_runs(prompt, found)
+    check_values(zipped.family, kwargs)
     short = shorten(kwargs, edits, pad_token(model), side="left", past=past if whole else 0, held=held)
     kwargs |= short.arguments
     if whole:
@@ -159,18 +166,59 @@ def _show_users_prompt(
     return shown
 
 
-def _setting(name: str, model: nn.Module, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+def setting(name: str, model: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]) -> Any:
     """A generation setting from where transformers takes it: the arguments, the given config, the model's."""
-    places = (kwargs.get(name), getattr(generation_config, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in places if value is not None), None)
+    if name in arguments:
+        return arguments[name]
+    configs = (generation_config, getattr(model, "generation_config", None))
+    return next((value for value in (getattr(config, name, None) for config in configs) if value is not None), None)
+
+
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Settings with which transformers drafts several tokens at once."""
+
+
+def refuse_drafts_behind_a_cache(
+    model: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to draft tokens for a whole conversation of which a part is cached: transformers then feeds that again.
+
+    Raises:
+        ValueError: tokens are to be drafted, and there is something in the cache.
+    """
+    drafts = [name for name in DRAFTS if setting(name, model, generation_config, arguments)]
+    if drafts and (past := cached_length(arguments)):
+        raise ValueError(
+            f"{drafts[0]} does not go with past_key_values of earlier turns ({past} positions): transformers would "
+            f"feed the whole conversation again behind it. Leave {drafts[0]} out, start with an empty cache, or, where "
+            "a model takes ids, give the new tokens alone"
+        )
+
+
+def logits_processors(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``_get_logits_processor`` of the model's class, with a mask of the ids that the processors will see."""
+    return type(model)._get_logits_processor(model, *args, **with_mask_of_ids(kwargs))
+
+
+def with_mask_of_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``_get_logits_processor`` whose ``attention_mask`` (B, P) is of the ids (B, n), the last of P.
+
+    Its processors take leading zeros of the mask for ids to be passed over. But of embeddings there are no ids, and
+    behind a cache those of the new turn alone: what would be passed over is the beginning of a padded row's answer.
+    """
+    length, others = kwargs.get("input_ids_seq_length"), kwargs.get("model_kwargs") or {}
+    mask = others.get("attention_mask")
+    if mask is None or length is None or mask.shape[1] == length:
+        return kwargs
+    return kwargs | {"model_kwargs": {**others, "attention_mask": mask[:, -length:] if length else None}}
 
 
 def _infer_mask(
     prompt: Tensor, model: nn.Module, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """The mask that transformers infers: padding by its id, unless that also ends answers."""
-    pad = _setting("pad_token_id", model, generation_config, kwargs)
-    end = _setting("eos_token_id", model, generation_config, kwargs)
+    pad = setting("pad_token_id", model, generation_config, kwargs)
+    end = setting("eos_token_id", model, generation_config, kwargs)
     ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
     return torch.ones_like(prompt) if pad is None or pad in ends else (prompt != pad).long()
 
@@ -181,8 +229,8 @@ def _count_users_prompt(
     """The given config or else ``kwargs``, with lengths for prompts that are shorter by ``dropped`` tokens."""
     generation_config = copy.deepcopy(generation_config)
     for name, more in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = _setting(name, model, generation_config, kwargs)
-        if length and _setting(more, model, generation_config, kwargs) is None:
+        length = setting(name, model, generation_config, kwargs)
+        if length and setting(more, model, generation_config, kwargs) is None:
             length = max(length - dropped, 0)
             if generation_config is None or kwargs.get(name) is not None:
                 kwargs[name] = length

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import has_cls_token
+from visionzip.encoder import check_finite, has_cls_token
 from visionzip.integrations.placeholders import Held, Run, Visual
 from visionzip.methods import token_counts
 
@@ -180,6 +180,17 @@ def has_pixels(family: Family, arguments: Mapping[str, Any]) -> bool:
     """Whether a call is given images or videos, by their present names or former ones."""
     former = [modality.former_pixels for modality in family.modalities.values() if modality.former_pixels]
     return any(arguments.get(name) is not None for name in (*pixel_names(family), *former))
+
+
+def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Check the pixels that a call is given: their values, which are looked at once for a call, not once a step.
+
+    Raises:
+        ValueError: some are NaN or infinite, or raw; the message names the image.
+    """
+    for name in pixel_names(family):
+        if (pixels := arguments.get(name)) is not None:
+            check_finite(pixels, [1] * len(pixels), name)
 
 
 def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
-from llava.model.prompts import check_finite, check_images, first_places
+from llava.model.prompts import check_images, first_places
 from llava.video import process_videos
+from visionzip.encoder import check_finite
 
 
 class VideoLlavaLlamaConfig(LlamaConfig):
