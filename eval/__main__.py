@@ -13,6 +13,7 @@ from rich.table import Table
 
 from eval.answers import read_answers
 from eval.data import DATA_ROOT, data_of, judge_of
+from eval.judge import ATTEMPTS
 from eval.methods import METHODS
 from eval.paper import paper_table
 from eval.prepare import prepare
@@ -50,7 +51,7 @@ def score(args: argparse.Namespace) -> None:
         if not args.answers:
             raise ValueError("give --answers FILE" + (", or --graded FILE" if benchmark.graded else ""))
         answers, notes = read_answers(Path(args.answers))
-        judge = judge_of(benchmark, args.judge, Path(args.output).parent / "judged")
+        judge = judge_of(benchmark, args.judge, Path(args.output).parent / "judged", args.judge_attempts)
         if why := unscored(benchmark, judge):
             raise ValueError(f"{benchmark.name} is not scored from answers alone: {why}")
         result = benchmark.score(answers, data_of(benchmark, args).truth(), judge)
@@ -111,6 +112,12 @@ def main(argv: list[str] | None = None) -> int:
     for each in (run_parser, score_parser):
         each.add_argument("--data", help="the benchmark's folder (default: its own below --data-root)")
         each.add_argument("--judge", help="model behind OPENAI_BASE_URL that judges, or 'exact', an offline proxy")
+        each.add_argument(
+            "--judge-attempts",
+            type=positive,
+            default=ATTEMPTS,
+            help=f"how often it is asked about one answer, until its reply can be read ({ATTEMPTS})",
+        )
     for each in (run_parser, score_parser, prepare_parser):
         each.add_argument("--data-root", help=f"LLaVA's folder of benchmarks ({DATA_ROOT})")
         each.add_argument(

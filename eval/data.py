@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark import Benchmark, Question
-from eval.judge import EXACT, Judge, api_judge, exact_judge
+from eval.judge import ATTEMPTS, EXACT, Judge, api_judge, exact_judge
 from eval.sources import Tables
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "playground" / "data" / "eval"
@@ -69,8 +69,14 @@ def copy_of(benchmark: Benchmark, folder: str) -> Path:
     return next((path for path in inside if path.is_dir()), Path(folder))
 
 
-def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | None:
+def judge_of(benchmark: Benchmark, name: str | None, cache: Path, attempts: int = ATTEMPTS) -> Judge | None:
     """The judge that ``--judge`` names: a model behind ``OPENAI_BASE_URL``, or ``exact``; None without one.
+
+    Args:
+        benchmark: that it judges.
+        name: as the flag has it.
+        cache: folder of its replies.
+        attempts: ``--judge-attempts``, how often it is asked about one answer until a reply can be read.
 
     Raises:
         ValueError: there is no proxy for it, or no key.
@@ -78,7 +84,7 @@ def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | Non
     if not benchmark.judged or name is None:
         return None
     if name != EXACT:
-        return api_judge(name, cache)
+        return api_judge(name, cache, attempts=attempts)
     if not benchmark.proxy:
         raise ValueError(f"--judge exact: {benchmark.name} compares long answers, for which there is no proxy")
     return exact_judge()

@@ -11,7 +11,6 @@ predictions with the answers to other questions, it mirrors videos at random, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,32 +18,13 @@ from typing import TYPE_CHECKING, Any
 from eval.benchmark import Benchmark, File, Question, Table, Visual
 from eval.frames import EXTENSIONS, clip, videos_below
 from eval.sources import Rows, Tables, need, read_json
-from eval.video_judge import graded, score
+from eval.video_judge import Item, graded, score
 from llava.video import FRAMES, read_frames
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # Questions and answers
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question about a video, with its answer.
-
-    Attributes:
-        id: ``question_id``, of the data's own type.
-        video: name of the video, without extension.
-        question: as the data has it.
-        answer: one or two words.
-        kind: type of the question: a number, as text.
-    """
-
-    id: str | int
-    video: str
-    question: str
-    answer: str
-    kind: str = "default"
 
 
 def read_items(folder: Path) -> list[Item]:
