@@ -142,11 +142,11 @@ class Judge:
                 "when it answers, or with OPENAI_BASE_URL set to one that does"
             )
         if distinct and not readable:
+            said = f"the last says {str(_read(reading.last))[:100]!r}, see {reading.last}"
             raise ValueError(
                 f"none of the replies of the judge {self.model} at {self._client.base_url} can be read ({unread} "
-                f"answers were judged, each up to {self._attempts} times): see {reading.last} for the last one. None "
-                "counts: name a --judge that replies in the form that is asked for, or set OPENAI_BASE_URL to another "
-                "endpoint, and the same command asks again"
+                f"answers were judged, each up to {self._attempts} times; {said}): name a --judge that replies in the "
+                "form that is asked for, or set OPENAI_BASE_URL to another endpoint, and the same command asks again"
             )
         return [found[name] for name in names]
 

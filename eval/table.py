@@ -137,9 +137,9 @@ def _metrics(rows: list[dict[str, Any]]) -> str:
     named: dict[str, list[str]] = {}
     for row in rows:
         if "metric" in row:
-            mark = _UNJUDGED.strip() if row.get("unjudged") else ""
+            mark = f"{_UNJUDGED.strip()} " if row.get("unjudged") else ""
             budget = "" if row["tokens"] is None else f" {row['tokens']}"
-            named.setdefault(mark + row["metric"], []).append(row["method"] + budget)
+            named.setdefault(row["metric"], []).append(mark + row["method"] + budget)
     if len(named) > 1:
         return "; ".join(f"{', '.join(own)}: {metric}" for metric, own in named.items())
     return next(iter(named), "not scored here")

@@ -200,7 +200,9 @@ def test_no_reply_can_be_read(serve, tmp_path: Path):
     """The error names the last reply's file, and the same call asks a judge that has recovered."""
     server = serve(lambda body, number: "busy" if number < 6 else "1")
     judge = api_judge("gpt-4-0613", tmp_path, attempts=3)
-    with pytest.raises(ValueError, match=r"none of the replies .* \(2 answers .* 3 times\).*name a --judge") as raised:
+    with pytest.raises(
+        ValueError, match=r"none of the replies .* \(2 answers .* 3 times; .*'busy', see .*name a --judge"
+    ) as raised:
         judge.ask(ask_of("a", "b"), number_in)
     (named,) = [file for file in (tmp_path / "unreadable").iterdir() if str(file) in str(raised.value)]
     assert json.loads(named.read_text())["reply"] == "busy" and "\n" not in str(raised.value)
@@ -339,15 +341,16 @@ def test_a_server_that_is_down_for_all_is_not_asked_for_all(serve, tmp_path: Pat
     assert len({word_of(body) for body in server.asked}) < 20
 
 
-def test_a_silent_server_is_given_up_for_all(serve, tmp_path: Path):
+def test_a_silent_server_is_given_up_for_all(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every try waits for its timeout, but all of them together not longer than the patience; what came stays."""
+    monkeypatch.setattr("eval.endpoint._RETRIES", 50)
     done = threading.Event()
     server = serve(lambda body, number: "yes" if number < 3 else str(done.wait(20)))
     judge = api_judge("gpt-4-0613", tmp_path, workers=3, timeout=0.4, patience=1.0)
     began = time.monotonic()
     with pytest.raises(OSError, match=r"197 of 200 .*timed out.*the same command goes on.*OPENAI_BASE_URL"):
         judge.ask(ask_of(*map(str, range(200))), str)
-    assert 0.9 < time.monotonic() - began < 3
+    assert 0.9 < time.monotonic() - began < 6
     assert len({word_of(body) for body in server.asked}) < 12 and len(list(tmp_path.iterdir())) == 3
     done.set()
 
@@ -357,7 +360,7 @@ def test_a_server_that_wants_to_be_left_alone_is_not_waited_for_for_ever(serve, 
     began = time.monotonic()
     with pytest.raises(OSError, match=r"2 of 2 .*HTTP 429: .*slow down"):
         api_judge("gpt-4-0613", tmp_path, patience=0.5).ask(ask_of("a", "b"), str)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 6
 
 
 def test_one_question_that_is_never_answered_does_not_hold_up_the_others(serve, tmp_path: Path):
@@ -376,7 +379,7 @@ def test_one_question_that_is_never_answered_does_not_hold_up_the_others(serve, 
         api_judge("gpt-4-0613", tmp_path, workers=2, timeout=5, patience=0.8).ask(
             ask_of("a", *map(str, range(29))), str
         )
-    assert time.monotonic() - began < 4 and len(list(tmp_path.iterdir())) == 29
+    assert time.monotonic() - began < 6 and len(list(tmp_path.iterdir())) == 29
     done.set()
 
 
