@@ -17,6 +17,7 @@ from llava.screen import print_table
 from . import COMMAND
 from .answers import read_answers
 from .data import data_of, judge_of
+from .judge import ATTEMPTS
 from .matching import shortfalls
 from .paper import paper_table
 from .prepare import prepare
@@ -49,7 +50,7 @@ def score(args: argparse.Namespace) -> None:
         if not args.answers:
             raise ValueError("give --answers FILE" + (", or --graded FILE" if benchmark.graded else ""))
         answers, notes = read_answers(Path(args.answers))
-        judge = judge_of(benchmark, args.judge, Path(args.output).parent / "judged")
+        judge = judge_of(benchmark, args.judge, Path(args.output).parent / "judged", args.judge_attempts)
         if why := unscored(benchmark, judge):
             raise ValueError(f"{benchmark.name} is not scored from answers alone: {why}")
         result = benchmark.score(answers, data_of(benchmark, args).truth(), judge)
@@ -165,6 +166,13 @@ def _add_data_arguments(parser: argparse.ArgumentParser, own_folder: bool = Fals
 def _add_judge_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", help="model behind OPENAI_BASE_URL that judges, or 'exact', an offline proxy (default: none)"
+    )
+    parser.add_argument(
+        "--judge-attempts",
+        type=positive,
+        default=ATTEMPTS,
+        metavar="N",
+        help="how often it is asked about one answer, until its reply can be read",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import COMMAND
 from .benchmark import Benchmark, Question
-from .judge import EXACT, Judge, api_judge, exact_judge
+from .judge import ATTEMPTS, EXACT, Judge, api_judge, exact_judge
 from .sources import Tables
 
 _HERE = Path(__file__).resolve().parent
@@ -74,8 +74,14 @@ def copy_of(benchmark: Benchmark, folder: str) -> Path:
     return next((path for path in inside if path.is_dir()), Path(folder))
 
 
-def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | None:
+def judge_of(benchmark: Benchmark, name: str | None, cache: Path, attempts: int = ATTEMPTS) -> Judge | None:
     """The judge that ``--judge`` names: a model behind ``OPENAI_BASE_URL``, or ``exact``; None without one.
+
+    Args:
+        benchmark: that it judges.
+        name: as the flag has it.
+        cache: folder of its replies.
+        attempts: ``--judge-attempts``, how often it is asked about one answer until a reply can be read.
 
     Raises:
         ValueError: there is no proxy for it, or no key.
@@ -83,7 +89,7 @@ def judge_of(benchmark: Benchmark, name: str | None, cache: Path) -> Judge | Non
     if not benchmark.judged or name is None:
         return None
     if name != EXACT:
-        return api_judge(name, cache)
+        return api_judge(name, cache, attempts=attempts)
     if not benchmark.proxy:
         raise ValueError(f"--judge exact: {benchmark.name} compares long answers, for which there is no proxy")
     return exact_judge()

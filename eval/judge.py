@@ -1,8 +1,8 @@
 """A language model as judge, behind any OpenAI-compatible endpoint; and the strings' comparison that stands in for it.
 
 The endpoint and its key come from the environment: ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, as the package
-``openai`` reads them. Every reply is a file in the cache from the moment it comes, so that nothing is paid for twice
-and a killed run goes on where it was.
+``openai`` reads them. Every reply that can be read is a file in the cache from the moment it comes, so that nothing is
+paid for twice and a killed run goes on where it was. One that cannot be read is asked for again, up to a limit.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import hashlib
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from llava.files import write_atomically
 from llava.screen import progress
 
+from .endpoint import PATIENCE, Line, NoReplyError, RefusedError
+
 T = TypeVar("T")
 
 EXACT = "exact"
-_RETRIES = 8  # of one reply, by the library: with its waits (0.5 s, doubled up to 8 s) that is 40 s of a server down
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds; the library's, for what it does not repeat: a reply that is none
+ATTEMPTS = 5  # of one answer, until a reply can be read: MM-Vet's
+_HOPELESS = 20  # answers judged, as often as may be, without one readable reply: the others are not paid for
 _ARTICLES = {"a", "an", "the"}
 _WORDS = re.compile(r"(?<!\w)-?\d+(?:\.\d+)*(?!\w)|[^\W_]+")
 
@@ -45,10 +46,6 @@ class Request:
     max_tokens: int | None = None
 
 
-class _NoReplyError(Exception):
-    """The server gave no reply to a request, however often it was asked."""
-
-
 class Judge:
     """A language model that judges, or the proxy for one; made by :func:`api_judge` and :func:`exact_judge`.
 
@@ -57,72 +54,67 @@ class Judge:
         exact: there is no language model: benchmarks compare strings themselves, and label their score as a proxy.
     """
 
-    def __init__(self, model: str, client: Any = None, cache: Path | None = None, workers: int = 1) -> None:
+    def __init__(
+        self,
+        model: str,
+        client: Any = None,
+        cache: Path | None = None,
+        workers: int = 1,
+        attempts: int = ATTEMPTS,
+        patience: float = PATIENCE,
+    ) -> None:
         self.model = model
         self.exact = client is None
         self._client = client
         self._cache = cache
         self._workers = workers
+        self._attempts = attempts
+        self._patience = patience
 
     def ask(
         self,
         requests: Sequence[Request],
         parse: Callable[[str], T | None],
         retry: Callable[[Request, int], Request] | None = None,
-        attempts: int = 5,
+        clear: Callable[[T], bool] = lambda result: True,
     ) -> list[T | None]:
-        """Judge; what is in the cache is not asked again. A bar on standard error shows how far it is.
+        """Judge what has no readable reply in the cache. A bar on standard error shows how far it is.
 
         Args:
             requests: what to judge; equal ones are asked once.
-            parse: makes the result of a reply; None where the reply has none: then it is asked again.
+            parse: makes the result of a reply; None where it cannot be read.
             retry: how it is asked again: the request as it was at first, and how often it has been asked (1, 2, …).
                 None asks the same.
-            attempts: how often one is asked at most.
+            clear: whether a result is one; a reply whose is not counts as one that cannot be read.
 
         Returns:
-            The results in the requests' order; None where no reply could be parsed.
+            The results in the requests' order. Where no reply could be read, however often it was asked (these are in
+            the folder ``unreadable`` of the cache, for people to look at, and are asked again next time): that of the
+            last one with a result, else None.
 
         Raises:
-            ValueError: the server refuses (key, model, request), or this judge is the proxy. The replies that there
-                are stay in the cache.
+            ValueError: the server refuses (key, model, request), no reply at all can be read, or this judge is the
+                proxy. The readable replies that there are stay in the cache.
             OSError: the server cannot be reached or gives no replies. The same.
         """
         if self.exact:
             raise ValueError("--judge exact has no language model to ask: name one, as in --judge gpt-4-0613")
-        results: list[T | None] = [None] * len(requests)
-        pending = list(range(len(requests)))
-        for attempt in range(attempts):
-            if not pending:
-                break
-            again = attempt > 0 and retry is not None
-            asked = [retry(requests[place], attempt) if again else requests[place] for place in pending]
-            for place, reply in zip(pending, self._replies(asked, attempt), strict=True):
-                results[place] = parse(reply)
-            pending = [place for place in pending if results[place] is None]
-        return results
-
-    def _replies(self, requests: Sequence[Request], attempt: int) -> list[str]:
-        """Replies in the requests' order. The attempt is a part of their names: another one is another reply."""
-        names, records = [], {}
-        for request in requests:
-            record = _record(self.model, request, attempt)
-            names.append(hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest())
-            records[names[-1]] = record
-        replies = {name: reply for name in records if (reply := self._cached(name)) is not None}
-        missing = [name for name in records if name not in replies]
-        failures: list[str] = []
-        label = f"judge {self.model}" + (f", attempt {attempt + 1}" if attempt else "")
-        label += f", cached={len(replies)}"
-        with progress(len(records), label, "replies", len(replies)) as bar:
+        reading = _Reading(self, parse, retry, clear)
+        names = [_name(_record(self.model, request, 0)) for request in requests]
+        distinct = dict(zip(names, requests, strict=True))
+        found = {name: result for name, one in distinct.items() if (result := reading.kept(one)) is not None}
+        missing = [name for name in distinct if name not in found]
+        readable, unread, failures = len(found), 0, []
+        line = Line(self._client, self._patience)
+        with progress(len(distinct), f"judge {self.model}, cached={len(found)}", "replies", len(found)) as bar:
             pool = ThreadPoolExecutor(self._workers)
-            futures = {pool.submit(self._fetch, name, records[name]): name for name in missing}
+            futures = {pool.submit(reading.ask, distinct[name], line): name for name in missing}
             in_a_row = 0
             try:
                 for future in as_completed(futures):
                     try:
-                        replies[futures[future]] = future.result()
-                    except _NoReplyError as error:
+                        found[futures[future]], is_clear = future.result()
+                    except NoReplyError as error:
                         failures.append(str(error))
                         in_a_row += 1
                         if in_a_row >= self._workers:  # down for all: the others would only wait as long in vain
@@ -130,68 +122,86 @@ class Judge:
                     else:
                         in_a_row = 0
                         bar.update()
+                        readable, unread = readable + is_clear, unread + (not is_clear)
+                        if not readable and unread >= _HOPELESS:
+                            break
+            except RefusedError as error:
+                raise ValueError(f"{error}. {self._kept}") from error
             finally:
+                line.close()
                 pool.shutdown(cancel_futures=True)  # waits for those under way: they are paid for
         if failures:
-            left = sum(self._cached(name) is None for name in records)
+            left = sum(reading.kept(request) is None for request in distinct.values())
             raise OSError(
-                f"{left} of {len(records)} replies of the judge {self.model} are missing: {failures[-1]}. Those that "
-                f"came are kept in {self._cache}: the same command goes on from there"
+                f"{left} of {len(distinct)} replies of the judge {self.model} are missing: {failures[0]}. {self._kept} "
+                "when it answers, or with OPENAI_BASE_URL set to one that does"
             )
-        return [replies[name] for name in names]
-
-    def _fetch(self, name: str, record: Mapping[str, Any]) -> str:
-        """Ask the server until there is a reply, and put it into the cache."""
-        import openai  # noqa: PLC0415 - slow to import, and an extra
-
-        where = self._client.base_url
-        arguments = {key: value for key, value in record.items() if key != "attempt"}
-        for repetition in range(_RETRIES + 1):
-            try:
-                # The body as it is: the package would take anything for a reply.
-                body = self._client.chat.completions.with_raw_response.create(**arguments).http_response.text
-            except openai.APIStatusError as error:
-                if error.status_code in (408, 409, 429) or error.status_code >= 500:
-                    raise _NoReplyError(f"{where} answers with {_status(error)}") from error
-                raise ValueError(self._refusal(error)) from error
-            except openai.APIConnectionError as error:
-                reason = f"{error} {error.__cause__ or ''}".strip()
-                raise _NoReplyError(f"{where} cannot be reached ({reason})") from error
-            reply = _content(body)
-            if reply is not None:
-                self._keep(name, {"request": record, **reply})
-                return reply["reply"]
-            if repetition < _RETRIES:
-                time.sleep(min(_FIRST_WAIT * 2**repetition, _LONGEST_WAIT))
-        raise _NoReplyError(f"{where} answers with what is no chat completion ({body[:200]!r})")
-
-    def _refusal(self, error: Any) -> str:
-        where = self._client.base_url
-        said = _status(error)
-        kept = f"Replies that came are kept in {self._cache}: the same command goes on from there"
-        if error.status_code in (401, 403):
-            return f"{where} refuses the key ({said}): set OPENAI_API_KEY to one that may use {self.model}. {kept}"
-        if error.status_code == 404:
-            return (
-                f"{where} has no {self.model} ({said}): name another model with --judge, or set OPENAI_BASE_URL to an "
-                f"endpoint that has it. {kept}"
+        if distinct and not readable:
+            said = f"the last says {str(_read(reading.last))[:100]!r}, see {reading.last}"
+            raise ValueError(
+                f"none of the replies of the judge {self.model} at {self._client.base_url} can be read ({unread} "
+                f"answers were judged, each up to {self._attempts} times; {said}): name a --judge that replies in the "
+                "form that is asked for, or set OPENAI_BASE_URL to another endpoint, and the same command asks again"
             )
-        return f"{where} refuses what it is asked ({said}): give a --judge that takes such requests. {kept}"
+        return [found[name] for name in names]
 
-    def _path(self, name: str) -> Path:
-        return self._cache / f"{name}.json"
+    @property
+    def _kept(self) -> str:
+        return f"Replies that came are kept in {self._cache}: the same command goes on from there"
 
-    def _cached(self, name: str) -> str | None:
-        try:
-            reply = json.loads(self._path(name).read_bytes())["reply"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # there is none, or somebody damaged it: asked again
-        return reply if isinstance(reply, str) else None
 
-    def _keep(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self._path(name)
-        safe = "The replies that came before are kept: the same command goes on from there"
-        write_atomically(path, json.dumps(content, indent=1), safe, shared=True)
+class _Reading(Generic[T]):
+    """How the replies to some requests are had and read; see :meth:`Judge.ask`.
+
+    Attributes:
+        last: the file with the last reply that could not be read.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        parse: Callable[[str], T | None],
+        retry: Callable[[Request, int], Request] | None,
+        clear: Callable[[T], bool],
+    ) -> None:
+        self._judge, self._parse, self._retry, self._clear = judge, parse, retry, clear
+        self.last: Path | None = None
+
+    def _tries(self, request: Request) -> Iterator[dict[str, Any]]:
+        """What is sent for a request: at first, and again. The attempt is a part of it: each has its own reply."""
+        for attempt in range(self._judge._attempts):
+            again = attempt > 0 and self._retry is not None
+            yield _record(self._judge.model, self._retry(request, attempt) if again else request, attempt)
+
+    def kept(self, request: Request) -> T | None:
+        """The clear result of a request's reply in the cache; None where there is none.
+
+        A cache may have replies that cannot be read: they were kept once. They do not count.
+        """
+        for record in self._tries(request):
+            reply = _read(self._path(record))
+            result = None if reply is None else self._parse(reply)
+            if result is not None and self._clear(result):
+                return result
+        return None
+
+    def ask(self, request: Request, line: Line) -> tuple[T | None, bool]:
+        """Ask until there is a clear result, and put its reply into the cache; the result, and whether it is clear."""
+        result = None
+        for record in self._tries(request):
+            reply = line.ask({key: value for key, value in record.items() if key != "attempt"})
+            new = self._parse(reply["reply"])
+            if new is not None and self._clear(new):
+                _write(self._path(record), {"request": record, **reply})
+                return new, True
+            result = result if new is None else new
+            path = self._path(record)
+            self.last = path.parent / "unreadable" / path.name
+            _write(self.last, {"request": record, **reply})
+        return result, False
+
+    def _path(self, record: Mapping[str, Any]) -> Path:
+        return self._judge._cache / f"{_name(record)}.json"
 
 
 def _record(model: str, request: Request, attempt: int) -> dict[str, Any]:
@@ -204,23 +214,35 @@ def _record(model: str, request: Request, attempt: int) -> dict[str, Any]:
     }
 
 
-def _content(body: str) -> dict[str, str | None] | None:
-    """The reply in a response's body, and the model that says it gave it; None if there is none.
+def _name(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
-    A message without content (a refusal) is an empty reply: the model has been asked and has been paid.
-    """
+
+def _read(path: Path) -> str | None:
     try:
-        response = json.loads(body)
-        content = response["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return None
-    if content is not None and not isinstance(content, str):
-        return None
-    return {"model": response.get("model"), "reply": content or ""}
+        reply = json.loads(path.read_bytes())["reply"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # there is none, or somebody damaged it: asked again
+    return reply if isinstance(reply, str) else None
 
 
-def _status(error: Any) -> str:
-    return f"HTTP {error.status_code}: {str(error.message)[:300]}"
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    safe = "The replies that came before are kept: the same command goes on from there"
+    write_atomically(path, json.dumps(content, indent=1), safe, shared=True)
+
+
+def marked(metric: str, unjudged: int, answers: int, fate: str) -> str:
+    """A metric's name, which says so where the judge has not judged all answers.
+
+    Args:
+        metric: what the score is, in words.
+        unjudged: answers about which no reply could be read.
+        answers: that were to be judged.
+        fate: what becomes of these, as in ``"count as wrong"``.
+    """
+    if not unjudged:
+        return metric
+    return f"{metric}; INCOMPLETE: no readable reply of the judge about {unjudged} of {answers} answers, which {fate}"
 
 
 def exact_judge() -> Judge:
@@ -228,7 +250,14 @@ def exact_judge() -> Judge:
     return Judge(EXACT)
 
 
-def api_judge(model: str, cache: Path, workers: int = 8, timeout: float = 60.0) -> Judge:
+def api_judge(
+    model: str,
+    cache: Path,
+    workers: int = 8,
+    timeout: float = 60.0,
+    attempts: int = ATTEMPTS,
+    patience: float = PATIENCE,
+) -> Judge:
     """A model behind an OpenAI-compatible endpoint.
 
     Args:
@@ -236,6 +265,8 @@ def api_judge(model: str, cache: Path, workers: int = 8, timeout: float = 60.0) 
         cache: folder of its replies, a file for each.
         workers: how many requests are under way at a time.
         timeout: of one request, in seconds.
+        attempts: how often it is asked about one answer at most, until a reply can be read.
+        patience: seconds without any reply after which the endpoint is given up.
 
     Raises:
         ValueError: there is no key in the environment, or the model's name is that of the proxy.
@@ -252,7 +283,7 @@ def api_judge(model: str, cache: Path, workers: int = 8, timeout: float = 60.0) 
         import openai  # noqa: PLC0415 - slow to import, and an extra
     except ImportError as error:
         raise ImportError(f'the judge {model} needs the package openai: pip install "llava-visionzip[eval]"') from error
-    return Judge(model, openai.OpenAI(max_retries=_RETRIES, timeout=timeout), cache, workers)
+    return Judge(model, openai.OpenAI(max_retries=0, timeout=timeout), cache, workers, attempts, patience)
 
 
 def normalized_match(prediction: str, answer: str) -> bool:

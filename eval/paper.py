@@ -165,8 +165,8 @@ def paper_table(number: int, results: Path | None, style: str) -> str:
     tables = load_paper()
     if number not in tables:
         raise ValueError(f"--paper {number}: there are tables {', '.join(map(str, tables))}")
-    found, left_out = load_results(results) if results is not None else ([], [])
-    return render(tables[number], found, left_out, style)
+    found, remarks = load_results(results) if results is not None else ([], [])
+    return render(tables[number], found, remarks, style)
 
 
 def load_paper(path: Path = _FILE) -> dict[int, PaperTable]:
@@ -232,8 +232,9 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
     """Our results below a folder: of every json file with benchmark, model and rows.
 
     Returns:
-        the results; and what is left out, with the reason: runs over a part of a benchmark, with another number of
-        frames, with the proxy judge, or with another share of dominant tokens than the paper's.
+        the results; and remarks on them: which the judge has not judged whole, and what is left out, with the reason
+        (runs over a part of a benchmark, with another number of frames, with the proxy judge, or with another share of
+        dominant tokens than the paper's).
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -241,21 +242,24 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: give one with results of `{COMMAND} run`")
-    results, left_out = [], []
+    results, remarks = [], []
     for path in sorted(folder.rglob("*.json")):
         content = read_json(path)
         if not isinstance(content, dict) or not {"benchmark", "model", "rows"} <= set(content):
             continue
         if reason := _why_not(content):
-            left_out.append(f"{path.relative_to(folder)} ({reason})")
+            remarks.append(f"Left out: {path.relative_to(folder)} ({reason}).")
             continue
         model = str(content["model"]).rstrip("/").rpartition("/")[2].lower()
         for row in content["rows"]:
             method = need(row, "method", f"a row of {path}")
             if not _has_papers_split(row):
                 split = f"{row['dominant']}+{row['contextual']}"
-                left_out.append(f"{path.relative_to(folder)}, {method} {split} (not the paper's split)")
+                remarks.append(f"Left out: {path.relative_to(folder)}, {method} {split} (not the paper's split).")
             elif row.get("score") is not None:  # otherwise only a server can tell
+                if row.get("unjudged"):
+                    row_name = " ".join(map(str, filter(None, (method, row.get("tokens")))))
+                    remarks.append(f"{path.relative_to(folder)}, {row_name}: {row['metric']}.")
                 results.append(
                     Result(
                         benchmark=content["benchmark"],
@@ -268,7 +272,7 @@ def load_results(folder: Path) -> tuple[list[Result], list[str]]:
                         file=path,
                     )
                 )
-    return results, left_out
+    return results, remarks
 
 
 def _why_not(content: Mapping[str, Any]) -> str | None:
@@ -325,7 +329,7 @@ def _variant(result: Result, name: str | None) -> float | None:
 # Rendering. A row of the paper becomes lines: what it prints, percent of vanilla, the same of ours, and the difference.
 
 
-def render(table: PaperTable, results: Sequence[Result], left_out: Sequence[str], style: str) -> str:
+def render(table: PaperTable, results: Sequence[Result], remarks: Sequence[str], style: str) -> str:
     """A table as markdown or LaTeX (with ``booktabs``); see :func:`paper_table`."""
     if style not in STYLES:
         raise ValueError(f"--format {style}: there are {', '.join(STYLES)}")
@@ -338,7 +342,7 @@ def render(table: PaperTable, results: Sequence[Result], left_out: Sequence[str]
         width = len(header) - 3
         first, *others = [[name, *cells[:width]] for name, *cells in lines]
         groups.append([[str(row.tokens), row.label, *first], *(["", "", *line] for line in others)])
-    return STYLES[style](table.number, table.title, header, groups, _remarks(table, left_out))
+    return STYLES[style](table.number, table.title, header, groups, [*_remarks(table), *remarks])
 
 
 def _lines(table: PaperTable, row: Row, ours: Sequence[float | None], whole: Sequence[float | None]) -> list[list[str]]:
@@ -381,8 +385,8 @@ def _beside(computed: str, printed: str | None) -> str:
     return computed if printed is None else f"{computed} (printed {printed})"
 
 
-def _remarks(table: PaperTable, left_out: Sequence[str]) -> list[str]:
-    """What stands below a table."""
+def _remarks(table: PaperTable) -> list[str]:
+    """What stands below a table, whatever our results are."""
     remarks = [f"Source: {'; '.join(f'{mark}, {meaning}' for mark, meaning in table.sources.items())}."]
     if any(column.benchmark for column in table.columns):
         remarks.append("%: of vanilla, from the raw scores.")
@@ -391,4 +395,4 @@ def _remarks(table: PaperTable, left_out: Sequence[str]) -> list[str]:
             remarks.append(f"{AVERAGE}: mean of these over the columns{but}.")
     if table.tiles > 1:
         remarks.append(f"Tokens are those of {table.tiles} tiles or frames together; our runs count those of one.")
-    return [*remarks, *table.notes, *(f"Left out: {name}." for name in left_out)]
+    return [*remarks, *table.notes]

@@ -68,7 +68,8 @@ def summarize(
             mean = statistics.fmean(score.score for score in found)
             error = 100 * float(resampled[:, columns[row]].std(ddof=1)) if row in columns else None
             entry |= {
-                "metric": found[0].metric,
+                "metric": next((score.metric for score in found if _unjudged(score)), found[0].metric),
+                "unjudged": sum(map(_unjudged, found)),
                 "score": mean,
                 "standard_error": error,
                 "score_by_seed": {
@@ -83,6 +84,11 @@ def summarize(
             }
         rows.append(entry | _cost_of(own[0], length, answers, cost))
     return {"rows": rows, "differences": _differences(points, resampled, columns)}
+
+
+def _unjudged(score: Score) -> int:
+    """Answers that the judge was asked about without a readable reply."""
+    return score.details.get("unjudged", 0)
 
 
 def bootstrap(points: np.ndarray) -> np.ndarray:

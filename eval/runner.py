@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if own.size > 1 and args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     folder, facts = Path(args.output), {**environment(device), "git_commit": git_commit()}
-    judge = judge_of(benchmark, args.judge, folder / "judged")
+    judge = judge_of(benchmark, args.judge, folder / "judged", args.judge_attempts)
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
     setting = setting_of(args, benchmark, config, every)
     contents = contents_of(questions)

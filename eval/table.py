@@ -13,6 +13,7 @@ from . import COMMAND
 from .matching import shortfalls
 
 _MISSING = "-"
+_UNJUDGED = " †"  # the judge has not judged all answers: the metric's name says more
 
 
 def write_table(folder: Path) -> None:
@@ -65,7 +66,7 @@ def main_table(results: dict[str, Any]) -> list[list[str]]:
                 row["method"] + budget,
                 f"{row['visual_tokens']:.4g}",
                 *(_MISSING if mean is None else f"{mean:.1f}" for mean in means),
-                score,
+                score + (_UNJUDGED if row.get("unjudged") else ""),
                 _MISSING if of_vanilla is None else f"{100 * of_vanilla:.1f}",
                 f"{1e3 * row['prefill_seconds']['median']:.1f}{speed_up}",
                 f"{row['flops'] / 1e9:.3g}",
@@ -104,7 +105,7 @@ def facts(results: dict[str, Any]) -> str:
     inside = sorted({row["method"] for row in results["rows"] if len(set(row.get("visual_tokens_by_layer", ()))) > 1})
     count = results.get("setting", {}).get("frames")
     frames = "" if count is None else f", {count} frames of each video"
-    metric = next((row["metric"] for row in results["rows"] if "metric" in row), "not scored here")
+    metric = _metrics(results["rows"])
     return (
         f"{number}{frames}; {metric}; ± standard error by bootstrap over questions"
         f"{f'; random: mean of {seeds} seeds' if seeds else ''}. Prefill: the language model alone, one prompt of "
@@ -122,6 +123,19 @@ _INSIDE = (
     "{}: the first layers see all visual tokens; counted is what is left after the cut, or with -average the mean over "
     "layers. "
 )
+
+
+def _metrics(rows: list[dict[str, Any]]) -> str:
+    """What the scores are; with their rows where that differs, as some answers of theirs have not been judged."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if "metric" in row:
+            mark = f"{_UNJUDGED.strip()} " if row.get("unjudged") else ""
+            budget = "" if row["tokens"] is None else f" {row['tokens']}"
+            named.setdefault(row["metric"], []).append(mark + row["method"] + budget)
+    if len(named) > 1:
+        return "; ".join(f"{', '.join(own)}: {metric}" for metric, own in named.items())
+    return next(iter(named), "not scored here")
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .benchmark import Answer, Score
-from .judge import Request, normalized_match
+from .judge import Request, marked, normalized_match
 from .matching import match, unreadable
 from .sources import read_json
 
 if TYPE_CHECKING:
     from .judge import Judge
-    from .video_qa import Item
 
 _NAMED = 5  # ids and videos that details name; of the others they only have the number
 
@@ -37,6 +36,25 @@ _INSTRUCTION = (
     "INTEGER, not STRING.DO NOT PROVIDE ANY OTHER OUTPUT TEXT OR EXPLANATION. Only provide the Python dictionary "
     "string. For example, your response should look like this: {'pred': 'yes', 'score': 4.8}."
 )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question about a video, with its answer.
+
+    Attributes:
+        id: ``question_id``, of the data's own type.
+        video: name of the video, without extension.
+        question: as the data has it.
+        answer: one or two words.
+        kind: type of the question: a number, as text.
+    """
+
+    id: str | int
+    video: str
+    question: str
+    answer: str
+    kind: str = "default"
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,11 @@ def verdict_of(content: Any) -> Verdict:
     return Verdict(True if "yes" in said else False if "no" in said else None, score)
 
 
+def says_yes_or_no(verdict: Verdict) -> bool:
+    """Whether a verdict is in the accuracy."""
+    return verdict.yes is not None
+
+
 def accuracy(verdicts: Iterable[Verdict]) -> float | None:
     """Percent of "yes" among "yes" and "no"; None where there is neither."""
     said = [verdict.yes for verdict in verdicts if verdict.yes is not None]
@@ -100,7 +123,8 @@ def score(
     """Accuracy in percent, as ``eval_video_qa.py`` prints it (there as a fraction).
 
     As there: each id counts once, the last answer to it; answers whose verdict is neither yes nor no, or that the judge
-    gave none about, are not in the accuracy; nor are questions without an answer. Other than there: an answer whose
+    gave none about, are not in the accuracy (which says so then); nor are questions without an answer. Other than
+    there: the judge is asked again about these, as often as it is about others without a verdict; and an answer whose
     video could not be read is wrong, with score 0.
 
     Args:
@@ -110,7 +134,7 @@ def score(
         kinds: names of the types of questions.
 
     Raises:
-        ValueError: there is nothing to score.
+        ValueError: there is nothing to score, or no verdict that says yes or no.
     """
     if judge is None:
         raise ValueError("open answers about videos need a judge: give --judge, a model's name or exact")
@@ -122,14 +146,15 @@ def score(
         right = [normalized_match(known[name].text, truth[name].answer) for name in asked]
         judged: list[Verdict | None] = [Verdict(yes, 5 * yes) for yes in right]
     else:
-        judged = judge.ask([judge_request(truth[name], known[name].text) for name in asked], parse_verdict)
+        requests = [judge_request(truth[name], known[name].text) for name in asked]
+        judged = judge.ask(requests, parse_verdict, None, says_yes_or_no)
     found = {name: verdict for name, verdict in zip(asked, judged, strict=True) if verdict is not None}
     verdicts = found | {name: Verdict(False, 0) for name in broken}
-    headline = accuracy(verdicts.values())
-    if headline is None:
+    left_out = [name for name in asked if name not in found or not says_yes_or_no(found[name])]
+    if asked and len(left_out) == len(asked):
         raise ValueError(
-            f"there is nothing to score: of {len(truth)} questions {len(known)} have an answer, and "
-            f"{len(found)} of those a verdict of the judge {judge.model}"
+            f"there is nothing to score: of {len(truth)} questions {len(known)} have an answer, and none of those a "
+            f"verdict of the judge {judge.model} that says yes or no; name another --judge"
         )
     by_kind: dict[str, list[Verdict]] = {}
     for name, verdict in verdicts.items():
@@ -137,7 +162,6 @@ def score(
     kinds = kinds or {}
     types = {kinds.get(kind, kind): by_kind[kind] for kind in sorted(by_kind)}
     videos = list(dict.fromkeys(truth[name].video for name in broken))
-    unjudged = [name for name in asked if name not in found]
     points = {name: float(verdict.yes) for name, verdict in verdicts.items() if verdict.yes is not None}
     details = {
         "judge": judge.model,
@@ -147,8 +171,8 @@ def score(
         "unreadable_videos": len(videos),
         "unreadable_video_names": videos[:_NAMED],
         "accuracy_without_unreadable_videos": accuracy(found.values()),
-        "unjudged": len(unjudged),
-        "unjudged_ids": unjudged[:_NAMED],
+        "unjudged": len(left_out),
+        "unjudged_ids": left_out[:_NAMED],
         **matched.counts,
         "answers_with_another_truth": sum(
             str(answer.extra["answer"]) != truth[name].answer
@@ -159,8 +183,8 @@ def score(
     named = {name: accuracy(some) for name, some in types.items() if name in kinds.values()}
     by = "exact match, an offline proxy for a judge" if judge.exact else f"judged by {judge.model}"
     return Score(
-        f"accuracy ({by})",
-        headline,
+        _marked(f"accuracy ({by})", len(left_out), len(asked)),
+        accuracy(verdicts.values()),
         details,
         {name: value for name, value in named.items() if value is not None},
         [points[name] for name in matched.ids] if len(points) == len(answers) else None,
@@ -186,8 +210,14 @@ def graded(path: Path, folder: Path | None = None) -> Score:
     if headline is None:
         raise ValueError(f"{path} has no verdict that says yes or no: judge the answers again")
     said = [verdict.yes for verdict in verdicts]
-    details = {**_counts(verdicts), "average_score": average_score(verdicts)}
-    return Score("accuracy (graded)", headline, details, {}, None if None in said else [float(yes) for yes in said])
+    unjudged = said.count(None)
+    details = {**_counts(verdicts), "unjudged": unjudged, "average_score": average_score(verdicts)}
+    metric = _marked("accuracy (graded)", unjudged, len(said))
+    return Score(metric, headline, details, {}, None if unjudged else [float(yes) for yes in said])
+
+
+def _marked(metric: str, unjudged: int, answers: int) -> str:
+    return marked(metric, unjudged, answers, "are left out, as in Video-LLaVA's script")
 
 
 def _counts(verdicts: Sequence[Verdict]) -> dict[str, int]:

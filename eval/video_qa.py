@@ -11,7 +11,6 @@ predictions with the answers to other questions, it mirrors videos at random, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,31 +21,12 @@ from .benchmark import Benchmark, File, Question, Table, Visual
 from .fingerprint import checksum_of_image
 from .frames import EXTENSIONS, clip, videos_below
 from .sources import Rows, Tables, need, read_json
-from .video_judge import graded, score
+from .video_judge import Item, graded, score
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # Questions and answers
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question about a video, with its answer.
-
-    Attributes:
-        id: ``question_id``, of the data's own type.
-        video: name of the video, without extension.
-        question: as the data has it.
-        answer: one or two words.
-        kind: type of the question: a number, as text.
-    """
-
-    id: str | int
-    video: str
-    question: str
-    answer: str
-    kind: str = "default"
 
 
 def read_items(folder: Path) -> list[Item]:

@@ -15,13 +15,15 @@ import torch
 from checkpoints import CLIP
 from eval.__main__ import main as eval_command
 from eval.answers import Given, read_answers
-from eval.benchmark import Answer, Table
+from eval.benchmark import Answer, Score, Table
 from eval.benchmarks import scenes
 from eval.data import copy_of
+from eval.judge import marked
 from eval.methods import METHODS, Run, attach, attached, plan, split
 from eval.registry import BENCHMARKS
 from eval.results import bootstrap, summarize
 from eval.sources import Tables
+from eval.table import facts, main_table
 from visionzip import visionzip
 
 # An average over both layers is more than half of the tokens, and SparseVLM's is published for 32 layers.
@@ -199,6 +201,28 @@ def test_scores_by_hand(scenes_data: Path):
     assert difference["standard_error"] == pytest.approx(100 * np.std([0, 0, 0.5, -0.5]) / 2, rel=0.1)
     unscored = summarize({}, answers, cost)  # a server's
     assert unscored["differences"] == [] and "score" not in unscored["rows"][0]
+
+
+def test_rows_with_answers_that_are_not_judged():
+    """Each has its mark, if only one of its seeds has such answers, and the sentence below says which rows have."""
+    runs = {Run("vanilla"): 0, Run("random", 4, 0): 0, Run("random", 4, 1): 2}
+    scores = {
+        run: Score(marked("accuracy", unjudged, 9, "are left out"), 50, {"unjudged": unjudged})
+        for run, unjudged in runs.items()
+    }
+    answers = {run: {0: Given(0, "", run.tokens or 144, (1, 2, 3))} for run in runs}
+    timed = {"seconds": [0.1], "flops": 10, "paper_flops": 4}
+    prefill = {length: {**timed, "lengths": [int(length)]} for length in ("154", "14")}
+    cost = {"text_tokens": 10, "prefill": prefill, "vision_seconds": {}}
+    results = {**summarize(scores, answers, cost), "cost": cost, "questions": 9, "limited": False, "conv_mode": "v1"}
+    results["environment"] = dict.fromkeys(
+        ("date", "device", "threads", "torch", "transformers", "git_commit"), "recorded"
+    )
+    assert [row["unjudged"] for row in results["rows"]] == [0, 2]
+    _, vanilla, random = main_table(results)
+    assert (vanilla[2], random[2]) == ("50.0", "50.0 †")
+    said = "random 4: accuracy; INCOMPLETE: no readable reply of the judge about 2 of 9 answers, which are left out"
+    assert f"vanilla: accuracy; † {said};" in facts(results)
 
 
 def test_bootstrap_is_seeded_and_paired():

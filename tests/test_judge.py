@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import socket
@@ -35,12 +36,10 @@ def word_of(body: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's waits and ours, a hundred times shorter; a key, and no proxy in between."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-    monkeypatch.setattr("eval.judge._FIRST_WAIT", 0.005)
-    monkeypatch.setattr("eval.judge._LONGEST_WAIT", 0.02)
-    monkeypatch.setattr("eval.judge._RETRIES", 3)
+    """The waits, a hundred times shorter; a key, and no proxy in between."""
+    monkeypatch.setattr("eval.endpoint._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("eval.endpoint._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("eval.endpoint._RETRIES", 3)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -162,7 +161,7 @@ def number_in(reply: str) -> int | None:
 
 
 def test_what_does_not_parse_is_asked_again(serve, tmp_path: Path):
-    """As ``retry`` changes the first request; only what did not parse; at last None; all of it from the cache."""
+    """As ``retry`` changes the first request; only what did not parse; at last None, and the next time again."""
     server = serve(lambda body, number: "7" if word_of(body) in ("good", "late!!") else "hm")
 
     def retry(request: Request, attempt: int) -> Request:
@@ -170,15 +169,16 @@ def test_what_does_not_parse_is_asked_again(serve, tmp_path: Path):
         longer = {**message, "content": message["content"] + "!" * attempt}
         return Request((longer,), temperature=0.5 * attempt)
 
-    judge = api_judge("gpt-4-0613", tmp_path, workers=1)
-    for _ in range(2):
-        assert judge.ask(ask_of("good", "late", "bad"), number_in, retry, attempts=4) == [7, 7, None]
-    assert [(word_of(body), body.get("temperature")) for body in server.asked] == [
-        *[("good", None), ("late", None), ("bad", None)],
-        *[("late!", 0.5), ("bad!", 0.5)],
-        *[("late!!", 1.0), ("bad!!", 1.0)],
-        ("bad!!!", 1.5),
-    ]
+    judge = api_judge("gpt-4-0613", tmp_path, workers=1, attempts=4)
+    bad = [("bad", None), ("bad!", 0.5), ("bad!!", 1.0), ("bad!!!", 1.5)]
+    assert judge.ask(ask_of("good", "late", "bad"), number_in, retry) == [7, 7, None]
+    asked = [(word_of(body), body.get("temperature")) for body in server.asked]
+    assert asked == [("good", None), ("late", None), ("late!", 0.5), ("late!!", 1.0), *bad]
+    assert judge.ask(ask_of("good", "late", "bad"), number_in, retry) == [7, 7, None]
+    assert [(word_of(body), body.get("temperature")) for body in server.asked[len(asked) :]] == bad
+    assert len([file for file in tmp_path.iterdir() if file.is_file()]) == 2  # what cannot be read is not among them
+    looked_at = [json.loads(file.read_text()) for file in (tmp_path / "unreadable").iterdir()]
+    assert len(looked_at) == 6 and {entry["reply"] for entry in looked_at} == {"hm"}
 
 
 def test_the_same_request_can_be_tried_again(serve, tmp_path: Path):
@@ -187,14 +187,60 @@ def test_the_same_request_can_be_tried_again(serve, tmp_path: Path):
     judge = api_judge("gpt-3.5-turbo", tmp_path)
     assert judge.ask([HELLO], number_in) == [5] and len(server.asked) == 3
     assert judge.ask([HELLO], number_in) == [5] and len(server.asked) == 3
-    assert judge.ask([HELLO], number_in, attempts=2) == [None] and len(server.asked) == 3
 
 
 def test_a_refusal_is_an_empty_reply(serve, tmp_path: Path):
     """The API gives null for the content then; it has been paid for, and counts as a reply that does not parse."""
-    server = serve(lambda body, number: (200, {}, completion(None)))
-    assert api_judge("gpt-4-0613", tmp_path).ask([HELLO], number_in, attempts=2) == [None]
-    assert len(server.asked) == 2
+    server = serve(lambda body, number: "1" if word_of(body) == "a" else (200, {}, completion(None)))
+    assert api_judge("gpt-4-0613", tmp_path, attempts=2).ask(ask_of("a", "b"), number_in) == [1, None]
+    assert len(server.asked) == 3
+
+
+def test_no_reply_can_be_read(serve, tmp_path: Path):
+    """The error names the last reply's file, and the same call asks a judge that has recovered."""
+    server = serve(lambda body, number: "busy" if number < 6 else "1")
+    judge = api_judge("gpt-4-0613", tmp_path, attempts=3)
+    with pytest.raises(
+        ValueError, match=r"none of the replies .* \(2 answers .* 3 times; .*'busy', see .*name a --judge"
+    ) as raised:
+        judge.ask(ask_of("a", "b"), number_in)
+    (named,) = [file for file in (tmp_path / "unreadable").iterdir() if str(file) in str(raised.value)]
+    assert json.loads(named.read_text())["reply"] == "busy" and "\n" not in str(raised.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["unreadable"] and len(server.asked) == 6
+    assert judge.ask(ask_of("a", "b"), number_in) == [1, 1] and len(server.asked) == 8
+
+
+def test_a_judge_that_never_says_what_is_asked_is_not_paid_for_all(serve, tmp_path: Path):
+    server = serve(lambda body, number: "As a language model, I")
+    with pytest.raises(ValueError, match="none of the replies"):
+        api_judge("gpt-4-0613", tmp_path, workers=4, attempts=2).ask(ask_of(*map(str, range(1000))), number_in)
+    assert len(server.asked) < 2 * 30
+
+
+def test_results_that_are_not_clear_are_asked_again(serve, tmp_path: Path):
+    """The last one counts where there is none better; it is not kept as an answer."""
+    server = serve(lambda body, number: "0" if word_of(body) == "never" or number < 2 else "7")
+    judge = api_judge("gpt-4-0613", tmp_path, workers=1, attempts=3)
+    for times in (1, 2):
+        assert judge.ask(ask_of("late", "never"), number_in, None, bool) == [7, 0]
+        assert len(server.asked) == 3 + 3 * times
+
+
+def test_a_cache_of_unreadable_replies_heals(serve, tmp_path: Path):
+    """Earlier versions kept every reply, of each attempt; one that can be read is not paid for again."""
+    server = serve(lambda body, number: word_of(body))
+    judge = api_judge("gpt-4-0613", tmp_path, workers=1)
+    assert judge.ask(ask_of("1", "2"), lambda reply: None if number_in(reply) is None else reply) == ["1", "2"]
+    for file in tmp_path.iterdir():
+        content = json.loads(file.read_text())
+        content["reply"] = "busy"
+        file.write_text(json.dumps(content))
+        if word_of(content["request"]) == "2":  # its second attempt can be read
+            content["request"]["attempt"], content["reply"] = 1, "3"
+            name = hashlib.sha256(json.dumps(content["request"], sort_keys=True).encode()).hexdigest()
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert judge.ask(ask_of("1", "2"), number_in) == [1, 3]
+    assert [word_of(body) for body in server.asked[2:]] == ["1"]
 
 
 def test_nothing_to_judge(tmp_path: Path):
@@ -293,6 +339,48 @@ def test_a_server_that_is_down_for_all_is_not_asked_for_all(serve, tmp_path: Pat
     with pytest.raises(OSError, match=r"200 of 200 .*maintenance"):
         api_judge("gpt-4-0613", tmp_path, workers=2).ask(ask_of(*map(str, range(200))), str)
     assert len({word_of(body) for body in server.asked}) < 20
+
+
+def test_a_silent_server_is_given_up_for_all(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every try waits for its timeout, but all of them together not longer than the patience; what came stays."""
+    monkeypatch.setattr("eval.endpoint._RETRIES", 50)
+    done = threading.Event()
+    server = serve(lambda body, number: "yes" if number < 3 else str(done.wait(20)))
+    judge = api_judge("gpt-4-0613", tmp_path, workers=3, timeout=0.4, patience=1.0)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"197 of 200 .*timed out.*the same command goes on.*OPENAI_BASE_URL"):
+        judge.ask(ask_of(*map(str, range(200))), str)
+    assert 0.9 < time.monotonic() - began < 6
+    assert len({word_of(body) for body in server.asked}) < 12 and len(list(tmp_path.iterdir())) == 3
+    done.set()
+
+
+def test_a_server_that_wants_to_be_left_alone_is_not_waited_for_for_ever(serve, tmp_path: Path):
+    serve(lambda body, number: failure(429, "slow down", Retry_After="30"))
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"2 of 2 .*HTTP 429: .*slow down"):
+        api_judge("gpt-4-0613", tmp_path, patience=0.5).ask(ask_of("a", "b"), str)
+    assert time.monotonic() - began < 6
+
+
+def test_one_question_that_is_never_answered_does_not_hold_up_the_others(serve, tmp_path: Path):
+    """While others are answered the endpoint is alive; the one has its own patience."""
+    done = threading.Event()
+
+    def reply(body: dict[str, Any], number: int) -> str:
+        if word_of(body) == "a":
+            return str(done.wait(20))
+        time.sleep(0.05)
+        return "yes"
+
+    serve(reply)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"1 of 30 .*timed out"):
+        api_judge("gpt-4-0613", tmp_path, workers=2, timeout=5, patience=0.8).ask(
+            ask_of("a", *map(str, range(29))), str
+        )
+    assert time.monotonic() - began < 6 and len(list(tmp_path.iterdir())) == 29
+    done.set()
 
 
 def test_garbage_without_end(serve, tmp_path: Path):

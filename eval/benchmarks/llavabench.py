@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table
-from ..judge import Judge, Request
+from ..judge import Judge, Request, marked
 from ..matching import match, unreadable
 from ..sources import Tables, need, picture, read_jsonl, refuse_repeated
 
@@ -164,12 +164,13 @@ def rating_of(review: str) -> tuple[float, float] | None:
 
 
 def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
-    """Ratings of the answers that there are; every review is asked for once, as the official tool does.
+    """Ratings of the answers that there are.
 
-    An answer whose image could not be read is not reviewed: it has 0, where GPT-4's has 10.
+    A review without ratings is asked for again (the official tool asks once); at last it counts as there, (-1, -1), and
+    the score says so. An answer whose image could not be read is not reviewed: it has 0, where GPT-4's has 10.
 
     Raises:
-        ValueError: there is no judge or no answer, the judge is the proxy, or it refuses.
+        ValueError: there is no judge or no answer, the judge is the proxy, it refuses, or no review has ratings.
         OSError: the judge cannot be reached.
     """
     if judge is None:
@@ -182,12 +183,12 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | N
     matched = match(answers, truth)
     given = {name: matched.answers[name] for name in truth if name in matched.answers}
     asked = {name: answer.text for name, answer in given.items() if not unreadable(answer)}
-    found = judge.ask([request_of(truth[name], text) for name, text in asked.items()], rating_of, attempts=1)
+    found = judge.ask([request_of(truth[name], text) for name, text in asked.items()], rating_of)
     ratings = dict.fromkeys(given, _UNREADABLE) | {
         name: rating or _NO_RATING for name, rating in zip(asked, found, strict=True)
     }
     reviews = [(truth[name].category, rating) for name, rating in ratings.items()]
-    return _summary(reviews, judge.model, matched.counts)
+    return _summary(reviews, judge.model, f"the judge {judge.model}", len(asked), matched.counts)
 
 
 def graded(path: Path, data: Path | None = None) -> Score:
@@ -200,7 +201,7 @@ def graded(path: Path, data: Path | None = None) -> Score:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line has no ratings, or the ratings have no ratio.
+        ValueError: a line has no ratings, the ratings have no ratio, or all are those of reviews without any.
     """
     reviews = []
     for number, row in enumerate(read_jsonl(path), start=1):
@@ -210,42 +211,61 @@ def graded(path: Path, data: Path | None = None) -> Score:
         if not isinstance(rating, list) or len(rating) != 2 or not all(isinstance(one, int | float) for one in rating):
             raise ValueError(f"{where} has the ratings {rating!r}, where two numbers are expected")
         reviews.append((category, (rating[0], rating[1])))
-    return _summary(reviews, None, {})
+    return _summary(reviews, None, str(path), len(reviews), {})
 
 
 def _summary(
-    reviews: Sequence[tuple[str | None, tuple[float, float]]], model: str | None, further: Mapping[str, Any]
+    reviews: Sequence[tuple[str | None, tuple[float, float]]],
+    model: str | None,
+    source: str,
+    judged: int,
+    further: Mapping[str, Any],
 ) -> Score:
+    """The official numbers of reviews (category and ratings), of which so many are a judge's, from some source."""
     if not reviews:
         raise ValueError("llavabench has no reviews to summarize: give the file that eval_gpt_review_bench.py wrote")
     categories = sorted({category for category, _ in reviews if category is not None})
+    unjudged = sum(tuple(ratings) == _NO_RATING for _, ratings in reviews)
+    if judged and unjudged == judged:
+        raise ValueError(
+            f"none of the {judged} reviews of {source} has ratings: two numbers with one blank between them are "
+            "expected in its first line; have the answers reviewed again, by another judge"
+        )
     groups = {
         "all": [ratings for _, ratings in reviews],
         **{name: [ratings for category, ratings in reviews if category == name] for name in categories},
     }
     printed = {name: _printed(name, ratings) for name, ratings in groups.items()}
+    metric = f"rating relative to GPT-4's answers, by {f'the judge {model}' if model else 'a file of reviews'}, %"
     return Score(
-        metric=f"rating relative to GPT-4's answers, by {f'the judge {model}' if model else 'a file of reviews'}, %",
+        metric=marked(metric, unjudged, judged, "count as rated -1 and -1, as in LLaVA's script"),
         score=printed["all"]["relative"],
         details={
             "judge": model,
             "protocol_judge": JUDGE_MODEL,
             "reviews": len(reviews),
-            "unparsable": sum(tuple(ratings) == _NO_RATING for _, ratings in reviews),
+            "unjudged": unjudged,
             **further,
             "categories": printed,
         },
-        parts={name: values["relative"] for name, values in printed.items() if name != "all"},
+        parts={
+            name: values["relative"]
+            for name, values in printed.items()
+            if name != "all" and values["relative"] is not None
+        },
     )
 
 
-def _printed(name: str, ratings: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """The three numbers that the official tool prints of some reviews: the ratio, and ten times either mean."""
+def _printed(name: str, ratings: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """The three numbers that the official tool prints of some reviews: the ratio, and ten times either mean.
+
+    Where no review has ratings there is no ratio (it would be that of -1 to -1, 100 %).
+    """
     of_reference, of_model = (round(mean, 3) for mean in np.asarray(ratings).mean(0).tolist())
     if of_reference == 0:
         raise ValueError(f"the reviews of {name!r} rate GPT-4's answers 0 on average: nothing can be relative to that")
     return {
-        "relative": round(of_model / of_reference * 100, 1),
+        "relative": None if {*map(tuple, ratings)} == {_NO_RATING} else round(of_model / of_reference * 100, 1),
         "gpt4": round(of_reference * 10, 1),
         "model": round(of_model * 10, 1),
         "reviews": len(ratings),

@@ -25,7 +25,7 @@ import numpy as np
 from llava.files import write_atomically
 
 from ..benchmark import Answer, Benchmark, File, Question, Score, Table
-from ..judge import Judge, Request, normalized_match
+from ..judge import Judge, Request, marked, normalized_match
 from ..matching import asked, match, unreadable
 from ..questions import EVAL_ZIP, read_questions
 from ..sources import Tables, need, read_json, refuse_repeated
@@ -33,7 +33,7 @@ from ..sources import Tables, need, read_json, refuse_repeated
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order
 _ITEMS = 218
-_ATTEMPTS = 5
+_FATE = "have 0, as from the official tool"  # answers without a grade
 _QUESTIONS, _ITEMS_FILE = "llava-mm-vet.jsonl", "mm-vet.json"
 
 _EQUATION = "What is x in the equation? | -1 <AND> -5"
@@ -146,13 +146,13 @@ def request_of(item: Item, text: str) -> Request:
 def asked_again(request: Request, attempt: int) -> Request:
     """The request after a reply without a grade: its end says what is wanted, and from the third time on it is warmer.
 
-    The official tool raises the temperature after it has asked again, not before: 0, 0, 0.5, 1, 1.5.
+    The official tool raises the temperature after it has asked again, not before: 0, 0, 0.5, 1, 1.5, where it ends.
     """
     (message,) = request.messages
     return replace(
         request,
         messages=({**message, "content": message["content"] + _ONCE_MORE},),
-        temperature=0.5 * (attempt - 1),
+        temperature=min(0.5 * (attempt - 1), 1.5),
     )
 
 
@@ -176,10 +176,11 @@ def matches(text: str, answer: str) -> bool:
 def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None) -> Score:
     """Grades of the answers; an item without answer has none.
 
-    An answer without a grade after five replies has 0, and so has one whose image could not be read, unasked.
+    An answer without a grade after as many replies as the judge gives (five) has 0, and the score says so. An answer
+    whose image could not be read has 0, unasked.
 
     Raises:
-        ValueError: there is no judge or no answer, or the judge refuses.
+        ValueError: there is no judge or no answer, the judge refuses, or no reply has a grade.
         OSError: the judge cannot be reached.
     """
     if judge is None:
@@ -193,8 +194,10 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | N
         metric = "offline proxy (--judge exact), not GPT-4's score: % of texts with the answer's words in them"
     else:
         requests = [request_of(truth[name], text) for name, text in asked.items()]
-        found = judge.ask(requests, grade_of, asked_again, _ATTEMPTS)
-        metric = f"score by the judge {judge.model}, 0 to 100"
+        found = judge.ask(requests, grade_of, asked_again)
+        if found and found.count(None) == len(found):
+            raise _without_grades(f"of the judge {judge.model}")
+        metric = marked(f"score by the judge {judge.model}, 0 to 100", found.count(None), len(found), _FATE)
     by_name = dict.fromkeys(given, 0.0) | {name: grade or 0.0 for name, grade in zip(asked, found, strict=True)}
     result = _summary(
         {name: [grade] for name, grade in by_name.items()},
@@ -207,7 +210,7 @@ def score(answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | N
         "protocol_judge": JUDGE_MODEL,
         **result.details,
         **matched.counts,
-        "unparsable": found.count(None),
+        "unjudged": found.count(None),
     }
     return replace(result, details=details, points=matched.in_order(by_name))
 
@@ -223,7 +226,7 @@ def graded(path: Path, data: Path | None) -> Score:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or of other items than those of ``mm-vet.json``.
+        ValueError: it is no such file, of other items than those of ``mm-vet.json``, or no reply in it has a grade.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not content:
@@ -236,9 +239,15 @@ def graded(path: Path, data: Path | None) -> Score:
     models = (row.get("model") or [] for row in content.values())
     judges = {one for named in models for one in ([named] if isinstance(named, str) else named)}
     judge = ", ".join(sorted(map(str, judges))) or None
+    unread = [grade_of(reply) is None for row in content.values() for reply in _replies(row)]
+    if unread and all(unread):
+        raise _without_grades(f"in {path}")
+    unjudged = sum(any(grade_of(reply) is None for reply in _replies(row)) for row in content.values())
     metric = f"score by {f'the judge {judge}' if judge else 'a graded file'}, 0 to 100"
+    metric = marked(metric, unjudged, len(grades), _FATE)
     result = _summary(grades, capabilities, len(items) if items else _ITEMS, metric)
-    return replace(result, details={"judge": judge, "protocol_judge": JUDGE_MODEL, **result.details})
+    details = {"judge": judge, "protocol_judge": JUDGE_MODEL, "unjudged": unjudged, **result.details}
+    return replace(result, details=details)
 
 
 def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
@@ -251,6 +260,19 @@ def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
 
 def _name(question_id: str | int) -> str:
     return f"v1_{str(question_id).removeprefix('v1_')}"
+
+
+def _replies(row: Mapping[str, Any]) -> list[str]:
+    """The judge's last reply in each of its runs; the official tool gives 0 where that has no grade."""
+    replies = row.get("content")
+    return [reply for reply in replies if isinstance(reply, str)] if isinstance(replies, list) else []
+
+
+def _without_grades(where: str) -> ValueError:
+    return ValueError(
+        f"none of the replies {where} has a grade, a number from 0 to 1 at its beginning: have the answers graded "
+        "again, by another judge"
+    )
 
 
 def _grades(row: Any, where: str) -> list[float]:

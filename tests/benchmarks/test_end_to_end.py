@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from interpreter import quick_environment
+from judge_server import JudgeServer, Reply, failure
 from sentencepiece import SentencePieceProcessor
 
 from checkpoints import CLIP, TOKENIZER, edit_weights
@@ -180,6 +182,45 @@ def test_tables(name: str, model_for, tmp_path: Path):
     asked = ["--method", "visionzip", "--tokens", "6", "--batch-size", "2", *judge(name)]
     assert eval_command(["run", name, *places, *asked]) == 0
     check(name, tmp_path / "out", where, folder=False)
+
+
+def test_answers_that_the_judge_has_not_judged(model_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A score of them is marked on the screen, in the table and in the json; a dead judge loses nothing."""
+    module, _ = data_module("llavabench")
+    module.write_folder(tmp_path)
+    dead = True
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        return failure(400, "no such thing") if dead and number >= 2 else module.review(body)
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    out, flags = tmp_path / "out", ["--judge", "gpt-4-0314", "--judge-attempts", "2"]
+    command = ["--model-path", str(model_for("llavabench")), "--output", str(out), "--device", "cpu", *flags]
+    with JudgeServer(reply) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        run = ["run", "llavabench", *command, "--data-root", str(tmp_path), "--method", "vanilla"]
+        assert eval_command(run) == 2
+        assert f"Replies that came are kept in {out / 'judged'}: the same command" in capsys.readouterr().err
+        dead, kept = False, len(list((out / "judged").glob("*.json")))
+        asked = len(server.asked)
+        assert eval_command(run) == 0
+        assert len(server.asked) - asked == (3 - kept) + 2  # and twice the one that cannot be read
+    mark = "INCOMPLETE: no readable reply of the judge about 1 of 4 answers, which count as rated -1 and -1"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert mark in printed and " † " in printed
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert (row["unjudged"], row["details"]["unjudged"]) == (1, 1) and mark in row["metric"]
+    assert f"{row['score']:.1f} † |" in (table := (out / "table.md").read_text()) and mark in table
+    remark = f"- results.json, vanilla: {row['metric']}."
+    assert eval_command(["table", "--paper", "1", str(out)]) == 0 and remark in capsys.readouterr().out
+
+    with JudgeServer(lambda body, number: "9 3" if "blue?" in body["messages"][-1]["content"] else "") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        where = ["--answers", str(out / "answers" / "vanilla.jsonl"), "--output", str(out / "score.json")]
+        score = ["score", "llavabench", *where, "--data-root", str(tmp_path), *flags]
+        assert eval_command(score) == 0 and len(server.asked) == 1  # only that one, of a judge who is well now
+    assert "INCOMPLETE" not in capsys.readouterr().out
 
 
 def test_a_limited_run_submits_nothing(model_for, tmp_path: Path):

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import data_llavabench
 import numpy as np
@@ -170,10 +171,32 @@ def test_score(folder: Path, judge: Judge, server: JudgeServer):
     assert result.score == 87.0 == data_llavabench.reviewed(TEXTS) and "gpt-4-0314" in result.metric
     assert result.parts == {"complex": 114.3, "conv": 75.0, "detail": 75.0}
     assert result.details["categories"]["all"] == {"relative": 87.0, "gpt4": 57.5, "model": 50.0, "reviews": 4}
-    assert (result.details["unparsable"], result.details["reviews"], result.details["missing"]) == (1, 4, 0)
-    assert len(server.asked) == 4  # what cannot be read is not asked again: it counts as (-1, -1)
+    assert (result.details["unjudged"], result.details["reviews"], result.details["missing"]) == (1, 4, 0)
+    assert "INCOMPLETE: no readable reply of the judge about 1 of 4 answers, which count as rated -1" in result.metric
+    assert len(server.asked) == 3 + 5  # what cannot be read is asked again; at last it counts as (-1, -1)
     BENCHMARK.score(answers_of(TEXTS), BENCHMARK.truth_from_folder(folder), judge)
-    assert len(server.asked) == 4
+    assert len(server.asked) == 3 + 10
+
+
+def test_reviews_without_ratings(folder: Path, server: JudgeServer, judge: Judge):
+    """-1 over -1 is no 100 %: not of all reviews, and not of the only one in a category."""
+    truth = BENCHMARK.truth_from_folder(folder)
+    with pytest.raises(ValueError, match=r"none of the replies of the judge gpt-4-0314 .*cache/unreadable/.*\.json"):
+        BENCHMARK.score([Answer(2, "Paint")], truth, judge)
+    result = BENCHMARK.score(answers_of(TEXTS)[:3], truth, judge)
+    assert result.parts == {"conv": 75.0, "detail": 75.0}
+    assert result.details["categories"]["complex"] == {"relative": None, "gpt4": -10.0, "model": -10.0, "reviews": 1}
+
+
+@pytest.mark.parametrize("reply", ["busy", "```\n8 7\n```", "Assistant 1 is better.", ""])
+def test_a_judge_without_ratings(folder: Path, reply: str):
+    """Any judge, whatever it does with replies; and one image more that could not be read is no rating either."""
+    truth = BENCHMARK.truth_from_folder(folder)
+    silent = SimpleNamespace(model="m", exact=False, ask=lambda requests, parse: [parse(reply) for _ in requests])
+    lost = Answer(3, "", "", {"error": "there is no image"})
+    for answers in (answers_of(TEXTS), [*answers_of(TEXTS)[:3], lost]):
+        with pytest.raises(ValueError, match=r"none of the [34] reviews of the judge m has ratings.*another judge"):
+            BENCHMARK.score(answers, truth, silent)
 
 
 def test_answers_that_are_missing_repeated_or_to_nothing(folder: Path, judge: Judge):
@@ -192,7 +215,8 @@ def test_images_that_could_not_be_read(folder: Path, judge: Judge, server: Judge
     answers = [Answer(0, "It is red ."), Answer(1, "", "", {"error": "there is no image"})]
     result = BENCHMARK.score(answers, BENCHMARK.truth_from_folder(folder), judge)
     assert result.score == 33.3
-    assert (result.details["unreadable"], result.details["unparsable"], len(server.asked)) == (1, 0, 1)
+    assert (result.details["unreadable"], result.details["unjudged"], len(server.asked)) == (1, 0, 1)
+    assert "INCOMPLETE" not in result.metric
 
 
 def test_there_is_no_proxy(folder: Path):
@@ -219,7 +243,8 @@ def test_official_numbers(tmp_path: Path):
         "conv": {"relative": 54.9, "gpt4": 85.0, "model": 46.7, "reviews": 3},  # 8.5, 4.667: 54.91 %
         "detail": {"relative": 62.5, "gpt4": 40.0, "model": 25.0, "reviews": 2},
     }
-    assert result.score == 67.5 and result.details["unparsable"] == 1
+    assert result.score == 67.5 and result.details["unjudged"] == 1
+    assert "INCOMPLETE: no readable reply of the judge about 1 of 6 answers" in result.metric
     assert list(result.parts) == ["complex", "conv", "detail"]
     assert graded(tmp_path / "reviews.jsonl", tmp_path).score == 67.5
 
@@ -263,6 +288,7 @@ def test_reviews_without_category_count_for_all(tmp_path: Path):
         ('{"category": "llava_bench_conv", "tuple": [0, 7]}', "0 on average"),
         ('{"category": "llava_bench_conv", "tup', "line 1 of .* is damaged"),
         ("", "no reviews"),
+        ('{"category": "llava_bench_conv", "tuple": [-1, -1]}', "none of the 1 reviews of .*reviews.jsonl has ratings"),
     ],
 )
 def test_bad_reviews(tmp_path: Path, line: str, message: str):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import data_mmvet
@@ -165,7 +166,7 @@ def test_score(folder: Path, judged):
     assert result.details["items_by_capability"] == {"rec": 2, "ocr": 2, "know": 1, "gen": 1, "math": 2}
     assert result.details["items_by_capability_set"] == {"ocr_math": 2, "rec": 1, "rec_know_gen": 1}
     assert result.points == [0.5, 1.0, 0.8, 0.3]
-    assert (result.details["missing"], result.details["unparsable"], result.details["unexpected"]) == (0, 0, 0)
+    assert (result.details["missing"], result.details["unjudged"], result.details["unexpected"]) == (0, 0, 0)
     assert sorted(body["messages"][0]["content"].rsplit("\n", 1)[-1] for body in server.asked)[-1] == (
         "What is x in the equation? | -1 <AND> -5 | x = -1 or x = -5 | "
     )
@@ -184,9 +185,24 @@ def test_a_judge_without_grades(folder: Path, judged):
     server, judge = judged(reply)
     result = BENCHMARK.score(answers_of(TEXTS), BENCHMARK.truth_from_folder(folder), judge)
     assert result.score == pytest.approx(100 * (0 + 1 + 1 + 0.9) / 4)
-    assert result.details["unparsable"] == 1 and result.points == [0.0, 1.0, 1.0, 0.9]
+    assert "INCOMPLETE: no readable reply of the judge about 1 of 4 answers, which have 0" in result.metric
+    assert result.details["unjudged"] == 1 and result.points == [0.0, 1.0, 1.0, 0.9]
     about_x = [body for body in server.asked if "What is x" in body["messages"][0]["content"].removeprefix(PROMPT)]
     assert [body["temperature"] for body in about_x] == [0.0, 0.0, 0.5, 1.0, 1.5]
+
+
+def test_no_reply_has_a_grade(folder: Path, judged):
+    """Neither from our judge, which names the file, nor from any other."""
+    truth = BENCHMARK.truth_from_folder(folder)
+    server, judge = judged(lambda row, temperature: "Correctness: 1.0")
+    with pytest.raises(ValueError, match=r"none of the replies of the judge gpt-4-0613 .*cache/unreadable/.*\.json"):
+        BENCHMARK.score(answers_of(TEXTS), truth, judge)
+    assert len(server.asked) == 4 * 5
+    busy = SimpleNamespace(model="m", exact=False, ask=lambda requests, parse, retry: [parse("busy") for _ in requests])
+    lost = Answer(3, "", "", {"error": "there is no image"})
+    for answers in (answers_of(TEXTS), [*answers_of(TEXTS)[:3], lost]):
+        with pytest.raises(ValueError, match=r"none of the replies of the judge m has a grade.*by another judge"):
+            BENCHMARK.score(answers, truth, busy)
 
 
 def test_answers_that_are_missing_repeated_or_to_nothing(folder: Path):
@@ -207,7 +223,7 @@ def test_images_that_could_not_be_read(folder: Path, judged):
     answers = [Answer(0, "-1"), Answer(1, "", "", lost), Answer(2, "mantle"), Answer(3, "", "", lost)]
     result = BENCHMARK.score(answers, BENCHMARK.truth_from_folder(folder), judge)
     assert (result.score, result.points) == (50.0, [1.0, 0.0, 1.0, 0.0])
-    assert (result.details["unreadable"], result.details["unparsable"], len(server.asked)) == (2, 0, 2)
+    assert (result.details["unreadable"], result.details["unjudged"], len(server.asked)) == (2, 0, 2)
 
 
 def test_the_proxy(folder: Path):
@@ -271,6 +287,20 @@ def test_the_official_sum_to_the_last_bit(tmp_path: Path):
     result = graded(write_grades(tmp_path / "grades.json", scores), None)
     assert result.details["runs"] == [total / 218 * 100 for total in totals]
     assert result.score == float(np.mean(result.details["runs"]))
+
+
+def test_graded_replies_without_a_grade(folder: Path, tmp_path: Path):
+    """The official tool writes 0 for them: that score is marked, and of nothing else there is none."""
+    path = write_grades(tmp_path / "grades.json", {f"v1_{number}": [0.0 if number else 1.0] for number in range(4)})
+    content = json.loads(path.read_text())
+    content["v1_1"]["content"] = ["Correct"]
+    path.write_text(json.dumps(content))
+    result = graded(path, folder)
+    assert result.score == 25.0 and result.details["unjudged"] == 1
+    assert "INCOMPLETE: no readable reply of the judge about 1 of 4 answers" in result.metric
+    path.write_text(json.dumps({name: {**row, "content": ["busy"]} for name, row in content.items()}))
+    with pytest.raises(ValueError, match=r"none of the replies in .*grades\.json has a grade"):
+        graded(path, folder)
 
 
 def test_unfinished_grading(folder: Path, tmp_path: Path):

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from data_video import DATA, expected, write_folder
+from judge_server import JudgeServer
 
 from eval.benchmark import Answer, Score
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
-from eval.judge import Request, exact_judge
-from eval.video_judge import Verdict, graded, judge_request, parse_verdict
-from eval.video_qa import Item
+from eval.judge import Request, api_judge, exact_judge
+from eval.video_judge import Item, Verdict, graded, judge_request, parse_verdict
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (tgif, msvd, msrvtt, activitynet)}
 
@@ -30,7 +30,7 @@ class Scripted:
         self.replies = replies
         self.asked: list[Request] = []
 
-    def ask(self, requests: list[Request], parse: Callable[[str], Any]) -> list[Any]:
+    def ask(self, requests: list[Request], parse: Callable[[str], Any], retry: None, clear: Any) -> list[Any]:
         self.asked += requests
         predictions = [each.messages[1]["content"].split("Predicted Answer: ")[1].split("\n\n")[0] for each in requests]
         return [parse(self.replies[prediction]) for prediction in predictions]
@@ -103,7 +103,7 @@ def scored(answers: list[Answer], replies: dict[str, str]) -> Score:
 
 
 def test_score_by_hand():
-    """Of yes, yes, no, neither, no number and no verdict: accuracy 2/3, average (4 + 5 + 1 + 3 + 0) / 5."""
+    """Of yes, yes, no, neither, no number and no verdict: accuracy 2/3 of what says yes or no, average 13 / 5."""
     replies = {
         "a": "{'pred': 'yes', 'score': 4.8}",
         "b": "{'pred': 'yes', 'score': 5}",
@@ -113,12 +113,13 @@ def test_score_by_hand():
         "f": "I think so.",
     }
     result = scored([Answer(number, text) for number, text in enumerate("abcdef")], replies)
-    assert result.metric == "accuracy (judged by gpt-3.5-turbo)"
+    mark = "no readable reply of the judge about 3 of 6 answers, which are left out, as in Video-LLaVA's script"
+    assert result.metric == f"accuracy (judged by gpt-3.5-turbo); INCOMPLETE: {mark}"
     assert result.score == 100 * 2 / 3
     details = result.details
     assert details["average_score"] == 13 / 5
     assert (details["scored"], details["yes"], details["no"], details["neither"]) == (5, 2, 1, 2)
-    assert (details["unjudged"], details["unjudged_ids"]) == (1, ["5"])
+    assert (details["unjudged"], details["unjudged_ids"]) == (3, ["3", "4", "5"])
     assert (details["missing"], details["unreadable_videos"]) == (2, 0)
     assert details["types"] == {
         "0": {"accuracy": 50, "questions": 3},  # a, c, e
@@ -126,6 +127,20 @@ def test_score_by_hand():
     }
     assert result.points is None  # some answers are not in the mean
     json.dumps(details)
+
+
+def test_a_judge_that_says_neither_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its dictionary is well formed, but no verdict; a whole score has the official metric and no mark."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    replies = ['{"error": "busy"}', "{'pred': 'maybe', 'score': 3}", "```\n{'pred': 'yes', 'score': 5}\n```"]
+    with JudgeServer(lambda body, number: [*replies, "{'pred': 'no', 'score': 1}"][number]) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        judge = api_judge("gpt-3.5-turbo", tmp_path / "judged")
+        for _ in range(2):
+            result = msvd.BENCHMARK.score([Answer(0, "a")], TRUTH, judge)
+            assert (result.score, result.details["unjudged"], len(server.asked)) == (0, 0, 4)
+            assert result.metric == "accuracy (judged by gpt-3.5-turbo)"
 
 
 def test_missing_videos_are_wrong_and_reported():
@@ -188,8 +203,12 @@ def test_types_of_activitynet_have_names(tmp_path: Path):
 def test_nothing_to_score():
     with pytest.raises(ValueError, match="none of the 1 answers"):
         scored([Answer(99, "man")], {})
-    with pytest.raises(ValueError, match="of 8 questions 1 have an answer, and 0 of those a verdict"):
-        scored([Answer(1, "man")], {"man": "Sorry."})
+    lost = Answer(2, "", "", {"error": "there is no video v1.mp4"})  # it would be all that is scored
+    for reply in ("Sorry.", "{'pred': 'maybe', 'score': 3}", '{"error": "busy"}'):
+        with pytest.raises(
+            ValueError, match="of 8 questions 2 have an answer, and none of those a verdict of the judge"
+        ):
+            scored([Answer(1, "man"), lost], {"man": reply})
     with pytest.raises(ValueError, match="need a judge: give --judge"):
         msvd.BENCHMARK.score([Answer(1, "man")], TRUTH, None)
 
@@ -207,7 +226,8 @@ def test_a_graded_file(tmp_path: Path):
     path.write_text(json.dumps(entries))
     result = graded(path)
     assert result.score == 100 * 2 / 3
-    assert result.details == {"scored": 4, "yes": 2, "no": 1, "neither": 1, "average_score": 6 / 4}
+    assert result.details == {"scored": 4, "yes": 2, "no": 1, "neither": 1, "unjudged": 1, "average_score": 6 / 4}
+    assert "accuracy (graded); INCOMPLETE: no readable reply of the judge about 1 of 4" in result.metric
     assert tgif.BENCHMARK.graded is graded
     path.write_text(json.dumps({"1": entries["4"]}))
     with pytest.raises(ValueError, match="no verdict that says yes or no"):
