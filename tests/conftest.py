@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from judge_server import JudgeServer, Reply
 from mini_gemini import write_mini_gemini
 from training import TRAINER, command, turns
 from transformers import (
@@ -263,3 +264,28 @@ def dataset(world: Path, tokenizers, tmp_path: Path) -> Callable[..., Instructio
         return InstructionData(kept, folder, tokenizers[False], version, processor, config, skipped=skipped)
 
     return make
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge's waits, a hundred times shorter; a key, and no proxy in between."""
+    monkeypatch.setattr("eval.endpoint._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("eval.endpoint._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("eval.endpoint._RETRIES", 3)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., JudgeServer]]:
+    """Starts an endpoint, to which OPENAI_BASE_URL points then."""
+    running = []
+
+    def start(reply: Callable[[dict[str, Any], int], Reply]) -> JudgeServer:
+        running.append(JudgeServer(reply).__enter__())
+        monkeypatch.setenv("OPENAI_BASE_URL", running[-1].url)
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from eval.judge import Request
+
 Reply = str | tuple[int, dict[str, str], bytes]
 
 
@@ -89,3 +91,13 @@ def failure(status: int, message: str, **headers: str) -> Reply:
         {name.replace("_", "-"): value for name, value in headers.items()},
         json.dumps({"error": error}).encode(),
     )
+
+
+def ask_of(*words: str) -> list[Request]:
+    """Requests whose only message is a word."""
+    return [Request(({"role": "user", "content": word},)) for word in words]
+
+
+def word_of(body: dict[str, Any]) -> str:
+    """The word of such a request."""
+    return body["messages"][-1]["content"]
