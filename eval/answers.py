@@ -6,7 +6,6 @@ there: a last line without its end (the process was killed while it wrote) is cu
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from eval.benchmark import Answer, Question
+from llava.lock import lock
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,7 @@ def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another process is writing to {path}: wait for it, or choose another --output"
-            ) from error
+        lock(file, path, "--output")
         yield Part(file, setting, made, errors)
 
 

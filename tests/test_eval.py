@@ -23,7 +23,7 @@ from eval.answers import Given, open_part, read_answers
 from eval.benchmarks import scenes
 from eval.methods import METHODS, plan
 from eval.registry import BENCHMARKS
-from eval.runner import fingerprint
+from llava.fingerprint import fingerprint
 from playground.scenes import make_test_set, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
