@@ -132,6 +132,7 @@ def test_the_saved_projector_gives_the_logits_of_training(zero3: Path, world: Pa
     data = InstructionData(kept, str(world / "images"), tokenizer, "v1", processor, model.config)
     first = HALF * 4 % len(data)
     batch = Collator(tokenizer, 2048)([data[first + place] for place in range(4)])
+    assert batch.pop("records") == [data[first + place]["record"] for place in range(4)]
     with torch.inference_mode():
         loss = model(**batch).loss.item()
     assert loss == pytest.approx(steps_of(zero3)[HALF][1], rel=1e-5)

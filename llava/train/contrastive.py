@@ -16,7 +16,8 @@ import json
 import math
 import sys
 import zlib
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     HfArgumentParser,
-    Trainer,
     set_seed,
 )
 
-from llava.arguments import run_command
+from llava.lock import locked_folder
 from llava.mm_utils import load_image
-from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
+from llava.train.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
+from llava.train.run import TrainingArguments, finish, run_training
+from llava.train.steady import SteadyTrainer
 
+_PATHS = ("data_path", "image_folder", "validation_path", "validation_folder", "init")  # which may move
 _WORDS = 4096  # rows of the word table; words are hashed into it
 
 
@@ -207,7 +210,9 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
     Raises:
         FileNotFoundError: the data or the run to go on from is not there.
-        ValueError: that run's tower has another width, depth or patch size, or validation data has no image folder.
+        ValueError: that run's tower has another width, depth or patch size, validation data has no image folder, or
+            the output folder has checkpoints of another run.
+        BlockingIOError: another process trains into the output folder.
     """
     if arguments.validation_path and not arguments.validation_folder:
         raise ValueError("validation_path needs validation_folder too: where its images are")
@@ -218,17 +223,29 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     model = ContrastiveModel(new_tower(arguments), arguments.local_weight)
     if arguments.init:
         go_on_from(model, arguments.init)
-    trainer = Trainer(model=model, args=training, train_dataset=data, data_collator=collate)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    is_first = training.process_index == 0
+    with locked_folder(Path(training.output_dir), "output_dir") if is_first else nullcontext():
+        _train(model, data, arguments, training)
+
+
+def _train(
+    model: ContrastiveModel, data: CaptionedImages, arguments: TowerArguments, training: TrainingArguments
+) -> None:
+    decides = {name: Path(str(value)).name if name in _PATHS else value for name, value in asdict(arguments).items()}
+    decides |= {"records": records_digest(data.records), "seed": training.seed, **what_decides_steps(training)}
+    checkpoint = last_checkpoint(training.output_dir, quiet=training.process_index > 0)
+    check_same_run(checkpoint, decides)
+    trainer = SteadyTrainer(model=model, args=training, train_dataset=data, data_collator=collate, decides=decides)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return
     output = Path(training.output_dir)
     model.tower.save_pretrained(output)
-    processor.save_pretrained(output)
+    data.processor.save_pretrained(output)
     torch.save(model.state_dict(), output / "contrastive.pt")
     facts: dict[str, Any] = {}
     if arguments.validation_path:
-        held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, processor)
+        held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, data.processor)
         names = ("cls_last_layer", "cls_read_layer", "best_patch")
         facts["pair_accuracy"] = dict(zip(names, pair_accuracy(model, held_out), strict=True))
     finish(trainer, {"tower": arguments}, facts)
@@ -236,12 +253,11 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
 def _run(words: list[str]) -> None:
     train(*HfArgumentParser((TowerArguments, TrainingArguments)).parse_args_into_dataclasses(words))
-    leave_together()
 
 
 def main() -> int:
     """The command: parse the arguments and train; bad input is one line and exit status 2."""
-    return run_command("llava.train.contrastive", _run, sys.argv[1:])
+    return run_training("llava.train.contrastive", _run)
 
 
 if __name__ == "__main__":
