@@ -304,7 +304,9 @@ def _merge_adapter(model: Any, path: str, config: Any) -> Any:
     from peft import PeftModel  # noqa: PLC0415
 
     logger.info("merging the LoRA adapter of %s", path)
-    return PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
+    adapted = PeftModel.from_pretrained(model, path, config=config)
+    check_finite({name: value for name, value in adapted.named_parameters() if "lora_" in name}, path)
+    return adapted.merge_and_unload().eval()
 
 
 def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -187,7 +187,7 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
                     "the model room (a smaller one, load_8bit, or device_map={'model.vision_tower': 0, …})"
                 )
             own[key].copy_(value)
-    trained = {key: value for key, value in own.items() if "mm_projector." in key or key == NEWLINE}
+    trained = {key: value for key, value in own.items() if "projector" in key or key == NEWLINE}
     check_finite(trained, model.config.name_or_path)
     for prefix, tower in model.towers().items():
         absent = {key for key in info["missing_keys"] if key.startswith(prefix)} - extra_weights.keys()
