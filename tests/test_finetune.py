@@ -178,18 +178,10 @@ def test_more_processes_than_samples(script, tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite(script, tmp_path: Path):
-    """Under ZeRO-2 with two processes; another run into the same folder meanwhile is refused."""
+    """Under ZeRO-2 with two processes, which DeepSpeed steps itself."""
     out = tmp_path / "wild"
-    steps = ("--max_steps", "5", "--save_steps", "1")
-    process = script("finetune_visionzip", out, *steps, *IN_ORDER, ZERO="zero2", LEARNING_RATE=1e20)
-    while not (out / "run.lock").exists():
-        assert process.poll() is None, out.with_suffix(".log").read_text()[-5000:]
-        time.sleep(0.05)
-    link = tmp_path / "other"
-    link.symlink_to(out)
-    assert script("finetune_visionzip", link, *steps, PROCESSES=1, ZERO="none").wait(timeout=200) == 1
-    assert "llava.train.train: another process is writing to" in link.with_suffix(".log").read_text().splitlines()[-1]
-    assert process.wait(timeout=300) == 1
+    flags = ("--max_steps", "5", "--save_steps", "1", *IN_ORDER)
+    assert script("finetune_visionzip", out, *flags, ZERO="zero2", LEARNING_RATE=1e20).wait(timeout=300) == 1
     last = out.with_suffix(".log").read_text().splitlines()[-1]
     assert last.startswith("error: llava.train.train: the loss of step 2 is not finite (records '")
     assert "; the loss of step 3 is not finite (records '" in last and last.endswith("wild/checkpoint-1")

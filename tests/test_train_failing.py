@@ -1,4 +1,4 @@
-"""Trainings that fail: numbers that are not finite, data that teach nothing, checkpoints that are damaged or not theirs."""
+"""Trainings that fail: numbers that are not finite, data that teach nothing, checkpoints damaged or of another run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from training import record_of, steps_of
 
+from layouts import write_lora, write_native, write_part
 from llava.lock import locked_folder
+from llava.model.builder import load_pretrained_model
 from llava.train import train as llava_training
 
 TUNED = {"tune_mm_mlp_adapter": True}
@@ -204,3 +207,29 @@ def test_a_run_of_other_contents_does_not_go_on(on_llava, whole: Path, world: Pa
         assert named in message
     assert message.count("(there: ") == 4
     assert (tmp_path / "run/run.json").read_bytes() == (whole / "run.json").read_bytes()
+
+
+def spoil(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first weight of a projector or an adapter has an infinite number in it."""
+    key = next(key for key in sorted(weights) if "projector" in key or "lora_" in key)
+    return {**weights, key: torch.where(torch.arange(weights[key].shape[-1]) == 1, math.inf, weights[key])}
+
+
+@pytest.mark.parametrize("layout", ["whole", "projector", "adapter", "transformers"])
+def test_a_model_whose_training_has_failed_is_refused(layout: str, make_checkpoint, copied, tmp_path: Path):
+    """In all layouts that a training leaves, before anyone believes its answers."""
+    folder, base, file = tmp_path / layout, str(make_checkpoint()), "model.safetensors"
+    if layout == "whole":
+        folder, base = copied(), None
+    elif layout == "transformers":
+        write_native(folder)
+        base = None
+    elif layout == "adapter":
+        write_lora(make_checkpoint(), folder, ".safetensors")
+        file = "adapter_model.safetensors"
+    else:
+        projector, file = write_part(make_checkpoint(), folder), "mm_projector.safetensors"
+        save_file(projector, folder / file)
+    save_file(spoil(load_file(folder / file)), folder / file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights from .* are NaN or infinite, such as .*(projector|lora_)"):
+        load_pretrained_model(str(folder), base, device="cpu")

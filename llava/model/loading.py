@@ -95,7 +95,7 @@ def load_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
         ) from error
 
 
-def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+def check_finite_weights(weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Check weights that a training may have left, which are few: projector, newline, adapter.
 
     Args:
@@ -188,7 +188,7 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
                 )
             own[key].copy_(value)
     trained = {key: value for key, value in own.items() if "projector" in key or key == NEWLINE}
-    check_finite(trained, model.config.name_or_path)
+    check_finite_weights(trained, model.config.name_or_path)
     for prefix, tower in model.towers().items():
         absent = {key for key in info["missing_keys"] if key.startswith(prefix)} - extra_weights.keys()
         model._keys_to_ignore_on_save |= absent  # not to write what is random

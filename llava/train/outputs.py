@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from llava.model.loading import check_finite, gathered, load_weights
+from llava.model.loading import check_finite_weights, gathered, load_weights
 from llava.train.model import learnt
 
 _BESIDE = "non_lora_trainables.bin"
@@ -77,7 +77,7 @@ def load_learnt(model: Any, folder: Path) -> None:
         weights = load_weights(folder / _BESIDE)
     else:
         weights = load_weights(folder / "mm_projector.safetensors")
-    check_finite(weights, folder)
+    check_finite_weights(weights, folder)
     own = learnt(model)
     with torch.no_grad():
         for name, value in weights.items():

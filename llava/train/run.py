@@ -110,6 +110,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         if points:
             panel.plot(*zip(*points, strict=True), linewidth=1)
-        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        has_log = any(loss > 0 for _, loss in points)
+        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log" if has_log else "linear")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
