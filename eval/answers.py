@@ -8,7 +8,6 @@ changed since.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.files import append, writing
+from llava.lock import lock
 
 from .benchmark import Answer, Question
 
@@ -197,12 +197,7 @@ def open_part(
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = path.open("ab+", buffering=0)
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another process is writing to {path}: wait for it, or choose another --output"
-            ) from error
+        lock(file, path, "--output")
         yield Part(file, setting, made, errors, contents)
 
 

@@ -26,6 +26,7 @@ from llava.arguments import device_of, load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.files import write_atomically
+from llava.fingerprint import fingerprint
 from llava.images import AS_STORED
 from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
@@ -38,7 +39,7 @@ from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from .benchmark import Answer, Benchmark, Question, Score, UnscoredError
 from .cost import covers, read_cost
 from .data import CLONE, check_files, data_of, judge_of
-from .fingerprint import checksum_of_bytes, contents_of, fingerprint
+from .fingerprint import checksum_of_bytes, contents_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .matching import asked, shortfalls

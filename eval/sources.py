@@ -13,11 +13,12 @@ from typing import Any
 from PIL import Image
 
 from llava.files import full_disk, writing
+from llava.fingerprint import checksum
 from llava.images import load_image
 
 from . import COMMAND
 from .benchmark import Table, Visual
-from .fingerprint import checksum, checksum_of_bytes
+from .fingerprint import checksum_of_bytes
 
 
 def read_json(path: Path) -> Any:

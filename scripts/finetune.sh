@@ -17,13 +17,13 @@ MODEL_PATH="${MODEL_PATH:-lmsys/vicuna-7b-v1.5}"
 VISION_TOWER="${VISION_TOWER-openai/clip-vit-large-patch14-336}"
 PROJECTOR="${PROJECTOR-checkpoints/llava-v1.5-7b-pretrain-visionzip-$TOKENS/mm_projector.safetensors}"
 OUTPUT="${OUTPUT:-checkpoints/llava-v1.5-7b-train-visionzip-$TOKENS}"
+DATA_PATH="${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}"
 ZERO="${ZERO:-zero3}"
 
-prepare_training 128 "${BASE_GIB:-18}" "${SAMPLE_GIB:-1.8}"
+prepare_training 128 "${BASE_GIB:-18}" "${SAMPLE_GIB:-1.8}" "$@"
 train ${VISION_TOWER:+--vision_tower "$VISION_TOWER"} \
     ${PROJECTOR:+--pretrain_mm_mlp_adapter "$PROJECTOR"} \
     --version "${VERSION:-v1}" \
-    --data_path "${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data}" \
     --image_aspect_ratio pad \
     --data_fraction "${DATA_FRACTION:-1}" \

@@ -15,9 +15,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-liuhaotian/llava-v1.5-7b}"
 OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$TOKENS-lora}"
+DATA_PATH="${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}"
 ZERO="${ZERO:-zero2}"
 
-prepare_training 128 "${BASE_GIB:-20}" "${SAMPLE_GIB:-1.8}"
+prepare_training 128 "${BASE_GIB:-20}" "${SAMPLE_GIB:-1.8}" "$@"
 train ${VISION_TOWER:+--vision_tower "$VISION_TOWER"} \
     ${PROJECTOR:+--pretrain_mm_mlp_adapter "$PROJECTOR"} \
     --version "${VERSION:-v1}" \
@@ -25,7 +26,6 @@ train ${VISION_TOWER:+--vision_tower "$VISION_TOWER"} \
     --lora_r 128 \
     --lora_alpha 256 \
     --mm_projector_lr 2e-5 \
-    --data_path "${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data}" \
     --data_fraction "${DATA_FRACTION:-1}" \
     --group_by_modality_length True \

@@ -38,12 +38,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-liuhaotian/llava-v1.5-7b}"
 OUTPUT="${OUTPUT:-checkpoints/$(basename "$MODEL_PATH")-visionzip-$TOKENS}"
+DATA_PATH="${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}"
 ZERO="${ZERO:-zero2}"
 
-prepare_training 128 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-1.6}"
+prepare_training 128 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-1.6}" "$@"
 train --version "${VERSION:-v1}" \
     --tune_mm_mlp_adapter True \
-    --data_path "${DATA_PATH:-playground/data/llava_v1_5_mix665k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data}" \
     --data_fraction "${DATA_FRACTION:-0.1}" \
     --group_by_modality_length True \

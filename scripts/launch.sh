@@ -1,8 +1,9 @@
-# Sourced by the training scripts: where a training runs, how large its batches are, and its start. They say MODEL_PATH, OUTPUT
-# and ZERO; TOKENS is what VisionZip leaves of an image.
+# Sourced by the training scripts: where a training runs, how large its batches are, and its start. They say MODEL_PATH,
+# DATA_PATH, OUTPUT and ZERO; TOKENS is what VisionZip leaves of an image.
 #
-#   prepare_training GLOBAL_BATCH BASE_GIB SAMPLE_GIB      installs; settles DEVICE, PROCESSES, NNODES, MICRO_BATCH, ACCUMULATION
-#   train FLAG…                                            starts llava.train.train on them; the last of equal flags holds
+#   prepare_training GLOBAL_BATCH BASE_GIB SAMPLE_GIB FLAG…
+#                          looks for the data, installs; settles DEVICE, PROCESSES, NNODES, MICRO_BATCH, ACCUMULATION
+#   train FLAG…            starts llava.train.train on them; the last of equal flags holds
 #
 # From the environment, all optional:
 #
@@ -17,7 +18,7 @@
 #   MICRO_BATCH    samples that a GPU has at once (fitted to its memory); the rest of GLOBAL_BATCH is accumulated
 #   REPORT_TO      wandb, tensorboard or none (none); WANDB_MODE=offline keeps wandb's files here, in OUTPUT
 #
-# A run that was stopped goes on at its last checkpoint when the same command is given again.
+# A run that was stopped goes on at its last whole checkpoint when the same command is given again; the two newest are kept.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DOMINANT="${DOMINANT:-54}"
 CONTEXTUAL="${CONTEXTUAL:-10}"
@@ -48,8 +49,10 @@ world_size() {
 
 prepare_training() {
     local base="$2" sample="$3" world room name
-    use_environment
     cd "$ROOT"
+    [[ " ${*:4} " == *" --data_path"* || -f "$DATA_PATH" ]] ||
+        die "DATA_PATH=$DATA_PATH: there is no such file; get the data, or name a json file in LLaVA's format"
+    use_environment
     DEVICE="${DEVICE:-$([[ "$(visible_gpus)" -gt 0 ]] && echo cuda || echo cpu)}"
     [[ "$DEVICE" == cuda || "$DEVICE" == cpu ]] || die "DEVICE=$DEVICE is neither cuda nor cpu"
     [[ "$DEVICE" == cpu || "$(visible_gpus)" -gt 0 ]] || die "DEVICE=cuda, but there is no GPU to be seen"
@@ -79,7 +82,7 @@ prepare_training() {
 }
 
 train() {
-    local launcher flags why
+    local launcher flags log why last
     if [[ "$DEVICE" == cpu ]]; then
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
         flags=(--use_cpu True)
@@ -93,7 +96,9 @@ train() {
     fi
     export TOKENIZERS_PARALLELISM=false WANDB_DIR="${WANDB_DIR:-$OUTPUT}" WANDB_PROJECT="${WANDB_PROJECT:-visionzip}"
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}" # of the libraries, about each other
-    mkdir -p "$OUTPUT"
+    log="$(mktemp)"
+    # shellcheck disable=SC2064 - the name of now
+    trap "rm -f '$log'" EXIT
     if [[ -n "${HOSTFILE:-}" ]]; then
         launcher=(-m deepspeed.launcher.runner --hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"}
             --master_port "${MASTER_PORT:-29500}" --no_local_rank --module)
@@ -120,12 +125,15 @@ train() {
         --dataloader_num_workers 4 \
         --logging_steps 1 \
         --save_steps 100 \
-        --save_total_limit 1 \
+        --save_total_limit 2 \
         --report_to "${REPORT_TO:-none}" \
         --run_name "$(basename "$OUTPUT")" \
-        "${flags[@]}" "$@" 2>&1 >&3 | tee "$OUTPUT/stderr.log" >&2; } 3>&1 || {
-        # The launcher buries what a process has said last under its own report.
-        why="$(grep -h '^llava.train.train: ' "$OUTPUT/stderr.log" | tail -n 1)" || true
-        die "${why:-the training stopped, see above. The same command goes on at its last checkpoint}"
+        --data_path "$DATA_PATH" \
+        "${flags[@]}" "$@" 2>&1 >&3 | tee "$log" >&2; } 3>&1 || {
+        # The launcher buries what a process has said last under its own report; a progress bar may stand before it.
+        why="$(tr '\r' '\n' <"$log" | grep -o 'llava\.train\.train: .*' | tail -n 1)" || true
+        last="$(cd "$OUTPUT" 2>/dev/null && find checkpoint-* -maxdepth 1 -name trainer_state.json 2>/dev/null)" || true
+        [[ -n "$last" ]] && last="goes on at its last checkpoint" || last="begins anew: there is no checkpoint yet"
+        die "${why:-the training stopped, see above. The same command $last}"
     }
 }

@@ -12,14 +12,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL_PATH="${MODEL_PATH:-lmsys/vicuna-7b-v1.5}"
 OUTPUT="${OUTPUT:-checkpoints/llava-v1.5-7b-pretrain-visionzip-$TOKENS}"
+DATA_PATH="${DATA_PATH:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
 ZERO="${ZERO:-zero2}"
 
 # Captions are short: 0.2 GiB a sample.
-prepare_training 256 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-0.2}"
+prepare_training 256 "${BASE_GIB:-15.5}" "${SAMPLE_GIB:-0.2}" "$@"
 train --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}" \
     --version plain \
     --tune_mm_mlp_adapter True \
-    --data_path "${DATA_PATH:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" \
     --image_folder "${IMAGE_FOLDER:-playground/data/LLaVA-Pretrain/images}" \
     --data_fraction "${DATA_FRACTION:-1}" \
     --model_max_length 2048 \

@@ -39,7 +39,7 @@ def test_samples_without_an_image_have_a_black_one(dataset):
 def test_a_language_model_reads_what_is_text_only(dataset):
     data = dataset(processor=None, image_folder=None)
     assert [record["id"] for record in data.records] == ["read-8", "read-9"]
-    assert data[0].keys() == {"input_ids", "labels"}
+    assert data[0].keys() == {"record", "input_ids", "labels"}
 
 
 GOOD = turns("<image>", "A ring.")
@@ -167,5 +167,6 @@ def test_a_batch_is_padded_on_the_right(dataset):
 def test_a_batch_is_cut_at_the_longest_length(dataset):
     data = dataset(processor=None)
     batch = Collator(data.tokenizer, 20)([data[0], data[1]])
+    assert batch.pop("records") == ["read-8", "read-9"]
     assert {name: tuple(values.shape) for name, values in batch.items()} == dict.fromkeys(batch, (2, 20))
     assert "images" not in batch

@@ -132,6 +132,7 @@ def test_the_saved_projector_gives_the_logits_of_training(zero3: Path, world: Pa
     data = InstructionData(kept, str(world / "images"), tokenizer, "v1", processor, model.config)
     first = HALF * 4 % len(data)
     batch = Collator(tokenizer, 2048)([data[first + place] for place in range(4)])
+    assert batch.pop("records") == [data[first + place]["record"] for place in range(4)]
     with torch.inference_mode():
         loss = model(**batch).loss.item()
     assert loss == pytest.approx(steps_of(zero3)[HALF][1], rel=1e-5)
@@ -150,9 +151,11 @@ def test_a_run_that_is_killed_goes_on(zero3: Path, script, tmp_path: Path):
     assert not (out / "run.json").exists()
     written = (out / f"checkpoint-{HALF}/mm_projector.bin").stat().st_mtime_ns
     shutil.copytree(out / f"checkpoint-{HALF}", out / f"checkpoint-{STEPS}", dirs_exist_ok=True)
-    (out / f"checkpoint-{STEPS}/trainer_state.json").unlink()  # as if it had been killed while it wrote this one
+    os.truncate(next((out / f"checkpoint-{STEPS}").glob("*/*optim_states.pt")), 1000)  # as if killed in the middle
     finish(script("finetune_visionzip", out, *LONG, *IN_ORDER, ZERO="zero2"), out)
     assert (out / f"checkpoint-{HALF}/mm_projector.bin").stat().st_mtime_ns == written
+    passed_over = f"checkpoint-{STEPS} is not whole and is passed over: "
+    assert out.with_suffix(".log").read_text().count(passed_over) == 1  # not by each process
     for found, expected in zip(steps_of(out), steps_of(zero3), strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
 
@@ -174,6 +177,31 @@ def test_more_processes_than_samples(script, tmp_path: Path):
     assert log.splitlines()[-1] == message
 
 
+def test_a_loss_that_is_not_finite(script, tmp_path: Path):
+    """Under ZeRO-2 with two processes, which DeepSpeed steps itself."""
+    out = tmp_path / "wild"
+    flags = ("--max_steps", "5", "--save_steps", "1", *IN_ORDER)
+    assert script("finetune_visionzip", out, *flags, ZERO="zero2", LEARNING_RATE=1e20).wait(timeout=300) == 1
+    last = out.with_suffix(".log").read_text().splitlines()[-1]
+    assert last.startswith("error: llava.train.train: the loss of step 2 is not finite (records '")
+    assert "; the loss of step 3 is not finite (records '" in last and last.endswith("wild/checkpoint-1")
+    assert [path.name for path in out.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_damaged_image_is_named_last(script, world: Path, tmp_path: Path):
+    """Although a process that reads data has met it, and a progress bar stands in its line."""
+    images = shutil.copytree(world / "images", tmp_path / "images")
+    for path in images.iterdir():
+        os.truncate(path, 3000)
+    out = tmp_path / "torn"
+    alone = {"PROCESSES": 1, "ZERO": "none", "IMAGE_FOLDER": images}
+    assert script("finetune_visionzip", out, "--dataloader_num_workers", "1", **alone).wait(timeout=200) == 1
+    lines = out.with_suffix(".log").read_text().splitlines()
+    assert lines[-1].startswith("error: llava.train.train: record 'seen-")
+    assert "png is not a readable image" in lines[-1]
+    assert lines[-1].removeprefix("error: ") in lines  # not behind the bar
+
+
 def test_batches_that_cannot_be_made(script, tmp_path: Path):
     for variables, message in (
         ({"GLOBAL_BATCH": 5}, "GLOBAL_BATCH=5 cannot be shared out to 2 processes"),
@@ -185,10 +213,12 @@ def test_batches_that_cannot_be_made(script, tmp_path: Path):
         ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": -1}, "DEVICE=cuda, but there is no GPU to be seen"),
         ({"GLOBAL_BATCH": 0}, "GLOBAL_BATCH=0 is not a whole number of at least 1"),
         ({"PROCESSES": "two"}, "PROCESSES=two is not a whole number of at least 1"),
+        ({"DATA_PATH": "/nowhere.json", "MODEL_PATH": "on/the-hub"}, "DATA_PATH=/nowhere.json: there is no such file"),
     ):
         out = tmp_path / "bad"
         assert script("finetune_visionzip", out, **variables).wait(timeout=60) == 1
         assert message in out.with_suffix(".log").read_text().splitlines()[-1]
+        assert not out.exists()
 
 
 def test_the_other_scripts(script, world: Path, make_checkpoint, tmp_path: Path):

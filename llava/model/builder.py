@@ -18,7 +18,14 @@ from llava.model import (
     MGMLlamaForCausalLM,
     VideoLlavaLlamaForCausalLM,
 )
-from llava.model.loading import check_device, checkpoint_path, find_file, has_weights, load_weights
+from llava.model.loading import (
+    check_device,
+    check_finite_weights,
+    checkpoint_path,
+    find_file,
+    has_weights,
+    load_weights,
+)
 from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
 from llava.model.tokenizer import load_tokenizer
@@ -126,6 +133,7 @@ def load_pretrained_model(
         adapter_config = _check_adapter(model_class(copy.deepcopy(config)), model_path) if adapter else None
     image_processor = tower.image_processor
     extra = {_own_name(key): value for key, value in load_weights(extra_file).items()} if extra_file else {}
+    check_finite_weights(extra, extra_file or "")
     if model_base:  # a relative folder is inside model_path, not the base
         for field in TOWER_FIELDS:
             if getattr(config, field, None):
@@ -294,7 +302,9 @@ def _merge_adapter(model: Any, path: str, config: Any) -> Any:
     from peft import PeftModel  # noqa: PLC0415
 
     logger.info("merging the LoRA adapter of %s", path)
-    return PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
+    adapted = PeftModel.from_pretrained(model, path, config=config)
+    check_finite_weights({name: value for name, value in adapted.named_parameters() if "lora_" in name}, path)
+    return adapted.merge_and_unload().eval()
 
 
 def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

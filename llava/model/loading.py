@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,29 @@ def load_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
         ) from error
 
 
+def check_finite_weights(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Check weights that a training may have left, which are few: projector, newline, adapter.
+
+    Args:
+        weights: by name; of what is elsewhere (ZeRO-3, offloading) the part that is here is looked at.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: some are NaN or infinite; the message names them.
+    """
+    here = {key: getattr(value, "ds_tensor", value).detach() for key, value in weights.items()}
+    bad = [
+        key
+        for key, value in here.items()
+        if value.is_floating_point() and not value.is_meta and not value.isfinite().all()
+    ]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} weights from {source} are NaN or infinite, such as {bad[0]}: the training that wrote them has "
+            "failed. Give another checkpoint, or train it again with a lower learning rate"
+        )
+
+
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a local checkpoint, read from the files' headers.
 
@@ -214,7 +237,7 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
         extra_weights: weights by name, put over the loaded ones.
 
     Raises:
-        ValueError: weights are missing, unexpected, or of another shape; the message names them.
+        ValueError: weights are missing, unexpected, of another shape, or not finite; the message names them.
         RuntimeError: the place of an extra weight has been offloaded.
     """
     extra_weights = _complete(model, info, extra_weights)
@@ -227,6 +250,8 @@ def settle_weights(model: Any, info: dict[str, Any], extra_weights: dict[str, Te
                     "the model room (a smaller one, load_8bit, or device_map={'model.vision_tower': 0, …})"
                 )
             own[key].copy_(value)
+    trained = {key: value for key, value in own.items() if "projector" in key or key == NEWLINE}
+    check_finite_weights(trained, model.config.name_or_path)
     for prefix, tower in model.towers().items():
         absent = {key for key in info["missing_keys"] if key.startswith(prefix)} - extra_weights.keys()
         model._keys_to_ignore_on_save |= absent  # not to write what is random
@@ -340,7 +365,8 @@ class CheckedLoading:
 
         Raises:
             OSError: a file is missing or damaged.
-            ValueError: a weight is missing, unexpected or of another shape.
+            ValueError: a weight is missing, unexpected, of another shape, or not finite (of those that are trained
+                most: projector and newline).
         """
         path, weights = pretrained_model_name_or_path, extra_weights or {}
         if path is not None and Path(path).is_dir() and not kwargs.keys() & _OTHER_SOURCES:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.layouts import KINDS, TOWERS, Kind, image_fields
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
-from llava.model.loading import OBSOLETE, has_weights, no_load_report, weight_shapes
+from llava.model.loading import OBSOLETE, check_finite_weights, has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_images, first_places
@@ -58,7 +58,8 @@ def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrained
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the model is of a family that is not supported here, or the weights do not fit it.
+        ValueError: the model is of a family that is not supported here, the weights do not fit it, or the
+            projector's are not finite.
     """
     values, _ = PretrainedConfig.get_config_dict(model_path)
     name, encoder = values.get("model_type"), values["vision_config"].get("model_type")
@@ -81,6 +82,7 @@ def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrained
             f"another shape, such as {', '.join(wrong[:3])}. The checkpoint is incomplete or its config.json belongs "
             "to another model; download it again"
         )
+    check_finite_weights({key: value for key, value in native.named_parameters() if "projector" in key}, model_path)
     if native.generation_config.pad_token_id is None:
         pad = tokenizer.pad_token_id
         native.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad

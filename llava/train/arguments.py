@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.utils import is_peft_available
 
+from llava.fingerprint import checksum, fingerprint
 from llava.model.loading import checkpoint_path
+from llava.train.checkpoints import records_digest, what_decides_steps
+from llava.train.data import Record
 from llava.train.run import TrainingArguments, check_finite
 from visionzip import VisionZipConfig
 
@@ -58,6 +62,11 @@ class ModelArguments:
     def learns_part(self) -> bool:
         """Whether most of the model stays as it is, so that outputs and checkpoints need only what is learnt."""
         return self.tune_mm_mlp_adapter or self.lora_enable
+
+    @property
+    def needs_tower(self) -> bool:
+        """Whether it says so: that the model has a vision tower, or is to get one."""
+        return bool(self.vision_tower or self.learns_part or self.pretrain_mm_mlp_adapter or self.budget)
 
 
 @dataclass
@@ -108,15 +117,25 @@ def weight_dtype(arguments: ModelArguments, training: LlavaTrainingArguments) ->
     return half if training.deepspeed or arguments.learns_part else torch.float32
 
 
-def what_decides(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> dict[str, Any]:
+def what_decides(
+    arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments, records: Sequence[Record]
+) -> dict[str, Any]:
     """What a run's weights follow from, but for its length: with another value it is another run.
 
-    Of files and folders only the last name counts, as they may move.
+    Of files and folders the last name counts, as they may move, and what is in them: checksums of the models' weights
+    and of the records (not of the images).
     """
     found = {name: value for name, value in asdict(arguments).items() if name != "attn_implementation"}
     found |= {name: getattr(data, name) for name in _DECIDING_DATA}
     found |= {name: getattr(training, name) for name in _DECIDING_TRAINING}
-    return {name: Path(value).name if name in _PATHS and value else value for name, value in found.items()}
+    found = {name: Path(value).name if name in _PATHS and value else value for name, value in found.items()}
+    found |= {"records": records_digest(records), **what_decides_steps(training)}
+    for name in ("model_name_or_path", "vision_tower"):
+        if path := getattr(arguments, name):
+            found[f"{name} content"] = fingerprint(path)[:16]
+    if arguments.pretrain_mm_mlp_adapter:
+        found["pretrain_mm_mlp_adapter content"] = checksum(Path(arguments.pretrain_mm_mlp_adapter))[:16]
+    return found
 
 
 def check_arguments(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:

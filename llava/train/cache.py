@@ -121,7 +121,7 @@ def cache_visual_tokens(folder: str, data: InstructionData, model: Any, training
             "nodes share"
         )
     problems = {name: bad[path] for name, path in paths.items() if path in bad}
-    return CachedImages(store, precision.stored, entries, problems, _tile_shape(tower))
+    return CachedImages(store, precision.stored, entries, problems, tile_shape(tower))
 
 
 def drop_tower(model: Any) -> None:
@@ -224,8 +224,8 @@ def _recipe(tower: VisionTower, precision: Precision, data: InstructionData) -> 
     }
 
 
-def _tile_shape(tower: VisionTower) -> tuple[int, int, int]:
-    """(N, D, K) of a tile's tokens and dominant indices."""
+def tile_shape(tower: VisionTower) -> tuple[int, int, int]:
+    """(N, D, K) of a tile's tokens, as the projector gets them, and dominant indices."""
     if tower.visionzip is None:
         return tower.num_patches, tower.hidden_size, 0
     return tower.counts.total, tower.hidden_size, tower.counts.dominant
@@ -233,7 +233,7 @@ def _tile_shape(tower: VisionTower) -> tuple[int, int, int]:
 
 def _check_room(folder: str, images: int, tower: VisionTower, precision: Precision) -> None:
     """Check that so many images of one tile each have room on the disk."""
-    tokens, width, kept = _tile_shape(tower)
+    tokens, width, kept = tile_shape(tower)
     needed = images * (tokens * width * precision.stored.itemsize + 4 * kept)
     nearest = next(part for part in (Path(folder).absolute(), *Path(folder).absolute().parents) if part.exists())
     free = shutil.disk_usage(nearest).free

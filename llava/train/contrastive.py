@@ -16,7 +16,8 @@ import json
 import math
 import sys
 import zlib
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,17 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    Trainer,
     set_seed,
 )
 
-from llava.commands import run_command
 from llava.folders import whole_files
 from llava.images import load_image
-from llava.train.run import (
-    TrainingArguments,
-    TrainingParser,
-    check_finite,
-    check_installed,
-    finish,
-    last_checkpoint,
-    leave_together,
-)
+from llava.lock import locked_folder
+from llava.train.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
+from llava.train.run import TrainingArguments, TrainingParser, check_finite, check_installed, finish, run_training
+from llava.train.steady import SteadyTrainer
 
+_PATHS = ("data_path", "image_folder", "validation_path", "validation_folder", "init")  # which may move
 _WORDS = 4096  # rows of the word table; words are hashed into it
 
 
@@ -219,7 +214,9 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
 
     Raises:
         FileNotFoundError: the data or the run to go on from is not there.
-        ValueError: that run's tower has another width, depth or patch size, or validation data has no image folder.
+        ValueError: that run's tower has another width, depth or patch size, validation data has no image folder, or
+            the output folder has checkpoints of another run.
+        BlockingIOError: another process trains into the output folder.
     """
     if arguments.validation_path and not arguments.validation_folder:
         raise ValueError("validation_path needs validation_folder too: where its images are")
@@ -230,18 +227,30 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     model = ContrastiveModel(new_tower(arguments), arguments.local_weight)
     if arguments.init:
         go_on_from(model, arguments.init)
-    trainer = Trainer(model=model, args=training, train_dataset=data, data_collator=collate)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    is_first = training.process_index == 0
+    with locked_folder(Path(training.output_dir), "output_dir") if is_first else nullcontext():
+        _train(model, data, arguments, training)
+
+
+def _train(
+    model: ContrastiveModel, data: CaptionedImages, arguments: TowerArguments, training: TrainingArguments
+) -> None:
+    decides = {name: Path(str(value)).name if name in _PATHS else value for name, value in asdict(arguments).items()}
+    decides |= {"records": records_digest(data.records), "seed": training.seed, **what_decides_steps(training)}
+    checkpoint = last_checkpoint(training.output_dir, quiet=training.process_index > 0)
+    check_same_run(checkpoint, decides)
+    trainer = SteadyTrainer(model=model, args=training, train_dataset=data, data_collator=collate, decides=decides)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return
     output = Path(training.output_dir)
     with whole_files(output) as unfinished:
         model.tower.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
+        data.processor.save_pretrained(unfinished)
         torch.save(model.state_dict(), unfinished / "contrastive.pt")
     facts: dict[str, Any] = {}
     if arguments.validation_path:
-        held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, processor)
+        held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, data.processor)
         names = ("cls_last_layer", "cls_read_layer", "best_patch")
         facts["pair_accuracy"] = dict(zip(names, pair_accuracy(model, held_out), strict=True))
     finish(trainer, {"tower": arguments}, facts)
@@ -251,12 +260,11 @@ def _run(words: list[str]) -> None:
     check_installed(words)
     parser = TrainingParser((TowerArguments, TrainingArguments), "python -m llava.train.contrastive", __doc__)
     train(*parser.parse_args_into_dataclasses(words))
-    leave_together()
 
 
 def main() -> int:
     """The command: parse the arguments and train; bad input is one line and exit status 2."""
-    return run_command("llava.train.contrastive", _run, sys.argv[1:])
+    return run_training("llava.train.contrastive", _run)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from llava.conversation import new_conversation
 from llava.files import writing
 from llava.images import load_image
 from llava.mm_utils import process_images, processor_resolution
-from llava.train.labels import Turns, render, tokenize, tokenize_apart, usable_turns
+from llava.train.labels import render, tokenize, tokenize_apart, usable_turns
 from llava.train.token_store import CachedImages, DamagedCacheError
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class InstructionData(Dataset):
         ]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``input_ids``, ``labels``, ``turns`` if they are apart (L,).
+        """``record``, its id, and ``input_ids``, ``labels``, ``turns`` if they are apart (L,).
 
         With a tower also ``image``, (3, h, w) or (tiles, 3, h, w), and ``image_size``, (width, height) of the original.
 
@@ -205,7 +205,7 @@ class InstructionData(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         try:
-            sample = self._text(usable_turns(record, self.version), "image" in record)
+            sample = {"record": record.get("id", index), **self.text(index)}
             if self.image_processor is None:
                 return sample
             if self.encoded is not None:
@@ -224,7 +224,10 @@ class InstructionData(Dataset):
             raise ValueError(f"record {record.get('id', index)!r} cannot be used: {error}") from error
         return sample
 
-    def _text(self, turns: Turns, has_image: bool) -> dict[str, Any]:
+    def text(self, index: int) -> dict[str, Any]:
+        """A sample without its image: ``input_ids``, ``labels``, ``turns`` if they are apart (L,)."""
+        record = self.records[index]
+        turns, has_image = usable_turns(record, self.version), "image" in record
         if self.apart:
             parts = tokenize_apart(turns, self.version, self.tokenizer, has_image)
             return dict(zip(("input_ids", "labels", "turns"), parts, strict=True))
@@ -240,7 +243,10 @@ class Collator:
         self.max_length = max_length
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """``input_ids``, ``labels``, ``attention_mask``, maybe ``turns`` (B, L); lists ``images``, ``image_sizes``."""
+        """``input_ids``, ``labels``, ``attention_mask``, maybe ``turns`` (B, L); lists ``images``, ``image_sizes``.
+
+        Also the samples' ``records``, if they have names.
+        """
 
         def stack(name: str, padding: int) -> Tensor:
             rows = [sample[name][: self.max_length] for sample in samples]
@@ -252,6 +258,8 @@ class Collator:
             "labels": stack("labels", IGNORE_INDEX),
             "attention_mask": pad_sequence(ones, batch_first=True),
         }
+        if "record" in samples[0]:
+            batch["records"] = [sample["record"] for sample in samples]
         if "turns" in samples[0]:
             batch["turns"] = stack("turns", -1)
         if "image" in samples[0]:

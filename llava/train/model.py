@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, PretrainedConfi
 
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
 from llava.model.builder import load_pretrained_model, read_config
-from llava.model.loading import checkpoint_path, gathered, load_weights
+from llava.model.loading import check_finite_weights, checkpoint_path, gathered, load_weights
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizer import load_tokenizer
@@ -137,7 +137,7 @@ def read_projector(file: str | None, config: Any) -> dict[str, Tensor]:
 
     Raises:
         OSError: the file is damaged.
-        ValueError: it has no projector, or one of another shape than the config's.
+        ValueError: it has no projector, one of another shape than the config's, or one that is not finite.
     """
     if file is None:
         return {}
@@ -156,6 +156,7 @@ def read_projector(file: str | None, config: Any) -> dict[str, Tensor]:
             f"the projector in {file} has weights {shapes[0]}, but this model's mm_projector_type="
             f"{config.mm_projector_type!r} is made of {shapes[1]}: it belongs to another model"
         )
+    check_finite_weights(found, file)
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from llava.folders import whole_files
-from llava.model.loading import gathered, load_weights
+from llava.model.loading import check_finite_weights, gathered, load_weights
 from llava.train.model import learnt
 
 _BESIDE = "non_lora_trainables.bin"
@@ -66,6 +66,7 @@ def load_learnt(model: Any, folder: Path) -> None:
 
     Raises:
         OSError: a file is missing or damaged.
+        ValueError: the weights are not finite.
     """
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict  # noqa: PLC0415 - optional
@@ -74,6 +75,7 @@ def load_learnt(model: Any, folder: Path) -> None:
         weights = load_weights(folder / _BESIDE)
     else:
         weights = load_weights(folder / "mm_projector.safetensors")
+    check_finite_weights(weights, folder)
     own = learnt(model)
     with torch.no_grad():
         for name, value in weights.items():

@@ -1,12 +1,13 @@
-"""What every training run shares: going on where it stopped, and the record and picture that it leaves."""
+"""What every training run shares: how its command ends, and the record and picture that it leaves."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib import metadata
@@ -18,11 +19,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser, Trainer
 
-from llava.commands import Parser
+from llava.commands import Parser, run_command
 from llava.files import write_atomically
 from visionzip import __version__
 
-CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
 _LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
 
 
@@ -31,6 +31,9 @@ class TrainingArguments(transformers.TrainingArguments):
     """Transformers' own, for data sets whose samples are not the model's columns."""
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "no use here: what is not finite is left out and stops the run if it repeats"}
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers, and have a line for each logged step where no terminal is, not a bar."""
@@ -70,37 +73,6 @@ def check_installed(words: Sequence[str]) -> None:
         raise ImportError(f'training needs {" and ".join(missing)}: pip install "llava-visionzip[train]"')
 
 
-def last_checkpoint(folder: str) -> str | None:
-    """The newest whole checkpoint of a run that was stopped, None for a new one.
-
-    The Trainer's state is written last: without it the run was stopped while it wrote the checkpoint.
-    """
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return max(map(str, whole), key=lambda path: int(path.rsplit("-", 1)[1]), default=None)
-
-
-def check_same_run(checkpoint: str | None, decides: Mapping[str, Any]) -> None:
-    """Check that a checkpoint is of the run that is to go on from it.
-
-    Args:
-        checkpoint: from :func:`last_checkpoint`.
-        decides: the arguments that this run's weights follow from; the checkpoint has those of its own.
-
-    Raises:
-        ValueError: it is of another run; the message names the arguments that differ.
-    """
-    file = checkpoint and Path(checkpoint, CHECKPOINT_ARGUMENTS)
-    if not file or not file.is_file():
-        return
-    there = json.loads(file.read_text())
-    if other := [name for name, value in decides.items() if there.get(name) != value]:
-        named = ", ".join(f"{name}={decides[name]!r} (there: {there.get(name)!r})" for name in other)
-        raise ValueError(
-            f"{checkpoint} is of a run with other arguments, so that this one cannot go on there: {named}. Give those, "
-            "or give another output_dir"
-        )
-
-
 def versions() -> dict[str, str]:
     """Of Python and the libraries in use."""
     own = {"python": platform.python_version(), "visionzip": __version__}
@@ -129,6 +101,30 @@ def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, A
     plot_losses({output.name: trainer.state.log_history}, output / "losses.png")
 
 
+def run_training(name: str, command: Callable[[list[str]], None]) -> int:
+    """Run a training's command on this process's arguments, and say in one line what is wrong, if anything is.
+
+    Args:
+        name: the module that is run.
+        command: gets the words behind it.
+
+    Returns:
+        The exit status: 2 for bad input.
+    """
+
+    def run(words: list[str]) -> None:
+        try:
+            command(words)
+        except (ValueError, OSError) as error:
+            if "in DataLoader worker process" not in str(error):
+                raise
+            # Of a process that reads data, torch passes on the whole traceback; the reason is its end.
+            raise ValueError(re.split(r"\n(?:\w+\.)*\w+Error: ", str(error))[-1].strip()) from error
+        leave_together()
+
+    return run_command(name, run, sys.argv[1:])
+
+
 def leave_together() -> None:
     """End a run of several processes: each waits for the others, as one that is left behind would crash."""
     if torch.distributed.is_initialized():
@@ -155,6 +151,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         if points:
             panel.plot(*zip(*points, strict=True), linewidth=1)
-        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        has_log = any(loss > 0 for _, loss in points)
+        panel.set(title=name, xlabel="step", ylabel="loss", yscale="log" if has_log else "linear")
         panel.grid(alpha=0.3)
     write_atomically(path, partial(figure.savefig, dpi=150, format=path.suffix[1:]))

@@ -15,14 +15,16 @@ all of them. A run that was stopped goes on where it was when it is started agai
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from llava.commands import run_command
+from llava.lock import locked_folder
 from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,
@@ -32,12 +34,21 @@ from llava.train.arguments import (
     what_decides,
 )
 from llava.train.cache import cache_visual_tokens, check_cache_folder, drop_tower
-from llava.train.data import Collator, InstructionData, read_records
+from llava.train.checkpoints import check_same_run, last_checkpoint
+from llava.train.data import Collator, InstructionData, Records, read_records
+from llava.train.lengths import cut_share, visual_tokens_at_least
 from llava.train.model import build_model, choose_what_is_learnt, is_llava, whiten_projector
 from llava.train.outputs import check_room
-from llava.train.run import TrainingParser, check_installed, check_same_run, finish, last_checkpoint, leave_together
+from llava.train.run import (
+    TrainingParser,
+    check_installed,
+    finish,
+    run_training,
+)
 from llava.train.trainer import LlavaTrainer
 from visionzip import visionzip
+
+logger = logging.getLogger(__name__)
 
 
 def start_deepspeed(training: LlavaTrainingArguments) -> None:
@@ -62,13 +73,11 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
     versions, losses) and ``losses.png``.
 
     Raises:
-        OSError: a file is missing or damaged, or the disk is full.
+        OSError: a file is missing or damaged, the disk is full, or another process trains into ``output_dir``.
         ValueError: the arguments, the data or the weights do not fit.
         ImportError: a library is not installed.
     """
     check_arguments(arguments, data, training)
-    checkpoint, decides = last_checkpoint(training.output_dir), what_decides(arguments, data, training)
-    check_same_run(checkpoint, decides)
     if data.cache_visual_tokens:
         check_cache_folder(data.cache_visual_tokens)
     records = read_records(
@@ -77,13 +86,25 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
         arguments.version,
         fraction=data.data_fraction,
         seed=42 if training.data_seed is None else training.data_seed,
-        has_tower=is_llava(arguments.model_name_or_path) or arguments.vision_tower is not None,
+        # The model, which may be on the hub, is asked where the arguments do not say it: data come first.
+        has_tower=arguments.needs_tower or is_llava(arguments.model_name_or_path),
         skip_bad=data.skip_bad_samples,
     )
     if len(records.kept) < training.world_size:
         raise ValueError(
             f"{training.world_size} processes, but {len(records.kept)} records to train on: start fewer, or give more"
         )
+    _check_gradients(records, arguments, data)
+    is_first = training.process_index == 0
+    with locked_folder(Path(training.output_dir), "output_dir") if is_first else nullcontext():
+        _train(arguments, data, training, records)
+
+
+def _train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments, records: Records) -> None:
+    is_llava(arguments.model_name_or_path)  # what is wrong with its config is known before its weights are looked at
+    decides = what_decides(arguments, data, training, records.kept)
+    checkpoint = last_checkpoint(training.output_dir, quiet=training.process_index > 0)
+    check_same_run(checkpoint, decides)
     set_seed(training.seed)
     start_deepspeed(training)
     tokenizer, model, image_processor = build_model(
@@ -115,6 +136,7 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
     if training.activation_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings of text would hide from it that visual tokens learn
     check_room(model, training, len(dataset), arguments.learns_part)
+    _check_lengths(dataset, model, limit)
     if data.cache_visual_tokens:
         dataset.encoded = cache_visual_tokens(data.cache_visual_tokens, dataset, model, training)
         if arguments.learns_part:  # else the result has the tower, too
@@ -133,11 +155,49 @@ def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainin
     model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
+        _say_what_was_cut(trainer, len(dataset), limit)
         facts = {
             "records": [record.get("id") for record in records.kept] if data.data_fraction < 1 else len(dataset),
             "left_out": [*records.left_out, *_skipped(dataset.skipped)],
         }
         finish(trainer, {"model": arguments, "data": data}, facts)
+
+
+def _check_gradients(records: Records, arguments: ModelArguments, data: DataArguments) -> None:
+    """Refuse data without an image where the projector alone is to learn, and say so where something else does too."""
+    if any("image" in record for record in records.kept):
+        return
+    problem = f"not one of the {len(records.kept)} records of {data.data_path} has an image, so that the projector"
+    if arguments.tune_mm_mlp_adapter:
+        raise ValueError(f"{problem} would get no gradient, and nothing else is to learn: give records with images")
+    if arguments.needs_tower:
+        logger.warning("%s gets no gradient and stays as it is", problem)
+
+
+def _check_lengths(dataset: InstructionData, model: Any, limit: int) -> None:
+    """Refuse a limit that leaves nothing to learn, and say so where it leaves nothing of some records."""
+    tokens = visual_tokens_at_least(model)
+    share, seen = cut_share(dataset, limit, tokens)
+    if not share:
+        return
+    image = f" (an image has {tokens} tokens or more)" if tokens else ""
+    problem = f"of {seen} records looked at, {share:.0%} lose their whole answer to model_max_length={limit}{image}"
+    if share == 1:
+        raise ValueError(f"{problem}: there is nothing to learn. Raise it, or keep fewer visual tokens")
+    logger.warning("%s and teach nothing: raise it, or keep fewer visual tokens", problem)
+
+
+def _say_what_was_cut(trainer: LlavaTrainer, records: int, limit: int) -> None:
+    if lost := trainer.logged("cut_answers"):
+        samples = round((trainer.state.epoch or 0) * records)
+        logger.warning(
+            "%d of %d samples (%.1f %%) lost their whole answer to model_max_length=%d and taught nothing: raise it, "
+            "or keep fewer visual tokens",
+            lost,
+            samples,
+            100 * lost / max(lost, samples),
+            limit,
+        )
 
 
 def _skipped(file: Path | None) -> list[dict[str, Any]]:
@@ -152,12 +212,11 @@ def _run(words: list[str]) -> None:
     kinds = (ModelArguments, DataArguments, LlavaTrainingArguments)
     parser = TrainingParser(kinds, "python -m llava.train.train", __doc__)
     train(*parser.parse_args_into_dataclasses(words))
-    leave_together()
 
 
 def main() -> int:
     """The command: parse LLaVA's arguments and train; bad input is one line and exit status 2."""
-    return run_command("llava.train.train", _run, sys.argv[1:])
+    return run_training("llava.train.train", _run)
 
 
 if __name__ == "__main__":

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 import functools
-import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.files import writing
 from llava.train.labels import attention_apart
 from llava.train.outputs import gather_learnt, load_learnt, save_learnt
-from llava.train.run import CHECKPOINT_ARGUMENTS
 from llava.train.sampling import ModalityLengthSampler
+from llava.train.steady import SteadyTrainer
 from visionzip.apply import unwrap
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(SteadyTrainer):
     """Trainer that knows the projector's own learning rate, LLaVA's order of the data, and turns that stay apart.
 
     Where a part of the model is learnt, a checkpoint has that part only, in the files of the result. What is logged has
     ``samples_per_second`` of all processes, ``visual_tokens_per_image`` that reach the language model,
-    ``peak_memory_gib`` of the first process (of its GPU, if it has one) and ``cut_samples``, how many prompts of the
-    run were too long and lost their end.
+    ``peak_memory_gib`` of the first process (of its GPU, if it has one), ``cut_samples``, how many prompts of the run
+    were too long and lost their end, and ``cut_answers``, how many lost all that was to be learnt with it.
 
     Args:
-        decides: the arguments that the weights follow from; each checkpoint has them.
         learns_part: only a part of the model is learnt.
-        *args: as the Trainer's, as are the ``**kwargs``.
+        *args: as the SteadyTrainer's, as are the ``**kwargs``.
     """
 
-    def __init__(self, *args: Any, decides: Mapping[str, Any], learns_part: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, learns_part: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.decides = decides
         self.learns_part = learns_part
         self._text: tuple[Tensor, Tensor] | None = None
         self._since: float | None = None
-        self._counts = torch.zeros(4, dtype=torch.float64)  # samples, images, their tokens, prompts that were cut
-        backbone = unwrap(self.model).model
-        backbone.register_forward_pre_hook(self._count_prompts, with_kwargs=True)
+        # samples, images, their tokens, prompts that were cut, and those that have lost all answers
+        self._counts = torch.zeros(5, dtype=torch.float64)
+        llava = unwrap(self.model)
+        llava.loss_function = self._count_answers(llava.loss_function)
+        llava.model.register_forward_pre_hook(self._count_prompts, with_kwargs=True)
         if learns_part:
             # DeepSpeed's checkpoints have what is learnt only, but it takes what is missing in them for an error.
             self.model.register_load_state_dict_post_hook(_expect_learnt)
@@ -77,6 +74,17 @@ class LlavaTrainer(Trainer):
             inputs = {"inputs_embeds": embeds, "labels": expanded, "attention_mask": seen, "position_ids": positions}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _count_answers(self, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Count the samples that have nothing to learn left, where the loss gets their labels (B, L')."""
+
+        def counted(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            lost = (labels[:, 1:] == IGNORE_INDEX).all(dim=1).sum()
+            self._counts = self._counts.to(lost.device)
+            self._counts[4] += lost
+            return loss_function(logits, labels, *args, **kwargs)
+
+        return counted
+
     def _count_prompts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         if module.training and mask is not None and mask.ndim == 2:
@@ -91,7 +99,7 @@ class LlavaTrainer(Trainer):
         limit = getattr(self.model.config, "tokenizer_model_max_length", None) or torch.inf
         cut = lengths >= limit
         images, tokens = images.masked_fill(cut, 0), (lengths - text).masked_fill(cut, 0)
-        counts = torch.stack([torch.ones_like(text).sum(), images.sum(), tokens.sum(), cut.sum()])
+        counts = torch.stack([torch.ones_like(text).sum(), images.sum(), tokens.sum(), cut.sum(), cut.sum() * 0])
         self._counts = self._counts.to(counts.device) + counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -99,15 +107,19 @@ class LlavaTrainer(Trainer):
         if "loss" in logs and self._since is not None:
             seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
             counts = self._counts.to(torch.float32)
-            samples, images, tokens, cut = self.accelerator.reduce(counts, "sum").tolist()
+            samples, images, tokens, cut, lost = self.accelerator.reduce(counts, "sum").tolist()
             self._counts.zero_()
-            before = [entry["cut_samples"] for entry in self.state.log_history if "cut_samples" in entry]
             logs["samples_per_second"] = round(samples / seconds, 3)
             if images:
                 logs["visual_tokens_per_image"] = round(tokens / images, 2)
             logs["peak_memory_gib"] = round(peak_memory() / 2**30, 3)
-            logs["cut_samples"] = int(cut) + (before[-1] if before else 0)
+            logs["cut_samples"] = int(cut) + self.logged("cut_samples")
+            logs["cut_answers"] = int(lost) + self.logged("cut_answers")
         super().log(logs, start_time)
+
+    def logged(self, name: str) -> int:
+        """What was logged last under a name that the whole run counts; 0 before the first step."""
+        return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), 0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if not self.args.group_by_modality_length:
@@ -150,21 +162,12 @@ class LlavaTrainer(Trainer):
             weights = gather_learnt(self.model)
             if self.args.should_save:
                 save_learnt(self.model, weights, Path(output_dir or self.args.output_dir))
+            if _internal_call:  # for a checkpoint
+                self.save_arguments(output_dir)
         else:
             safe = "Checkpoints are whole: the same command goes on at the last one"
             with writing(output_dir or self.args.output_dir, safe):
                 super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:  # for a checkpoint
-            Path(output_dir, CHECKPOINT_ARGUMENTS).write_text(json.dumps(self.decides))
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-            raise OSError(
-                f"cannot write the checkpoint of step {self.state.global_step} to {self.args.output_dir}: {error}. "
-                "Earlier checkpoints are whole: make room and give the same command again, it goes on at the last one"
-            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self.learns_part:  # without what is frozen, which the base has

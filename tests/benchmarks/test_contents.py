@@ -17,9 +17,10 @@ from test_end_to_end import NAMES, data_module
 
 from eval.benchmark import Question, Visual
 from eval.data import Data
-from eval.fingerprint import checksum_of_image, contents_of, fingerprint
+from eval.fingerprint import checksum_of_image, contents_of
 from eval.registry import BENCHMARKS
 from eval.sources import Tables, picture
+from llava.fingerprint import fingerprint
 
 
 def data_of(name: str, root: Path, kind: str) -> Data:
