@@ -210,8 +210,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Say one line and end with status 2; the flags are in ``--help``."""
-        one_spelling = re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message)
-        self.exit(2, f"{self.prog}: {one_spelling}\n")
+        self.refuse(re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message))  # one spelling of each flag
+
+    def refuse(self, line: str) -> None:
+        """End with a line."""
+        self.exit(2, f"{self.prog}: {line}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and refuse what is left over."""

@@ -49,6 +49,14 @@ class TrainingParser(Parser, HfArgumentParser):
     def __init__(self, kinds: Sequence[type], prog: str, description: str | None) -> None:
         super().__init__(kinds, prog=prog, usage=f"{prog} --FLAG VALUE …", description=description)
 
+    def refuse(self, line: str) -> None:
+        """Raise it, for the command to say as it says what else is wrong.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(line)
+
 
 def check_finite(arguments: Any) -> None:
     """Check the numbers of a dataclass.
