@@ -166,3 +166,19 @@ def test_bad_input_for_the_tower_is_one_line(train_tower, tower_run: Path, color
         assert last.startswith("llava.train.contrastive: ")
         assert message in last
         assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_tower_whose_training_fails_or_is_another(train_tower, colors: Path, tmp_path: Path, capsys):
+    """Is stopped as a LLaVA's is, saves nothing of it, and goes on at checkpoints of its own only."""
+    wild = {"max_steps": 5, "learning_rate": 1e30, "max_grad_norm": 0}
+    assert train_tower(tmp_path / "wild", **wild) == 2
+    assert (
+        "the loss of step 2 is not finite; the loss of step 3 is not finite" in capsys.readouterr().err.splitlines()[-1]
+    )
+    assert not (tmp_path / "wild").exists()
+    assert train_tower(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1) == 0
+    records = json.loads((colors / "tower.json").read_text())
+    (tmp_path / "tower.json").write_text(json.dumps(records[::-1]))
+    assert train_tower(tmp_path / "run", max_steps=2, data_path=tmp_path / "tower.json") == 2
+    assert "is of a run with other arguments" in (message := capsys.readouterr().err.splitlines()[-1])
+    assert message.count("(there: ") == 1 and "records='8, sha256 " in message

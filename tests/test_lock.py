@@ -12,9 +12,10 @@ from llava.lock import locked_folder
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
+import runpy
 import sys
 from pathlib import Path
-from llava.lock import locked_folder
+locked_folder = runpy.run_path("llava/lock.py")["locked_folder"]  # alone: the package takes seconds
 with locked_folder(Path(sys.argv[1]), "--output"):
     print("ready", flush=True)
     sys.stdin.read()
