@@ -18,8 +18,9 @@ from eval.paper import paper_table
 from eval.prepare import prepare
 from eval.registry import BENCHMARKS
 from eval.runner import run, unscored
-from eval.table import write_atomically, write_table
+from eval.table import write_table
 from llava.arguments import add_model_arguments, positive, run_command
+from llava.files import write_atomically
 from llava.video import FRAMES
 
 

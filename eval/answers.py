@@ -12,10 +12,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from eval.benchmark import Answer, Question
+from llava.files import append, writing
+
+GO_ON = "The answers that there are stay: the same command goes on from there"  # whatever cannot be written of a run
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Part:
         made: the facts that were noted when the first part was begun.
     """
 
-    def __init__(self, file: IO[bytes], setting: dict[str, Any], made: dict[str, Any], errors: bool) -> None:
+    def __init__(self, file: FileIO, setting: dict[str, Any], made: dict[str, Any], errors: bool) -> None:
         self._file = file
         self._errors = errors
         self._setting = json.loads(json.dumps(setting))  # as a file gives it back: lists for tuples
@@ -87,11 +91,11 @@ class Part:
         self.given |= {one.place: one for one in given}
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode())
-        self._file.flush()
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        append(self._file, lines.encode(), GO_ON)
 
 
-def _cut(file: IO[bytes]) -> int:
+def _cut(file: FileIO) -> int:
     """Cut off a line without its end; the bytes that are left."""
     file.seek(0)
     content = file.read()
@@ -120,8 +124,10 @@ def open_part(path: Path, setting: dict[str, Any], made: dict[str, Any], errors:
         ValueError: a part's answers were made with another setting, or a line of it is damaged.
         BlockingIOError: another process writes to it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with writing(path, GO_ON):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("ab+", buffering=0)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends, however
         except BlockingIOError as error:

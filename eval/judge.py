@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from llava.files import write_atomically
+
 T = TypeVar("T")
 
 EXACT = "exact"
@@ -193,10 +195,8 @@ class Judge:
 
     def _keep(self, name: str, content: Mapping[str, Any]) -> None:
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.partial")  # another process may ask the same
-        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        safe = "The replies that came before are kept: the same command goes on from there"
+        write_atomically(path, json.dumps(content, indent=1), safe, shared=True)
 
 
 def _record(model: str, request: Request, attempt: int) -> dict[str, Any]:

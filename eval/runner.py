@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import visionzip
-from eval.answers import Part, answers_file, as_answers, open_part, part_path
+from eval.answers import GO_ON, Part, answers_file, as_answers, open_part, part_path
 from eval.asking import Asked, Pixels, answer_all, prepare, prompt_of, world
 from eval.benchmark import Answer, Benchmark, Question, Score, ScoredByServerError
 from eval.cost import covers, read_cost
@@ -33,10 +33,11 @@ from eval.judge import Judge
 from eval.methods import ON_TRANSFORMERS, Run, attached, plan
 from eval.registry import BENCHMARKS
 from eval.results import summarize
-from eval.table import write_atomically, write_table
+from eval.table import write_table
 from llava.arguments import load_from_arguments
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
+from llava.files import write_atomically
 from llava.images import AS_STORED
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
@@ -90,12 +91,12 @@ def run(args: argparse.Namespace) -> None:
         cost = read_cost(folder / "cost.json", setting)
         if cost is None or not covers(cost, given):
             cost = load().measure(given)
-            write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1))
+            write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1), GO_ON)
         made = {each.name: part.made for each, part in parts.items()}
     model_name = get_model_name_from_path(args.model_path)
     answers = {each: as_answers(questions, found) for each, found in given.items()}
     for each, found in answers.items():
-        write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name))
+        write_atomically(folder / "answers" / f"{each.name}.jsonl", answers_file(found, model_name, each.name), GO_ON)
     if benchmark.submit is not None and len(questions) == len(every):  # a server wants all answers
         submit_all(benchmark, answers, truth, folder / "submissions")
     scores = score_all(benchmark, answers, truth, judge)
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         "cost": cost,
         "answers_made": made,
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1))
+    write_atomically(folder / "results.json", json.dumps(results, indent=1), GO_ON)
     write_table(folder)
 
 
@@ -191,7 +192,6 @@ def _report_other_code(folder: Path, parts: Mapping[Run, Part], facts: Mapping[s
 def submit_all(benchmark: Benchmark, answers: Mapping[Run, Sequence[Answer]], truth: Any, folder: Path) -> None:
     """Write what a server wants of some runs, each into a folder of its own."""
     for run, own in answers.items():
-        (folder / run.name).mkdir(parents=True, exist_ok=True)
         print(f"for the server: {benchmark.submit(own, truth, folder / run.name)}", file=sys.stderr)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from eval.benchmark import Table, Visual
+from llava.files import full_disk, writing
 from llava.images import load_image
 
 
@@ -205,7 +206,13 @@ class Tables:
             else:
                 files = [str(file) for file in parquet_files(self.folder, table)]
                 loaded = datasets.load_dataset("parquet", data_files={table.split: files}, split=table.split)
-        except damaged as error:
+        except (*damaged, OSError) as error:
+            if full := full_disk(error):  # tables are unpacked into a cache
+                safe = "It is HF_DATASETS_CACHE that says where; what is there stays"
+                with writing(f"{name} into {datasets.config.HF_DATASETS_CACHE}", safe):
+                    raise full from error
+            if not isinstance(error, damaged):
+                raise
             reason = error.__cause__ or error
             raise ValueError(f"{name} cannot be read ({reason}): fetch it again") from error
         for column, feature in loaded.features.items():

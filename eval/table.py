@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llava.files import write_atomically
+
 _MISSING = "-"
 
 
@@ -46,14 +48,6 @@ def write_table(folder: Path, console: Console | None = None) -> None:
             shown.add_row(*line)
         console.print(shown)
     console.print(facts(results), style="dim", highlight=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 _ABOVE_DIFFERENCES = (

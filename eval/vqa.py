@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.benchmark import Score
 from eval.matching import Id, Matched, percent, unreadable
+from llava.files import write_atomically
 
 HUMANS = 10  # answers to each question
 
@@ -184,6 +185,5 @@ def score_uploaded(matched: Matched[Id], annotations: Mapping[Id, Annotation], m
 
 def write_submission(entries: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Write a json list as LLaVA's converters do, byte for byte."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(entries)), encoding="utf-8")
+    write_atomically(path, json.dumps(list(entries)))
     return path

@@ -35,6 +35,7 @@ from transformers import CLIPVisionConfig
 
 from llava.arguments import positive, run_command
 from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
+from llava.files import write_atomically
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
@@ -370,11 +371,7 @@ def conclude(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
 
 def write_results(path: str, results: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    output = Path(path)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".partial")
-    unfinished.write_text(json.dumps(results, indent=1))
-    unfinished.replace(output)
+    write_atomically(Path(path), json.dumps(results, indent=1))
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from llava.files import sync, writing
 
 
 def check_absent(path: str | Path, label: str) -> None:
@@ -37,6 +37,28 @@ def check_room(path: str | Path, size: int, label: str, cure: str) -> None:
 
 
 @contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files go into another one, new or not, when all of them are there.
+
+    Raises:
+        OSError: a file cannot be written; the folder is then as it was.
+    """
+    unfinished = folder / "unfinished.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with writing(folder, "What was there is as it was"):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            files = list(unfinished.iterdir())
+            for file in files:
+                sync(file)
+            for file in files:
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
 def whole_folder(path: str | Path, label: str) -> Iterator[Path]:
     """A folder to write to, which gets its name at the end of the block: a folder of that name is a whole one.
 
@@ -49,12 +71,11 @@ def whole_folder(path: str | Path, label: str) -> Iterator[Path]:
     unfinished = path.with_name(path.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if path.exists():
-            path.rmdir()
-        unfinished.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        raise OSError(f"cannot write {label}: {error}") from error
+        with writing(label, "Nothing is left of it"):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            if path.exists():
+                path.rmdir()
+            unfinished.replace(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llava.arguments import add_model_arguments, load_from_arguments
-from llava.mm_utils import load_image, process_images
+from llava.files import write_atomically
+from llava.images import load_image
+from llava.mm_utils import process_images
 from llava.model import MGMLlamaForCausalLM
 
 
@@ -32,7 +35,6 @@ def visualize(args: argparse.Namespace) -> None:
     prepared = [process_images([image], image_processor, model.config)[0] for image in images]
     whole = torch.stack([_whole_image(image) for image in prepared])
     maps = figures.inspect_tokens(model, model.whole_images(whole) if isinstance(model, MGMLlamaForCausalLM) else whole)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, draw in (
         ("tokens", figures.overview),
         ("attention", figures.attention_map),
@@ -41,9 +43,7 @@ def visualize(args: argparse.Namespace) -> None:
         ("histogram", figures.attention_histogram),
     ):
         file = folder / f"{name}.png"
-        unfinished = folder / f"{name}.png.partial"
-        draw(maps).savefig(unfinished, format="png")
-        unfinished.replace(file)
+        write_atomically(file, partial(draw(maps).savefig, format="png"))
         print(f"wrote {file}")
 
 

@@ -111,7 +111,8 @@ def write_parquet(records: Sequence[Record], path: Path) -> None:
     import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; drawing does without
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from llava.files import write_atomically  # noqa: PLC0415 - with it comes torch, which drawing does without
+
     features = {
         name: {"dtype": kind, "_type": "Value"} for name, kind in (("question_id", "int32"), ("image_id", "int32"))
     }
@@ -131,9 +132,9 @@ def write_parquet(records: Sequence[Record], path: Path) -> None:
             "answer": [record.answer for record in records],
         }
     ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    unfinished = path.with_name(path.name + ".partial")
-    pq.write_table(table, unfinished, compression="zstd", dictionary_pagesize_limit=64 << 20)
-    unfinished.replace(path)
+    write_atomically(
+        path, functools.partial(pq.write_table, table, compression="zstd", dictionary_pagesize_limit=64 << 20)
+    )
 
 
 def _training_record(split: str, seed: int, edge: int, things: tuple[int, int], folder: Path, index: int) -> dict:
@@ -173,15 +174,16 @@ def write_training_data(
         raise ValueError(f"images={images} and things={things[1]} must be at least 1")
     if (room := edge * edge // 1700) < things[1]:  # or drawing might never find a free place
         raise ValueError(f"things={things[1]} do not fit into edge={edge} pixels: use at most {room}, or more pixels")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    make = functools.partial(_training_record, split, seed, edge, things, folder / "images")
-    with multiprocessing.Pool() as pool:
+    from llava.files import write_atomically, writing  # noqa: PLC0415 - with it comes torch, which drawing does without
+
+    images_folder = folder / "images"
+    make = functools.partial(_training_record, split, seed, edge, things, images_folder)
+    with writing(images_folder, "Images that are there stay, and are drawn again"), multiprocessing.Pool() as pool:
+        images_folder.mkdir(parents=True, exist_ok=True)
         made = pool.imap(make, range(images), chunksize=64)
         records = list(tqdm(made, desc=f"scenes {edge} px", total=images, unit="image"))
     for name in records[0]:
-        unfinished = folder / f"{name}.json.partial"
-        unfinished.write_text(json.dumps([record[name] for record in records]))
-        unfinished.replace(folder / f"{name}.json")
+        write_atomically(folder / f"{name}.json", json.dumps([record[name] for record in records]))
 
 
 def main() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +114,7 @@ def test_wandb_without_a_network(on_llava, tmp_path: Path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_a_full_disk(on_llava, tmp_path: Path, monkeypatch, capsys):
+def test_a_full_disk(on_llava, full_disk, tmp_path: Path, monkeypatch, capsys):
     """Is seen before training; where it fills up later, what is there stays whole and the run can go on."""
     flags = {"tune_mm_mlp_adapter": True, "save_steps": 2}
     with monkeypatch.context() as patch:
@@ -129,13 +128,10 @@ def test_a_full_disk(on_llava, tmp_path: Path, monkeypatch, capsys):
     for lost, message in (("checkpoint-4", "cannot write the checkpoint of step 4"), ("", "cannot write ")):
         if lost:
             shutil.rmtree(tmp_path / "run" / lost)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # of any file, as if the disk ended there
-        try:
+        with full_disk(5_000):
             assert on_llava(tmp_path / "run", **flags) == 2
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert message in (last := capsys.readouterr().err.splitlines()[-1])
+        assert f"{tmp_path}/run" in last and "ake room" in last
         assert (tmp_path / "run/mm_projector.bin").read_bytes() == result
         assert not list(tmp_path.rglob("*.partial"))
         assert on_llava(tmp_path / "run", **flags) == 0

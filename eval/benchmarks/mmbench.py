@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from eval.benchmark import Answer, Benchmark, File, Question, Score, Table, Visu
 from eval.matching import match, percent, percent_by
 from eval.questions import LETTER, lettered, listed
 from eval.sources import Tables, need, refuse_repeated
+from llava.files import write_atomically
 from llava.images import load_image
 
 if TYPE_CHECKING:
@@ -260,9 +262,10 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
                 cell.data_type = "s"  # an answer that begins with = is no formula
             else:
                 cell.value = cells[column]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{truth.name}.xlsx"
-    book.save(path)
+    content = io.BytesIO()  # on a full disk, a zip file that is written there would have the last word
+    book.save(content)
+    write_atomically(path, content.getvalue())
     return path
 
 

@@ -26,6 +26,7 @@ from eval.judge import Judge, Request, normalized_match
 from eval.matching import match, unreadable
 from eval.questions import EVAL_ZIP, read_questions
 from eval.sources import Tables, need, read_json, refuse_repeated
+from llava.files import write_atomically
 
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order
@@ -241,9 +242,8 @@ def graded(path: Path, data: Path | None) -> Score:
 def submit(answers: Sequence[Answer], truth: Any, folder: Path) -> Path:
     """Write the answers as the official evaluator reads them; name the file after the model."""
     path = folder / "mmvet.json"
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {_name(answer.question_id): answer.text for answer in answers}
-    path.write_text(json.dumps(texts, indent=2), encoding="utf-8")
+    write_atomically(path, json.dumps(texts, indent=2))
     return path
 
 

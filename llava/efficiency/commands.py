@@ -29,6 +29,7 @@ from llava.efficiency.measure import Runner, Timed, Way, make_prompt, time_ways
 from llava.efficiency.methods import METHODS, split
 from llava.efficiency.report import make_rows, plot, print_table
 from llava.efficiency.shapes import SHAPES, build_model
+from llava.files import write_atomically
 from llava.model.builder import config_values, load_pretrained_model
 from llava.model.transformers_llava import is_transformers
 
@@ -195,7 +196,7 @@ def _prefill_once(request: dict[str, Any]) -> None:
         "weights_mib": weights,
         "kv_cache_mib": timed.cache_bytes / 2**20,
     }
-    Path(args.report).write_text(json.dumps(facts))
+    write_atomically(Path(args.report), json.dumps(facts))
 
 
 def add_prefill_arguments(parser: argparse.ArgumentParser) -> None:

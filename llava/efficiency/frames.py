@@ -35,6 +35,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.efficiency.measure import marks
 from llava.efficiency.report import Spread, ratio, save_figure, spread
 from llava.efficiency.shapes import SHAPES, build_model
+from llava.files import write_atomically
 from visionzip import unzip, visionzip
 
 _VIDEO_SHAPES = [name for name, shape in SHAPES.items() if shape.frames is not None]
@@ -178,7 +179,7 @@ def _once(model: Any, ids: Tensor, video: Tensor, timed: _Timed) -> None:
 def _answer_once(request: dict[str, Any]) -> None:
     """What the child process does: build the model and answer one way."""
     model = build_model(request["shape"], request["device"], getattr(torch, request["dtype"]))
-    Path(request["report"]).write_text(json.dumps({"weights_mib": weights_mib(model)}))
+    write_atomically(Path(request["report"]), json.dumps({"weights_mib": weights_mib(model)}))
     way = Way(**request["asked"])
     if way.zipped:
         visionzip(model)

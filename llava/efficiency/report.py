@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.efficiency.measure import PHASES, Prompt, Timed, Way, encoder_layers
+from llava.files import write_atomically
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
 
 Spread = dict[str, Any]
@@ -207,10 +209,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib's, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    figure.savefig(unfinished, format=path.suffix[1:])
-    unfinished.replace(path)
+    write_atomically(path, partial(figure.savefig, format=path.suffix[1:]))
 
 
 def _shown(row: Row) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from llava.arguments import add_model_arguments, load_from_arguments, positive, run_command, sampling
-from llava.mm_utils import load_image
+from llava.images import load_image
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 from llava.video import FRAMES, load_video

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from llava.arguments import run_command
+from llava.folders import whole_files
 from llava.images import load_image
 from llava.train.run import TrainingArguments, finish, last_checkpoint, leave_together
 
@@ -223,9 +224,10 @@ def train(arguments: TowerArguments, training: TrainingArguments) -> None:
     if not trainer.is_world_process_zero():
         return
     output = Path(training.output_dir)
-    model.tower.save_pretrained(output)
-    processor.save_pretrained(output)
-    torch.save(model.state_dict(), output / "contrastive.pt")
+    with whole_files(output) as unfinished:
+        model.tower.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        torch.save(model.state_dict(), unfinished / "contrastive.pt")
     facts: dict[str, Any] = {}
     if arguments.validation_path:
         held_out = CaptionedImages(arguments.validation_path, arguments.validation_folder, processor)

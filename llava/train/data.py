@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import new_conversation
+from llava.files import writing
 from llava.images import load_image
 from llava.mm_utils import process_images, processor_resolution
 from llava.train.labels import Turns, render, tokenize, tokenize_apart, usable_turns
@@ -196,7 +197,8 @@ class InstructionData(Dataset):
             except ValueError as error:
                 logger.warning("%s; the next one stands in for it", error)
                 note = {"id": self.records[place].get("id", place), "why": str(error)}
-                with self.skipped.open("a", encoding="utf-8") as file:
+                safe = "Checkpoints are whole: the same command goes on at the last one"
+                with writing(self.skipped, safe), self.skipped.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(note) + "\n")  # one write: processes do not tear each other's lines
         raise ValueError("not one of the records can be used")
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from llava.folders import whole_files
 from llava.model.loading import gathered, load_weights
 from llava.train.model import learnt
 
@@ -45,22 +43,22 @@ def save_learnt(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
         folder: made if it is missing.
 
     Raises:
-        OSError: a file cannot be written; whole files of the same name stay.
+        OSError: a file cannot be written; those of the same name stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "peft_config"):
-        beside = {name: value for name, value in weights.items() if "lora_" not in name}
-        replace(folder / _BESIDE, lambda path: torch.save(beside, path))
-        model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-        model = model.get_base_model()
-    else:
-        replace(folder / "mm_projector.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
-        replace(folder / "mm_projector.bin", lambda path: torch.save(weights, path))
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the base as it was trained with; how it is loaded is up to its user
-    config.save_pretrained(folder)
-    model.get_vision_tower().image_processor.save_pretrained(folder)  # the base's folder may be the only one with it
+    with whole_files(folder) as unfinished:
+        if hasattr(model, "peft_config"):
+            beside = {name: value for name, value in weights.items() if "lora_" not in name}
+            torch.save(beside, unfinished / _BESIDE)
+            model.save_pretrained(unfinished, state_dict=weights, save_embedding_layers=False)
+            model = model.get_base_model()
+        else:
+            save_file(weights, unfinished / "mm_projector.safetensors", metadata={"format": "pt"})
+            torch.save(weights, unfinished / "mm_projector.bin")
+        config = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # of the base as it was trained with; how it is loaded is up to its user
+        config.save_pretrained(unfinished)
+        model.get_vision_tower().image_processor.save_pretrained(unfinished)  # the base's folder may be all that has it
 
 
 def load_learnt(model: Any, folder: Path) -> None:
@@ -80,23 +78,6 @@ def load_learnt(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under another name, then put it in its place: what is there is whole at any time.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
-    partial.replace(path)
 
 
 def check_room(model: Any, training: TrainingArguments, samples: int, learns_part: bool) -> None:

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from transformers import Trainer
+
+from llava.files import write_atomically
 
 CHECKPOINT_ARGUMENTS = "arguments.json"  # in a checkpoint: what the run's weights follow from
 _LIBRARIES = ("visionzip", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes")
@@ -82,9 +85,8 @@ def finish(trainer: Trainer, arguments: Mapping[str, Any], facts: Mapping[str, A
         **facts,
         "losses": trainer.state.log_history,
     }
-    unfinished = output / "run.json.partial"
-    unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.replace(output / "run.json")
+    safe = "The weights in its folder are whole: with room there, the same command writes it"
+    write_atomically(output / "run.json", json.dumps(record, indent=1), safe)
     plot_losses({output.name: trainer.state.log_history}, output / "losses.png")
 
 
@@ -114,4 +116,4 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
             panel.plot(*zip(*points, strict=True), linewidth=1)
         panel.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    write_atomically(path, partial(figure.savefig, dpi=150, format=path.suffix[1:]))

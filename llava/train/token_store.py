@@ -11,7 +11,6 @@ image that it was at, and processes and runs cannot disturb each other.
 
 from __future__ import annotations
 
-import errno
 import json
 import uuid
 import zlib
@@ -24,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava.files import append, write_atomically, writing
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
 
+_SAFE = "The images that are encoded stay so: start again, or give cache_visual_tokens a folder on another disk"
 Stamp = tuple[int, int, int]  # size in bytes, and times of change of content and of anything in ns
 
 
@@ -128,7 +129,7 @@ class Writer:
         data = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
         kept = 0 if indices is None else indices.shape[1]
         entry = Entry(digest, size, Path(file.name).name, file.tell(), tuple(tokens.shape), kept, zlib.crc32(data))
-        write_all(file, data)
+        append(file, data, _SAFE)
         return entry
 
     def add_line(self, path: str, stamp: Stamp, entry: Entry) -> None:
@@ -138,34 +139,16 @@ class Writer:
             OSError: the disk is full.
         """
         line = json.dumps([path, stamp, asdict(entry)]) + "\n"
-        write_all(self._open("index-{}.jsonl"), line.encode())
+        append(self._open("index-{}.jsonl"), line.encode(), _SAFE)
 
     def _open(self, name: str) -> FileIO:
         if not self._files:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.json").write_text(json.dumps(self.recipe, indent=1))
+            write_atomically(self.folder / "recipe.json", json.dumps(self.recipe, indent=1), _SAFE, shared=True)
         if name not in self._files:
-            self._files[name] = (self.folder / name.format(self.name)).open("xb", buffering=0)
+            path = self.folder / name.format(self.name)
+            with writing(path, _SAFE):
+                self._files[name] = path.open("xb", buffering=0)
         return self._files[name]
-
-
-def write_all(file: FileIO, data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file.
-
-    Raises:
-        OSError: the disk is full; the message says what to do.
-    """
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"the disk is full: {file.name} cannot grow. Make room, or give cache_visual_tokens a folder on another "
-            "disk, and start again: the images that are encoded stay so"
-        ) from error
 
 
 class CachedImages:

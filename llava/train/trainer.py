@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.files import writing
 from llava.train.labels import attention_apart
 from llava.train.outputs import gather_learnt, load_learnt, save_learnt
 from llava.train.run import CHECKPOINT_ARGUMENTS
@@ -150,7 +151,9 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 save_learnt(self.model, weights, Path(output_dir or self.args.output_dir))
         else:
-            super().save_model(output_dir, _internal_call)
+            safe = "Checkpoints are whole: the same command goes on at the last one"
+            with writing(output_dir or self.args.output_dir, safe):
+                super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # for a checkpoint
             Path(output_dir, CHECKPOINT_ARGUMENTS).write_text(json.dumps(self.decides))
 
