@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 from llava.conversation import conv_mode_for, conv_templates, new_conversation
+from llava.files import WriteError, full_disk
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from visionzip import VisionZipConfig, unzip, visionzip
@@ -88,6 +92,9 @@ def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
     try:
         command(args)
     except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"{name}: {error}\n")  # in one piece: other processes say the same at the same time
+        # Of what other libraries write, such as a model that is fetched, the error may not say where.
+        unnamed = full_disk(error) and not isinstance(error, WriteError)
+        where = f" (in the output, in {HF_HOME} or in {tempfile.gettempdir()}): make room there" if unnamed else ""
+        sys.stderr.write(f"{name}: {error}{where}\n")  # in one piece: other processes say the same at the same time
         return 2
     return 0
