@@ -9,11 +9,14 @@ import inspect
 import math
 import re
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Any
+
+from llava.files import WriteError, full_disk
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 # Name to what it is and one line about it. What it is: further commands, or a function that adds the flags to a parser
@@ -106,8 +109,9 @@ def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
     try:
         command(args)
     except (ValueError, OSError, ImportError) as error:
-        cure = _cure(error) if isinstance(error, ModuleNotFoundError) else ""
-        sys.stderr.write(f"{name}: {error}{cure}\n")  # in one piece: other processes say the same at the same time
+        sys.stderr.write(
+            f"{name}: {error}{_cure(error)}\n"
+        )  # in one piece: other processes say the same at the same time
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{name}: {getattr(args, 'interrupted', 'interrupted')}\n")
@@ -115,8 +119,14 @@ def run_command(name: str, command: Callable[[Any], Any], args: Any) -> int:
     return 0
 
 
-def _cure(error: ModuleNotFoundError) -> str:
-    """What to install, if one of our extras has the missing library."""
+def _cure(error: Exception) -> str:
+    """What a library's own error leaves unsaid: what to install, or where there is no room."""
+    if full_disk(error) and not isinstance(error, WriteError):  # such as under a model that is fetched
+        from huggingface_hub.constants import HF_HOME  # noqa: PLC0415 - slow to import
+
+        return f" (in the output, in {HF_HOME} or in {tempfile.gettempdir()}): make room there"
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
     library = (error.name or "").partition(".")[0]
     with suppress(metadata.PackageNotFoundError):  # run from a folder that was never installed
         for needed in metadata.requires("llava-visionzip") or []:

@@ -62,7 +62,7 @@ def load_image(source: Source, *, as_stored: bool = False, name: str | None = No
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://", "data:")):
         return _open(io.BytesIO(_fetched(source, name)), name, as_stored)
     if isinstance(source, str | Path):
-        return _open(_existing(source, name), name, as_stored)
+        return _open(existing_file(source, name), name, as_stored)
     if isinstance(source, io.TextIOBase):
         raise TypeError(f"{name} is open as text: open it with mode 'rb'")
     if hasattr(source, "read"):
@@ -80,6 +80,22 @@ def shorten(text: str) -> str:
     return f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
+def existing_file(path: str | Path, name: str) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        FileNotFoundError: it is not, or the path is no path at all (base64); the message has ``name``.
+    """
+    try:
+        found = Path(path).is_file()
+    except (OSError, ValueError):  # longer than names of files can be, or with a null in it
+        found = False
+    if found:
+        return Path(path)
+    hint = ": is it base64? That is for llava.mm_utils.load_image_from_base64" if len(str(path)) > _LONGEST_NAME else ""
+    raise FileNotFoundError(f"no image file at {name}{hint}")
+
+
 def _name_of(source: object) -> str:
     if isinstance(source, str | Path):
         return shorten(str(source))
@@ -87,19 +103,6 @@ def _name_of(source: object) -> str:
         return f"the image of {len(source)} bytes"
     file = getattr(source, "filename", None) or getattr(source, "name", None)
     return shorten(file) if isinstance(file, str) else f"the {type(source).__name__}"
-
-
-def _existing(path: str | Path, name: str) -> Path:
-    try:
-        found = Path(path).is_file()
-    except (OSError, ValueError):  # longer than names of files can be, or with a null in it
-        found = False
-    if found:
-        return Path(path)
-    long = isinstance(path, str) and len(path) > _LONGEST_NAME
-    raise FileNotFoundError(
-        f"no image file at {name}" + (": is it base64? That is for llava.mm_utils.load_image_from_base64" * long)
-    )
 
 
 def _fetched(address: str, name: str) -> bytes:

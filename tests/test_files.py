@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 from judge_server import JudgeServer
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from eval.answers import answers_file, read_answers
 from eval.benchmark import Answer, Table
 from eval.judge import Request, api_judge
 from eval.sources import Tables
+from llava.arguments import run_command
 from llava.benchmark import write_results
 from llava.cli import main as visionzip_command
 from llava.files import WriteError, append, write_atomically
@@ -186,3 +188,15 @@ def test_replies_of_a_judge(full_disk, tmp_path: Path, monkeypatch: pytest.Monke
             judge.ask(requests, str)
         assert [json.loads(file.read_text())["reply"] for file in tmp_path.iterdir()] == ["yes"]
         assert judge.ask(requests, str) == ["yes", "yes"] and len(server.asked) == 3
+
+
+def test_what_libraries_write_where_there_is_no_room(capsys):
+    """At least the folders that it can be in are named."""
+
+    def fetch(args: None) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"weights")
+
+    assert run_command("visionzip chat", fetch, None) == 2
+    message = capsys.readouterr().err
+    assert "visionzip chat: [Errno 28] No space left on device (in the output, in " in message and HF_HOME in message

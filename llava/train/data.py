@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import new_conversation
 from llava.files import writing
-from llava.images import load_image
+from llava.images import existing_file, load_image, shorten
 from llava.mm_utils import process_images, processor_resolution
 from llava.train.labels import render, tokenize, tokenize_apart, usable_turns
 from llava.train.token_store import CachedImages, DamagedCacheError
@@ -106,8 +106,8 @@ def _check(records: list[Record], data_path: str, folder: Path, version: str, sk
     for index, record in enumerate(records):
         try:
             turns = usable_turns(record, version)
-            if "image" in record and not (folder / record["image"]).is_file():
-                raise FileNotFoundError(f"no image file at {folder / record['image']}")
+            if "image" in record:
+                existing_file(folder / record["image"], str(folder / shorten(record["image"])))
         except (ValueError, OSError) as error:
             left_out.append({"id": record.get("id", index), "why": str(error)})
             continue
