@@ -225,6 +225,25 @@ def test_rows_with_answers_that_are_not_judged():
     assert f"vanilla: accuracy; † {said};" in facts(results)
 
 
+def test_the_image_to_show_is_the_first_of_median_accuracy(scenes_data: Path):
+    rows = pq.read_table(scenes_data).to_pylist()
+    files = list(dict.fromkeys(row["image"]["bytes"] for row in rows))
+    # The first image is answered wrongly, the second rightly, the third half, and so on: half is the median.
+    wrong = {file: [0, 1, 2][place % 3] for place, file in enumerate(files[:9])}
+    answers, seen = [], dict.fromkeys(files, 0)
+    for row in rows:
+        file = row["image"]["bytes"]
+        if file in wrong:
+            seen[file] += 1
+            right = [False, True, seen[file] % 2 == 0][wrong[file]]
+            answers.append(Answer(row["question_id"], row["answer"] if right else "?"))
+    assert {seen[file] for file in wrong} == {4}, "as the halves take"
+    assert scenes.median_image(scenes_data, answers) == files[2]
+    assert scenes.median_image(scenes_data, [a for a in answers if a.question_id < 8]) == files[0]  # the lower of two
+    with pytest.raises(ValueError, match="none of the 1 answers"):
+        scenes.median_image(scenes_data, [Answer(10**6, "yes")])
+
+
 def test_bootstrap_is_seeded_and_paired():
     rng = np.random.default_rng(1)
     points = rng.integers(0, 2, (400, 1)).astype(float)

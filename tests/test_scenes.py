@@ -91,6 +91,10 @@ def test_questions_share_images(shipped: list[dict[str, Any]]):
     assert {Image.open(io.BytesIO(row["image"])).size for row in shipped[::100]} == {(EDGE, EDGE)}
 
 
+def test_the_picture_of_the_readme_is_of_the_test_set(shipped: list[dict[str, Any]]):
+    assert (ROOT / "docs/scene.jpg").read_bytes() in {row["image"] for row in shipped}
+
+
 def test_the_test_set_opens_as_images_in_datasets():
     """Which takes the columns' types from there."""
     features = json.loads(pq.read_schema(TEST_SET).metadata[b"huggingface"])["info"]["features"]
