@@ -45,7 +45,7 @@ train() {
         --max_steps "$steps" --per_device_train_batch_size "$4" --learning_rate "$5" --warmup_steps "$warmup" \
         --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.02}' --adam_beta2 0.98 \
         --weight_decay 0.05 --max_grad_norm 1 --bf16 True --use_cpu True --seed 0 --logging_steps 20 --save_steps 200 \
-        --save_total_limit 1 --report_to none "${@:6}"
+        --save_total_limit 2 --report_to none "${@:6}"
 }
 
 scenes() { "$PYTHON" -m playground.scenes train --output "$OUT/$1" --images "$(scaled "$2")" "${@:3}"; }
