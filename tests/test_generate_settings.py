@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers import DynamicCache, GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from checkpoints import pixels, write_checkpoint
 from layouts import convert
@@ -124,6 +124,7 @@ NOT_FOR_EMBEDDINGS: dict[str, Any] = {
     "forced_bos_token_id": 5,
     "guidance_scale": 2.0,
     "prefill_chunk_size": 4,
+    "cache_implementation": "paged",
     "token_healing": True,
 }
 
@@ -142,6 +143,30 @@ def test_what_embeddings_do_not_allow_is_refused(name: str, model: Model, monkey
         assert model.ask(ROWS[2:], None, {name: None}) == model.greedy[2:]
         for neutral in REFUSED[name].neutral:
             assert model.ask(ROWS[2:], None, {name: neutral}) == model.greedy[2:]
+
+
+def test_drafts_from_the_answer_so_far(model: Model):
+    """But not behind a cache of earlier turns, where the prompt would be fed again. It is for one row at a time."""
+    drafts = {"prompt_lookup_num_tokens": 3}
+    assert model.alone(drafts) == model.greedy
+    empty = {**drafts, "past_key_values": DynamicCache()}
+    assert model.ask(ROWS[:1], model.images[:1], empty) == model.greedy[:1]
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.batch(drafts)
+    cache = DynamicCache()
+    model.ask(ROWS[:1], model.images[:1], {"past_key_values": cache})
+    with pytest.raises(ValueError, match=r"^prompt_lookup_num_tokens does not go with past_key_values of .*Leave"):
+        model.ask([[*ROWS[0], 9, 9]], model.images[:1], {**drafts, "past_key_values": cache})
+
+
+def test_padding_is_found_by_the_id_that_a_call_names(model: Model):
+    """Not where it also ends answers: then it may be text."""
+    rows = torch.tensor([[5, 5, *ROWS[2]], [1, 70, 71, 72, 73]])
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    found = model.model.generate(rows, pad_token_id=5, **options)
+    assert torch.equal(found[:1], model.model.generate(rows[:1, 2:], **options))
+    text = model.model.generate(rows, pad_token_id=5, eos_token_id=[4, 5], **options)
+    assert torch.equal(text[:1], model.model.generate(rows[:1], **options))
 
 
 def test_lengths_that_cannot_be_those_of_each_row_are_refused(model: Model):

@@ -172,6 +172,11 @@ def test_a_cache_that_does_not_fit():
         model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
 
 
+def test_continuous_batching(model: Any):
+    with pytest.raises(ValueError, match=r"^cache_implementation='paged' is .*, without their images"):
+        model.generate(**one_image(), cache_implementation="paged")
+
+
 @pytest.mark.parametrize("place", ["argument", "generation config"])
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_drafts_behind_a_cache(name: str, place: str, model: Any):

@@ -25,11 +25,13 @@ class Refused(NamedTuple):
         cure: why, and what to do instead.
         neutral: values besides None that switch it off.
         unless: an argument with which it is welcome all the same.
+        only: the only values that are refused, if not all others.
     """
 
     cure: str
     neutral: tuple[Any, ...] = ()
     unless: str | None = None
+    only: tuple[Any, ...] = ()
 
 
 _NO_DRAFTS = "drafted tokens are checked against the prompt's ids, and images have none: leave it out"
@@ -51,6 +53,9 @@ REFUSED: dict[str, Refused] = {
         unless="negative_prompt_ids",
     ),
     "prefill_chunk_size": Refused("the prompt is embeddings, which transformers does not cut: leave it out"),
+    "cache_implementation": Refused(
+        "continuous batching takes ids alone, without images: use another, or leave it out", only=("paged",)
+    ),
     "token_healing": Refused("the prompt's last token is not among what transformers sees: leave it out", (False,)),
 }
 """What cannot be done with embeddings."""
@@ -62,12 +67,21 @@ def check_settings(refused: Mapping[str, Refused], model: Any, arguments: Mappin
     Raises:
         ValueError: one is refused; the message names it and its value.
     """
-    for name, (cure, neutral, unless) in refused.items():
+    for name, (cure, neutral, unless, only) in refused.items():
         value = setting(name, model, arguments.get("generation_config"), arguments)
         if value is None or value in neutral or (unless is not None and arguments.get(unless) is not None):
             continue
+        if only and value not in only:
+            continue
         shown = value if isinstance(value, int | float | str | tuple) else type(value).__name__
         raise ValueError(f"{name}={shown} cannot be used here: {cure}")
+
+
+def padding_id(model: Any, arguments: Mapping[str, Any]) -> int | None:
+    """The id that can only be padding; None if there is none, or it also ends answers, so that it may be text."""
+    config = arguments.get("generation_config")
+    pad, end = (setting(f"{name}_token_id", model, config, arguments) for name in ("pad", "eos"))
+    return None if pad in (end if isinstance(end, list) else [end]) else pad
 
 
 def with_row_lengths(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:

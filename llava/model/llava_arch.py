@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.generation import REFUSED, check_settings, own_memory, with_row_lengths
+from llava.model.generation import REFUSED, check_settings, own_memory, padding_id, with_row_lengths
 from llava.model.loading import CheckedLoading
 from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
@@ -185,8 +185,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         check_prompts(inputs)
         kwargs.pop("position_ids", None)  # follow from the mask
         mask = kwargs.pop("attention_mask", None)
-        pad = self.generation_config.pad_token_id
-        if mask is None and len(inputs) > 1 and pad is not None and pad != self.generation_config.eos_token_id:
+        if mask is None and len(inputs) > 1 and (pad := padding_id(self, kwargs)) is not None:
             mask = padding_mask(inputs, pad)
         rows, _, visual = self._embed_prompts(inputs, mask, None, images, image_sizes)
         embeds, mask, _, _ = pad_rows(rows, None, side="left")

@@ -94,6 +94,11 @@ def generate(
     if not any(visual.runs for visual in found):
         return stock(**own, **kwargs)
 
+    if setting("cache_implementation", model, generation_config, kwargs) == "paged":
+        raise ValueError(
+            "cache_implementation='paged' is continuous batching, to which transformers gives ids alone, without their "
+            "images: use another, or leave it out"
+        )
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
