@@ -39,7 +39,6 @@ def test_only_names_of_ours_are_advised():
     [
         ("pyarrow", ["eval", "run", "scenes", "--tokens", "16", "--output", "out"], "eval"),
         ("pandas", ["eval", "run", "mmbench", "--tokens", "16", "--output", "out"], "eval"),
-        ("matplotlib", ["visualize", "--image", str(ROOT / "docs/scene.jpg")], "figures"),
         (
             "matplotlib",
             ["benchmark", "prefill", "--shape", "llava-1.5-mini", "--tokens", "64", "--plot", "x.png"],
