@@ -214,6 +214,8 @@ def process_visuals(
             tensors.append(model.video_pixels(visual, image_processor))
             sizes.append(visual[0].size)
         else:
+            if isinstance(visual, str | Path):  # else its letters would be taken for frames
+                raise TypeError(f"{str(visual)!r} is not a PIL image: open it with llava.mm_utils.load_image")
             given = [visual] if isinstance(visual, Image.Image) else visual
             images = [load_image(image) for image in given]  # upright before their sizes are taken
             tensors += process_images(images, image_processor, model.config)

@@ -284,7 +284,7 @@ def test_bad_input_is_explained_before_anything_is_loaded(run, unread, scenes_da
     pq.write_table(table.drop_columns(["answer"]), folders["few"] / "test.parquet")
     for more, message in (
         (["--method", "pool"], "--method pool needs a budget: give --tokens"),
-        (["--method", "vanilla", "--data", "nowhere"], "no file nowhere/test.parquet: make it with"),
+        (["--method", "vanilla", "--data", "nowhere"], "no file nowhere/test.parquet: give one by --data"),
         (["--method", "vanilla", "--data", str(folders["damaged"])], "test.parquet is not a readable parquet file"),
         (["--method", "vanilla", "--data", str(folders["twice"])], "has 1 ids more than once (1)"),
         (["--method", "vanilla", "--data", str(folders["few"])], "test.parquet has no column answer"),

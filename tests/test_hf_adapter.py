@@ -260,8 +260,7 @@ def test_what_is_not_for_these_models_is_refused(
     convert = "llava-1.5-tiny-hf is a model of transformers.*visionzip convert SRC DST --to original"
     for command, arguments, message in (
         (eval_command, [*run, "--method", "fastv", "--tokens", "6"], convert),
-        (eval_command, [*run, "--method", "random", "--tokens", "6"], convert),
-        (eval_command, [*run, "--method", "no-cls", "--tokens", "6"], convert),
+        (eval_command, [*run, "--method", "sparsevlm-average", "--tokens", "6"], convert),
         (main, ["benchmark", "prefill", *model, "--tokens", "6", "--method", "vanilla", "fastv"], "--method fastv"),
         (main, ["benchmark", "prefill", *model, "--tokens", "6", "--transformers"], "leave it out"),
     ):

@@ -100,6 +100,7 @@ def test_ctrl_c_leaves_the_images_and_the_end_of_input_ends(tmp_path: Path):
     picture(0).save(tmp_path / "cube.png")
     chat = Terminal(*CHAT, "--image", str(tmp_path / "cube.png"), "--temperature", "0", NO_COLOR="1")
     chat.until("USER: ")
+    time.sleep(0.5)  # a signal between the prompt and the reading is seen with the next key only
     chat.type("\x03")
     chat.until("USER: ")
     chat.type("What is shown?\n")

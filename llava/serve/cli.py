@@ -87,7 +87,11 @@ def chat(args: argparse.Namespace) -> None:
 def describe(model: Any) -> str:
     """One line on the model: class, device and type, VisionZip's setting."""
     setting = model.get_vision_tower().visionzip
-    zipped = f"{setting.method}, {setting}" if setting else "not zipped"
+    zipped = "not zipped"
+    if setting and setting.keep is None:
+        zipped = f"VisionZip {setting.dominant} + {setting.contextual}"
+    elif setting:
+        zipped = f"{setting.method}, {setting}"
     precision = str(model.dtype).removeprefix("torch.")
     return f"{type(generating_module(model)).__name__} on {model.device}, {precision} · {zipped}"
 
