@@ -372,9 +372,10 @@ def test_wrong_kinds_are_refused(model: Any):
 
 @pytest.mark.parametrize("vision_tower", [None, "some/tower"])
 def test_training_is_refused(folder: Path, tmp_path: Path, vision_tower: str | None):
-    """Before the data is read, in which there is nothing."""
+    """Before any image is opened."""
     arguments = ModelArguments(str(folder), vision_tower, tune_mm_mlp_adapter=True)
     training = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    (tmp_path / "none.json").write_text("[]")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "none.json").write_text(json.dumps([{"id": "a", "image": "none.png", "conversations": turns}]))
     with pytest.raises(ValueError, match=r"Video-LLaVA-tiny is a Video-LLaVA, which is not trained here"):
         train(arguments, DataArguments(data_path=str(tmp_path / "none.json")), training)
