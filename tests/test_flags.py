@@ -14,8 +14,8 @@ import eval.__main__
 import llava.cli
 import playground.scenes
 from checkpoints import picture
-from llava.commands import Commands, Parser, parser_of, resolve
-from llava.eval.run_llava import add_question_arguments
+from llava.commands import Commands, Parser, parser_of, resolve, run_command
+from llava.eval.run_llava import add_question_arguments, eval_model
 from llava.model.loading import check_device
 from llava.serve.cli import add_chat_arguments
 from llava.train import contrastive
@@ -78,6 +78,31 @@ def test_no_flag_takes_what_is_no_finite_number(bad: str):
         with pytest.raises(argparse.ArgumentTypeError, match=r"is no (finite )?number"):
             action.type(bad)
             pytest.fail(f"{prog} {action.option_strings} takes {bad}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_neither_does_a_snippet(bad: float):
+    """LLaVA's own way to ask, an object of attributes, which no parser has seen."""
+    asked = {"model_path": "m", "image_file": "i", "sep": ",", "num_beams": 1, "max_new_tokens": 1, "query": ""}
+    for temperature, top_p, said in ((bad, None, f"temperature={bad} is "), (0.5, bad, f"top_p={bad} is not above 0")):
+        with pytest.raises(ValueError, match=said):
+            eval_model(argparse.Namespace(**asked, temperature=temperature, top_p=top_p))
+
+
+def test_ctrl_c_ends_a_command_in_one_line(capsys):
+    def stopped(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    evaluation = next(parser for parser in own_parsers() if parser.prog == "python -m eval run")
+    assert run_command("eval", stopped, argparse.Namespace(interrupted=evaluation.get_default("interrupted"))) == 130
+    assert run_command("other", stopped, argparse.Namespace()) == 130
+    assert capsys.readouterr().err.split("\n") == [
+        "",
+        "eval: interrupted: the same command goes on from here",
+        "",
+        "other: interrupted",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("name", TRAININGS)
