@@ -47,6 +47,6 @@ if [[ -z "$budget" ]]; then
     exit
 fi
 # shellcheck disable=SC2086 # four words
-"$PYTHON" -m llava.cli visualize --model-path "$MODEL_PATH" $budget --image "$OUTPUT/scene.jpg" --out "$OUTPUT"
+"$PYTHON" -m llava.cli visualize --model-path "$MODEL_PATH" $budget --image "$OUTPUT/scene.jpg" --output "$OUTPUT"
 
 say "done: $OUTPUT/table.md, results.json, tokens.png"
