@@ -247,7 +247,8 @@ def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | 
     """K and M of ``--dominant`` and ``--contextual``, else, without ``--tokens``, the checkpoint's own.
 
     Raises:
-        ValueError: only one of the two is given, or no method that has a budget.
+        ValueError: only one of the two is given, no method that has a budget, or the checkpoint's own setting has no K
+            and M.
     """
     given = args.dominant, args.contextual
     if given != (None, None):
@@ -263,7 +264,15 @@ def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | 
         visionzip.VisionZipConfig(*given)  # checks them
         return given
     own = getattr(config, "visionzip", None)
-    return (own["dominant"], own["contextual"]) if own and not args.tokens else None
+    if not own or args.tokens:
+        return None
+    setting = visionzip.VisionZipConfig.from_dict(own)
+    if setting.keep is not None:
+        raise ValueError(
+            f"{args.model_path} has the setting method={setting.method!r} {setting} of its own: say what to run with "
+            f"--method {setting.method} and --tokens, a number"
+        )
+    return setting.dominant, setting.contextual
 
 
 def template_for(model_path: str, benchmark: Benchmark) -> str:

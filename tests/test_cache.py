@@ -23,6 +23,7 @@ from checkpoints import LANGUAGE_MODEL, NEXT, TOWER_PREFIX, edit_weights, pictur
 from llava.mm_utils import process_images
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
 from llava.train import train as llava_training
+from llava.train.cache import cache_visual_tokens
 from llava.train.token_store import CachedImages, Index, Writer, stamp_of
 from visionzip import visionzip
 
@@ -359,3 +360,10 @@ def test_a_model_takes_encoded_images(load, merge_type: str, setting: tuple[int,
             torch.testing.assert_close(image, tokens, atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError, match="5 of 6 images are EncodedImage"):
         model.visual_tokens([*encoded[:5], pixels[5]], SIZES)
+
+
+def test_a_choice_behind_the_projector_is_not_kept(load, tmp_path: Path):
+    """The projector may learn, and the choice with it."""
+    model = visionzip(load()[1], keep=4, method="norm")
+    with pytest.raises(ValueError, match=r"method='norm' chooses by what is behind the projector.*leave the cache out"):
+        cache_visual_tokens(str(tmp_path), None, model, None)

@@ -307,6 +307,12 @@ def test_grids_of_tiles(run, make_checkpoint, tmp_path: Path, capsys):
     assert "averages areas, but this LlavaLlamaForCausalLM" in capsys.readouterr().err
 
 
+def test_a_checkpoint_whose_own_setting_is_a_share(run, make_checkpoint, capsys):
+    own = {"layer": -2, "merge": "released", "method": "norm", "keep": 0.5}
+    assert eval_command(run("--method", "visionzip", model=make_checkpoint(visionzip=own), limit=2)) == 2
+    assert "has the setting method='norm' keep=0.5 of its own" in capsys.readouterr().err
+
+
 def test_answers_of_other_code_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     command = run("--method", "vanilla", limit=4)
     monkeypatch.setattr("eval.runner.git_commit", lambda: "c0ffee")

@@ -34,6 +34,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.screen import progress
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
+from visionzip.methods import method_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments  # loads peft and bitsandbytes, which `visionzip --help` need not
@@ -78,10 +79,16 @@ def cache_visual_tokens(folder: str, data: InstructionData, model: Any, training
         training: says device, precision and processes, and how many more processes read images.
 
     Raises:
-        ValueError: an image cannot be read; the message names its record. The others are encoded by then.
+        ValueError: the model's method chooses by what is behind the projector; or an image cannot be read, and the
+            message names its record. The others are encoded by then.
         OSError: the disk is full or will be, or another process has not encoded its share.
     """
     tower = model.get_vision_tower()
+    if tower.visionzip is not None and "projected" in method_of(tower.visionzip).reads:
+        raise ValueError(
+            f"cache_visual_tokens={folder}: method={tower.visionzip.method!r} chooses by what is behind the projector, "
+            "which may learn, so that its choice cannot be kept: leave the cache out, or choose another method"
+        )
     device = training.device  # asking for it sets up the processes
     precision = _precision(tower, training)
     names = dict.fromkeys(record["image"] for record in data.records if "image" in record)
