@@ -264,7 +264,7 @@ def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | 
         visionzip.VisionZipConfig(*given)  # checks them
         return given
     own = getattr(config, "visionzip", None)
-    if not own or args.tokens:
+    if not own or args.tokens or set(args.method) == {"vanilla"}:
         return None
     setting = visionzip.VisionZipConfig.from_dict(own)
     if setting.keep is not None:

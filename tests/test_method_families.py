@@ -17,6 +17,7 @@ from checkpoints import NEXT, SIGLIP, pixels
 from llava.model.builder import load_pretrained_model
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.compress import CompressedTokens
+from visionzip.encoder import compress_images
 from visionzip.methods import METHODS, EncoderRead, Method, TokenCounts, kept_patches
 
 # --- the setting ---
@@ -50,7 +51,7 @@ def test_the_setting_names_the_method_and_is_stored(load, tmp_path):
         ({"keep": 0}, "keep=0 is below 1"),
         ({"keep": 1.5}, "keep=1.5 is outside 0 to 1"),
         ({"keep": math.nan}, "keep=nan is outside 0 to 1"),
-        ({"keep": 4, "method": "random", "seed": -1}, "seed=-1 is negative"),
+        ({"keep": 4, "method": "random", "seed": -1}, "seed=-1 is outside 0 to"),
         ({"keep": 7, "method": "pool"}, "tokens=7 cannot be pooled"),
     ],
 )
@@ -134,3 +135,28 @@ def test_averages_do_not_join_tiles(load):
     for model in (load(**NEXT)[1], hf_models.llava_next()):
         with pytest.raises(ValueError, match=r"method='pool' averages areas, but this Llava.*use one of visionzip"):
             visionzip(model, keep=4, method="pool")
+
+
+def test_tiles_are_read_in_raster_order_whether_or_not_cls_is_kept(load):
+    """Patches stand row by row across the tiles: their positions count the encoder's CLS token, which is not kept."""
+    grid, keep, side = (2, 2), 8, 4
+    tiles = torch.randn(1, 5, 3, 56, 56)
+    for model in (load(**NEXT)[1], hf_models.llava_next()):
+        zipped = visionzip(model, keep=keep, method="uniform")
+        if hasattr(model, "get_vision_tower"):
+            joined = zipped.visual_tokens(tiles, [(112, 112)])[0]
+            each = zipped.encode_images(tiles[0])
+        else:
+            joined = model.model.get_image_features(tiles, torch.tensor([[112, 112]])).pooler_output[0]
+            compressed = compress_images(model.model.vision_tower, tiles[0], VisionZipConfig(keep=8, method="uniform"))
+            each = model.model.multi_modal_projector(compressed.tokens)
+        places = [(2 * slot + 1) * side**2 // (2 * keep) for slot in range(keep)]
+        order = sorted(
+            (
+                (tile // grid[0] * side + patch // side, tile % grid[0] * side + patch % side, tile + 1, slot)
+                for tile in range(4)
+                for slot, patch in enumerate(places)
+            )
+        )
+        expected = torch.cat([each[0], torch.stack([each[tile, slot] for _, _, tile, slot in order])])
+        torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5)

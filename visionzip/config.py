@@ -57,8 +57,8 @@ class VisionZipConfig:
             raise ValueError(f"contextual={self.contextual} is below 0: use 0 to keep dominant tokens only")
         if self.merge not in get_args(MergeRule):
             raise ValueError(f"merge={self.merge!r} is unknown: use one of {', '.join(map(repr, get_args(MergeRule)))}")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is negative: use 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} is outside 0 to 2**64 - 1")
         self._check_keep()
 
     def _check_keep(self) -> None:

@@ -142,7 +142,8 @@ def choose_tokens(
                 "not have: run it in a model"
             )
         with torch.no_grad():  # they only choose
-            read = dataclasses.replace(read, projected=project(read.patches))
+            projected = project(read.patches).to(read.hidden_states.device)
+            read = dataclasses.replace(read, projected=projected)
     return method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
 
 

@@ -46,6 +46,7 @@ class TokenMap:
         layer: 0..L-1, the layer that decides.
         cls_token: whether the encoder has a CLS token, which is no patch and always kept.
         roles: what happens to each patch; None if the tower is not zipped.
+        keeps_cls: whether the CLS token is one of the visual tokens of a zipped tower.
     """
 
     image: Tensor
@@ -54,6 +55,7 @@ class TokenMap:
     layer: int
     cls_token: bool
     roles: PatchRoles | None = None
+    keeps_cls: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -62,8 +64,9 @@ class TokenMap:
 
     @property
     def num_top(self) -> int:
-        """How many patches captions call the top ones: as many as are dominant; a tenth if the tower is not zipped."""
-        return max(1, self.num_patches // 10) if self.roles is None else int(self.roles.dominant.sum())
+        """How many patches captions call the top ones: as many as are dominant; a tenth if none is."""
+        kept = 0 if self.roles is None else int(self.roles.dominant.sum())
+        return kept or max(1, self.num_patches // 10)
 
     def top_share(self, layer: int) -> float:
         """Share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest ones hold."""
@@ -103,10 +106,14 @@ def inspect_tokens(model: nn.Module, images: Tensor) -> list[TokenMap]:
     side = tower.num_patches_per_side
     pixels = _as_shown(images, tower.image_processor, side * tower.config.patch_size)
     layer = tower.visionzip_layers(tower.visionzip or VisionZipConfig()) - 1
-    compress = partial(tower.compress, project=getattr(target, "_project", None))
+    compress = partial(
+        tower.compress, project=getattr(target, "_project", None) or getattr(target, "mm_projector", None)
+    )
     roles = [None] * len(images) if tower.visionzip is None else _roles_of(compress(images), tower.cls_token)
+    keeps_cls = tower.visionzip is not None and tower.counts.cls_token
     return [
-        TokenMap(pixels[i], (side, side), attention[i], layer, tower.cls_token, roles[i]) for i in range(len(roles))
+        TokenMap(pixels[i], (side, side), attention[i], layer, tower.cls_token, roles[i], keeps_cls)
+        for i in range(len(roles))
     ]
 
 

@@ -63,7 +63,7 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
         _draw_attention(heat, tokens)
         patches = int(role.dominant.sum())
         title = _count(patches, "dominant patch")
-        if tokens.cls_token:
+        if tokens.keeps_cls:
             title = f"{_count(patches + 1, 'dominant token')}: {_count(patches, 'patch')} + CLS"
         caption = f"they hold {tokens.top_share(tokens.layer):.0%} of the attention on patches"
         _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
@@ -106,7 +106,7 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
     for row, tokens, role in zip(rows, maps, roles, strict=True):
         axes = row.subplots()
         patches = int(role.dominant.sum())
-        title = _count(patches, "dominant patch") + " (+ CLS)" * tokens.cls_token
+        title = _count(patches, "dominant patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
             title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
         _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens))
@@ -144,7 +144,11 @@ def attention_histogram(maps: Sequence[TokenMap]) -> Figure:
     shares.plot(range(patches + 1), curve.numpy(), color=_CURVE)
     shares.plot([0, patches], [0, 1], color=_INK, linestyle=":")
     shares.plot([top], [float(curve[top])], "o", color=_MARK)
-    name = "a tenth of the patches" if maps[0].roles is None else "the dominant patches"
+    name = (
+        "a tenth of the patches"
+        if maps[0].roles is None or not maps[0].roles.dominant.any()
+        else "the dominant patches"
+    )
     text = f"{name}, {top} of {patches},\nhold {float(curve[top]):.0%} of the attention"
     # beside the mark and below the curve, which is concave
     shares.annotate(text, (top, float(curve[top])), xytext=(0.97, 0.08), textcoords="axes fraction", ha="right")
@@ -304,7 +308,7 @@ def _merged(tokens: TokenMap) -> str:
 def _summary(tokens: TokenMap) -> str:
     role = _roles(tokens)
     before = tokens.num_patches + tokens.cls_token
-    after = int(role.dominant.sum()) + tokens.cls_token + len(role.targets)
+    after = int(role.dominant.sum()) + tokens.keeps_cls + len(role.targets)
     read = f"{_count(tokens.num_patches, 'patch')}{' + CLS' if tokens.cls_token else ''}"
     return f"{read} become {_count(after, 'visual token')} ({after / before:.0%})"
 

@@ -195,8 +195,9 @@ class Watch:
         return time.perf_counter()
 
     def mark(self, phase: str) -> None:
-        """The phase ends now; the first time counts."""
-        if phase not in self._ends:
+        """The phase ends now. The first time counts; of the projector, which may run to choose, the last."""
+        again = phase in ("compression", "projector") and "layout" not in self._ends
+        if again or phase not in self._ends:
             self._ends[phase] = self._now()
 
     def seconds(self, phase: str) -> float:

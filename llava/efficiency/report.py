@@ -13,7 +13,7 @@ from llava import screen
 from llava.efficiency.measure import PHASES, Prompt, Timed, Way, encoder_layers
 from llava.files import write_atomically
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
-from visionzip.methods import token_counts
+from visionzip.methods import method_of, token_counts
 
 Spread = dict[str, Any]
 
@@ -129,7 +129,11 @@ def _flops(model: Any, prompt: Prompt, own: Timed) -> dict[str, int]:
     tokens = images * tower.num_patches
     if zipped is not None:
         counts = token_counts(zipped, tower.num_patches_per_side**2, tower.cls_token)
-        vision += sum(compression_flops(tower.config, images, *counts[:2]).values())
+        reads, patches = method_of(zipped).reads, images * tower.num_patches_per_side**2
+        extra = compression_flops(tower.config, images, *counts[:2])
+        vision += extra["score"] if "scores" in reads else 0
+        vision += extra["similarity"] + extra["merge"] if "keys" in reads else 0
+        vision += projector_flops(tower.hidden_size, config.hidden_size, patches) if "projected" in reads else 0
         tokens = images * counts.total
     vision += projector_flops(tower.hidden_size, config.hidden_size, tokens)
     # The paper's formula layer by layer, which is the formula itself where all layers see the same.

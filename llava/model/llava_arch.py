@@ -395,5 +395,8 @@ class LlavaMetaForCausalLM(CheckedLoading):
         tower = self.get_vision_tower()
         if dominant_indices is None:
             return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
-        side = tower.num_patches_per_side
-        return join_tiles(tokens, dominant_indices, layout.grid, side, cls_token=tower.counts.cls_token)
+        side, kept_cls = tower.num_patches_per_side, tower.counts.cls_token
+        patches = dominant_indices - int(
+            tower.cls_token and not kept_cls
+        )  # positions count a CLS token that is dropped
+        return join_tiles(tokens, patches, layout.grid, side, cls_token=kept_cls)

@@ -92,7 +92,8 @@ def tile_features(
     compressed = compress_images(tower, flat_tiles(pixel_values, counts), config, base.multi_modal_projector)
     features = base.multi_modal_projector(compressed.tokens)
     cls_token = token_counts(config, side_length(tower) ** 2, has_cls_token(tower)).cls_token
-    kept = compressed.dominant_indices.split(counts)
+    dropped_cls = has_cls_token(tower) and not cls_token  # positions count it
+    kept = (compressed.dominant_indices - int(dropped_cls)).split(counts)
     images = []
     for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True):
         if shape is None:

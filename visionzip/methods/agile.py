@@ -19,9 +19,10 @@ MEAN_RANK = 0.08
 
 def effective_rank(features: Tensor) -> Tensor:
     """Compute exp of the entropy of each image's normalised singular values: (B,) of features (B, N, D)."""
-    gram = features.detach().float()
-    gram = gram @ gram.mT if gram.shape[1] <= gram.shape[2] else gram.mT @ gram
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    with torch.autocast(features.device.type, enabled=False):
+        gram = features.detach().float()
+        gram = gram @ gram.mT if gram.shape[1] <= gram.shape[2] else gram.mT @ gram
+        singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     return torch.special.entr(share).sum(dim=-1).exp()
 
