@@ -378,4 +378,4 @@ def test_training_is_refused(folder: Path, tmp_path: Path, vision_tower: str | N
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "none.json").write_text(json.dumps([{"id": "a", "image": "none.png", "conversations": turns}]))
     with pytest.raises(ValueError, match=r"Video-LLaVA-tiny is a Video-LLaVA, which is not trained here"):
-        train(arguments, DataArguments(data_path=str(tmp_path / "none.json")), training)
+        train(arguments, DataArguments(data_path=str(tmp_path / "none.json"), image_folder=str(tmp_path)), training)
