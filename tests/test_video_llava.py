@@ -372,10 +372,11 @@ def test_wrong_kinds_are_refused(model: Any):
 
 @pytest.mark.parametrize("vision_tower", [None, "some/tower"])
 def test_training_is_refused(folder: Path, tmp_path: Path, vision_tower: str | None):
-    """Before any image is opened."""
+    """Before anything is loaded."""
     arguments = ModelArguments(str(folder), vision_tower, tune_mm_mlp_adapter=True)
     training = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
+    picture(0).save(tmp_path / "none.png")
     (tmp_path / "none.json").write_text(json.dumps([{"id": "a", "image": "none.png", "conversations": turns}]))
     with pytest.raises(ValueError, match=r"Video-LLaVA-tiny is a Video-LLaVA, which is not trained here"):
         train(arguments, DataArguments(data_path=str(tmp_path / "none.json"), image_folder=str(tmp_path)), training)
