@@ -50,6 +50,11 @@ def has_cls_token(vision_model: nn.Module) -> bool:
     return hasattr(vision_model.embeddings, "class_embedding")
 
 
+def side_length(vision_model: nn.Module) -> int:
+    """Patches along the edge of an image."""
+    return vision_model.config.image_size // vision_model.config.patch_size
+
+
 def layers_needed(vision_model: nn.Module, layer: int) -> int:
     """How many encoder layers have to run for the output of ``layer``.
 
@@ -104,8 +109,7 @@ def read_encoder(
     reads = method_of(config).reads
     layers = layers_needed(vision_model, config.layer)
     cls_token = has_cls_token(vision_model)
-    side = vision_model.config.image_size // vision_model.config.patch_size
-    facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side, side)}
+    facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
     if not reads & {"scores", "keys"}:  # no hook where nothing is read
         return EncoderRead(hidden_states(vision_model, pixel_values, layers, **layer_kwargs), **facts)
 

@@ -13,6 +13,7 @@ def tile_order(
     patches: tuple[int, int],
     *,
     cls_token: bool = True,
+    keeps_cls: bool | None = None,
 ) -> Tensor:
     """Order in which the compressed tiles of one LLaVA-NeXT image enter the language model.
 
@@ -25,7 +26,8 @@ def tile_order(
         contextual: M, contextual tokens of each tile.
         grid: (columns, rows) of tiles, whole image not counted: columns * rows = T - 1.
         patches: (columns, rows) of patches in a tile.
-        cls_token: position 0 of each tile is a CLS token.
+        cls_token: position 0 of each tile is a CLS token, so that patch 0 has position 1.
+        keeps_cls: the first of the K is that token; as ``cls_token`` if not given.
 
     Returns:
         (T * (K + M),) int64: a permutation of the flattened tokens.
@@ -38,12 +40,12 @@ def tile_order(
     if grid_columns * grid_rows != tiles - 1:
         raise ValueError(f"a grid of {grid_columns} x {grid_rows} does not hold {tiles - 1} tiles (whole image apart)")
     columns, rows = patches
-    length, first_patch = kept + contextual, int(cls_token)
+    length, first_patch = kept + contextual, int(cls_token if keeps_cls is None else keeps_cls)
     device = dominant_indices.device
 
     tile = torch.arange(tiles - 1, device=device)[:, None]
     start = (tile + 1) * length  # of each tile in the flattened tokens
-    patch = dominant_indices[1:, first_patch:] - first_patch
+    patch = dominant_indices[1:, first_patch:] - int(cls_token)
     y = (tile // grid_columns) * rows + patch // columns
     x = (tile % grid_columns) * columns + patch % columns
     raster = (y * (grid_columns * columns) + x).flatten().argsort()
@@ -56,7 +58,13 @@ def tile_order(
 
 
 def join_tiles(
-    tokens: Tensor, dominant_indices: Tensor, grid: tuple[int, int], side: int, *, cls_token: bool = True
+    tokens: Tensor,
+    dominant_indices: Tensor,
+    grid: tuple[int, int],
+    side: int,
+    *,
+    cls_token: bool = True,
+    keeps_cls: bool | None = None,
 ) -> Tensor:
     """One image's compressed tiles in the order of :func:`tile_order`.
 
@@ -66,6 +74,7 @@ def join_tiles(
         grid: (columns, rows) as there.
         side: patches along one edge of a tile.
         cls_token: as there.
+        keeps_cls: as there.
 
     Returns:
         (T * (K + M), D).
@@ -74,5 +83,5 @@ def join_tiles(
         ValueError: the grid does not hold T - 1 tiles.
     """
     contextual = tokens.shape[1] - dominant_indices.shape[1]
-    order = tile_order(dominant_indices, contextual, grid, (side, side), cls_token=cls_token)
+    order = tile_order(dominant_indices, contextual, grid, (side, side), cls_token=cls_token, keeps_cls=keeps_cls)
     return tokens.flatten(0, 1)[order.to(tokens.device)]

@@ -34,7 +34,7 @@ from llava.methods import METHODS, ON_TRANSFORMERS, detach, per_tile
 from llava.model.builder import config_values, load_pretrained_model
 from llava.model.transformers_llava import is_transformers
 
-TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --methods says nothing
+TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --method says nothing
 
 
 def benchmark_prefill(args: argparse.Namespace) -> None:
@@ -236,7 +236,7 @@ def _add_arguments(parser: argparse.ArgumentParser, rounds: int | None) -> None:
         dest="methods",
         nargs="+",
         choices=list(METHODS),
-        help="ways to compare (default: all; on transformers' models vanilla and visionzip)",
+        help=f"ways to compare (default: {', '.join(TIMED)}; on transformers' models those of them that run there)",
     )
     add_tokens_argument(parser, "image, all its tiles together", "160 of a LLaVA-NeXT, else 64")
     parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")

@@ -395,8 +395,5 @@ class LlavaMetaForCausalLM(CheckedLoading):
         tower = self.get_vision_tower()
         if dominant_indices is None:
             return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
-        side, kept_cls = tower.num_patches_per_side, tower.counts.cls_token
-        patches = dominant_indices - int(
-            tower.cls_token and not kept_cls
-        )  # positions count a CLS token that is dropped
-        return join_tiles(tokens, patches, layout.grid, side, cls_token=kept_cls)
+        cls = {"cls_token": tower.cls_token, "keeps_cls": tower.counts.cls_token}
+        return join_tiles(tokens, dominant_indices, layout.grid, tower.num_patches_per_side, **cls)

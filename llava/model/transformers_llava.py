@@ -5,7 +5,7 @@ LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transfo
 text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
 
 OneVision's images are all cut into tiles; its stock processor gives those that share
-a prompt with others one tile each. FastV, SparseVLM and the controls hook into LLaVA's own classes: convert to these.
+a prompt with others one tile each. FastV and SparseVLM hook into LLaVA's own classes: convert to these.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import has_cls_token, layers_needed
+from visionzip.encoder import has_cls_token, layers_needed, side_length
 from visionzip.integrations import generation
 from visionzip.integrations.huggingface import (
     NO_IDS,
@@ -31,7 +31,6 @@ from visionzip.integrations.huggingface import (
     pixel_names,
     renamed,
     sequence_length,
-    side_length,
     visuals,
 )
 from visionzip.integrations.placeholders import Visual, find_runs, shorten

@@ -11,18 +11,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import compress_images, has_cls_token
+from visionzip.encoder import compress_images, has_cls_token, side_length
 from visionzip.integrations.huggingface import (
     Family,
     Modality,
     check_layer,
     check_pixels,
     full_length,
+    short_counts,
     short_length,
-    side_length,
 )
 from visionzip.integrations.placeholders import Run
-from visionzip.methods import token_counts
 from visionzip.tiles import join_tiles
 
 
@@ -91,15 +90,14 @@ def tile_features(
     tower, counts = base.vision_tower, [tile_count(shape) for shape in shapes]
     compressed = compress_images(tower, flat_tiles(pixel_values, counts), config, base.multi_modal_projector)
     features = base.multi_modal_projector(compressed.tokens)
-    cls_token = token_counts(config, side_length(tower) ** 2, has_cls_token(tower)).cls_token
-    dropped_cls = has_cls_token(tower) and not cls_token  # positions count it
-    kept = (compressed.dominant_indices - int(dropped_cls)).split(counts)
+    cls = {"cls_token": has_cls_token(tower), "keeps_cls": short_counts(tower, config).cls_token}
+    kept = compressed.dominant_indices.split(counts)
     images = []
     for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True):
         if shape is None:
             images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
         else:
-            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), cls_token=cls_token))
+            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), **cls))
     return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import choose_tokens, has_cls_token, read_encoder
+from visionzip.encoder import choose_tokens, has_cls_token, read_encoder, side_length
 from visionzip.integrations.hf_llava_next import image_features, image_runs
-from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels, side_length
+from visionzip.integrations.huggingface import Family, Modality, check_layer, check_pixels
 from visionzip.integrations.placeholders import Run
 from visionzip.methods import token_counts
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import choose_tokens, has_cls_token, read_encoder
+from visionzip.encoder import choose_tokens, has_cls_token, read_encoder, side_length
 from visionzip.integrations.hf_llava_next import check_tiles, grids, tile_count, tile_features
 from visionzip.integrations.huggingface import (
     Family,
@@ -29,7 +29,6 @@ from visionzip.integrations.huggingface import (
     check_pixels,
     full_length,
     short_length,
-    side_length,
 )
 from visionzip.integrations.placeholders import Run
 from visionzip.methods import token_counts

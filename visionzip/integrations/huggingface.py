@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import check_finite, has_cls_token
+from visionzip.encoder import check_finite, has_cls_token, side_length
 from visionzip.integrations.placeholders import Held, Run, Visual
-from visionzip.methods import token_counts
+from visionzip.methods import TokenCounts, token_counts
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,6 @@ class Zipped:
 # --- what a family's file needs ---
 
 
-def side_length(tower: nn.Module) -> int:
-    """Patches along the edge of an image."""
-    return tower.config.image_size // tower.config.patch_size
-
-
 def sequence_length(tower: nn.Module) -> int:
     """S, tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
     return side_length(tower) ** 2 + has_cls_token(tower)
@@ -125,7 +120,12 @@ def sequence_length(tower: nn.Module) -> int:
 
 def short_length(tower: nn.Module, config: VisionZipConfig) -> int:
     """Visual tokens of one encoder input (image, tile, frame) when zipped, or all of them if these are fewer."""
-    return token_counts(config, side_length(tower) ** 2, has_cls_token(tower)).total
+    return short_counts(tower, config).total
+
+
+def short_counts(tower: nn.Module, config: VisionZipConfig) -> TokenCounts:
+    """What those are: K and M, and whether CLS is among the K."""
+    return token_counts(config, side_length(tower) ** 2, has_cls_token(tower))
 
 
 def full_length(base: nn.Module, tower: nn.Module, arguments: Mapping[str, Any]) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 
 from visionzip.compress import CompressedTokens, compress_tokens
 from visionzip.config import VisionZipConfig
 from visionzip.methods.base import EncoderRead, Method, TokenCounts
-
-PAPER = "VisionZip, arXiv 2412.04467"
 
 
 def split(tokens: int) -> tuple[int, int]:
@@ -57,33 +57,26 @@ METHOD = Method(
     "K dominant tokens (CLS included) and M contextual ones, 27 to 5",
     choose,
     frozenset({"scores", "keys"}),
-    PAPER,
+    "VisionZip, arXiv 2412.04467",
     split,
     keeps_cls=True,
 )
-DOMINANT_ONLY = Method(
-    "dominant-only",
-    "ablation: dominant tokens (CLS included), the rest dropped",
-    choose,
-    frozenset({"scores", "keys"}),
-    PAPER,
-    lambda tokens: (tokens, 0),
-    keeps_cls=True,
+DOMINANT_ONLY = replace(
+    METHOD,
+    name="dominant-only",
+    summary="ablation: dominant tokens (CLS included), the rest dropped",
+    split=lambda tokens: (tokens, 0),
 )
-CONTEXTUAL_ONLY = Method(
-    "contextual-only",
-    "ablation: CLS and T - 1 contextual tokens",
-    choose,
-    frozenset({"scores", "keys"}),
-    PAPER,
-    lambda tokens: (1, tokens - 1),
-    keeps_cls=True,
+CONTEXTUAL_ONLY = replace(
+    METHOD,
+    name="contextual-only",
+    summary="ablation: CLS and T - 1 contextual tokens",
+    split=lambda tokens: (1, tokens - 1),
 )
-NO_CLS = Method(
-    "no-cls",
-    "ablation: as visionzip, with one more patch in the place of CLS",
-    choose_without_cls,
-    frozenset({"scores", "keys"}),
-    PAPER,
-    split,
+NO_CLS = replace(
+    METHOD,
+    name="no-cls",
+    summary="ablation: as visionzip, with one more patch in the place of CLS",
+    choose=choose_without_cls,
+    keeps_cls=False,
 )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llava.model.loading import find_file, gathered, load_weights, no_load_report, weight_files
 from visionzip import CompressedTokens, VisionZipConfig
-from visionzip.encoder import compress_images, hidden_states, layers_needed
+from visionzip.encoder import compress_images, hidden_states, layers_needed, side_length
 from visionzip.methods import TokenCounts, token_counts
 
 logger = logging.getLogger(__name__)
@@ -251,9 +251,6 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        return self._patches(images)
-
-    def _patches(self, images: Tensor) -> Tensor:
         pixels, over_time = self._encoder_inputs(images)
         features = hidden_states(self.encoder, pixels, self.feature_layers(self.select_layer), **over_time)
         if self.cls_token and self.select_feature == "patch":
@@ -328,7 +325,7 @@ class VisionTower(nn.Module):
     @property
     def num_patches_per_side(self) -> int:
         """Patches along one edge of the image."""
-        return self.config.image_size // self.config.patch_size
+        return side_length(self.encoder)
 
     @property
     def num_patches(self) -> int:
