@@ -97,8 +97,8 @@ def _before(method: Choosing) -> Method:
     def put(model: Any, tokens: int, seed: int) -> None:
         visionzip(model, keep=tokens, method=method.name, seed=seed)
 
-    shows_split = method.split(8) != (8, 0) or method.keeps_cls
-    return Method(method.summary, put, method.paper, method.split if shows_split else None, method.seeded)
+    split = method.split if "keys" in method.reads else None  # who merges by keys has K and M: VisionZip, its ablations
+    return Method(method.summary, put, method.paper, split, method.seeded)
 
 
 FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"

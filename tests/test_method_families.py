@@ -14,6 +14,7 @@ from mini_gemini import pixels as large_pixels
 from torch import Tensor
 
 from checkpoints import NEXT, SIGLIP, pixels
+from llava.methods import METHODS as TIMED_METHODS
 from llava.model.builder import load_pretrained_model
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.compress import CompressedTokens
@@ -160,3 +161,9 @@ def test_tiles_are_read_in_raster_order_whether_or_not_cls_is_kept(load):
         )
         expected = torch.cat([each[0], torch.stack([each[tile, slot] for _, _, tile, slot in order])])
         torch.testing.assert_close(joined, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_merges_or_keeps_cls_is_split():
+    """A table shows K and M of VisionZip and its ablations; other methods have T tokens of one kind."""
+    shown = [name for name, method in TIMED_METHODS.items() if method.split is not None]
+    assert shown == ["visionzip", "dominant-only", "contextual-only", "no-cls"]
