@@ -21,8 +21,8 @@ from statistics import fmean
 from typing import Any
 
 from visionzip import unzip, visionzip
-from visionzip.baselines import fastv, fastv_keep, remove_pruning, sparsevlm
-from visionzip.baselines.sparsevlm import COUNTS, LAYERS, single_layer_keep
+from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
+from visionzip.language.sparsevlm import COUNTS, LAYERS, single_layer_keep
 from visionzip.methods import METHODS as CHOOSING
 from visionzip.methods.base import Method as Choosing
 

@@ -149,7 +149,7 @@ def test_each_image_is_compressed_alone(problem: dict[str, Any]):
     result = compress_tokens(**problem)
     for image in range(len(problem["hidden_states"])):
         alone = problem | {name: problem[name][image, None] for name in ("hidden_states", "scores", "keys")}
-        assert_same(compress_tokens(**alone), CompressedTokens(*(value[image, None] for value in result)))
+        assert_same(compress_tokens(**alone), CompressedTokens(*(value[image, None] for value in result[:4])))
 
 
 @properties
@@ -282,7 +282,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype):
     plain = compress_tokens(**inputs, dominant=54, contextual=30)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = compress_tokens(**inputs, dominant=54, contextual=30)
-    for a, b in zip(under_autocast, plain, strict=True):
+    for a, b in zip(under_autocast[:4], plain[:4], strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 

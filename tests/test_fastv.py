@@ -11,9 +11,9 @@ from torch import Tensor
 
 from slow_llama import slow_fastv, slow_forward, slow_sparsevlm
 from visionzip import unzip, visionzip
-from visionzip.baselines import fastv, fastv_keep, remove_pruning, sparsevlm
-from visionzip.baselines.language import seen_of_prompt
-from visionzip.baselines.selection import keep_top
+from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
+from visionzip.language.pruning import seen_of_prompt
+from visionzip.language.selection import keep_top
 
 TEXTS = ([1, 7, -200, 20, 21, 22, 23, 24], [1, -200, 30, 31], [1, 9, 8, 7, 6, -200, 40, 41, 42])
 METHODS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {

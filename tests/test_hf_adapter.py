@@ -24,7 +24,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.transformers_llava import TransformersLlava
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
-from visionzip.baselines import fastv
+from visionzip.language import fastv
 from visionzip.visualize import inspect_tokens
 
 LAYOUTS = [pytest.param({}, id="1.5"), pytest.param(NEXT, id="next")]

@@ -11,8 +11,8 @@ from torch import Tensor
 from checkpoints import CLIP
 from eval.methods import Run, attach
 from slow_llama import slow_clusters, slow_raters
-from visionzip.baselines import sparsevlm
-from visionzip.baselines.sparsevlm import COUNTS, num_recycled, recycled, single_layer_keep, text_raters
+from visionzip.language import sparsevlm
+from visionzip.language.sparsevlm import COUNTS, num_recycled, recycled, single_layer_keep, text_raters
 
 
 def random_prompt(seed: int) -> tuple[Tensor, Tensor, Tensor]:

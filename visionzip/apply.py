@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from visionzip.config import MergeRule, VisionZipConfig
+from visionzip.config import MergeRule, Positions, VisionZipConfig
 from visionzip.integrations import find_integration
 from visionzip.methods.visionzip import split
 
@@ -24,6 +24,8 @@ def visionzip(
     layer: int | None = None,
     merge: MergeRule | None = None,
     seed: int | None = None,
+    positions: Positions | None = None,
+    size_bias: bool | None = None,
 ) -> Model:
     """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
@@ -42,8 +44,11 @@ def visionzip(
             VisionZip take ``keep``.
         layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
         merge: ``"released"`` (default) or ``"average"``.
-        seed: of methods that draw at random (default: 0). All of these are explained in :class:`VisionZipConfig`. With
-            none of them, the setting stored in ``model.config.visionzip`` is applied, if there is one.
+        seed: of methods that draw at random (default: 0).
+        positions: ``"consecutive"`` (default) or ``"original"``.
+        size_bias: whether a kept token's attention grows with the patches it stands for (default: no). All of
+            these are explained in :class:`VisionZipConfig`. With none of them, the setting stored in
+            ``model.config.visionzip`` is applied, if there is one.
 
     Returns:
         The same object.
@@ -65,7 +70,7 @@ def visionzip(
     if type(keep) is int and keep > 0 and method in (None, "visionzip"):
         (dominant, contextual), keep = split(keep), None
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
-    setting |= {"layer": layer, "merge": merge, "seed": seed}
+    setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
     given = {name: value for name, value in setting.items() if value is not None}
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     if stored and not given:

@@ -25,12 +25,15 @@ class CompressedTokens(NamedTuple):
         target_indices: (B, M) int64, ascending position of each contextual token's target.
         assignment: (B, S) int64, slot 0..M-1 of the contextual token that each position went into (a target goes into
             its own), -1 for dominant positions. With M = 0 all are -1: the rest is dropped.
+        sizes: (B, K+M) float32, patches that each token stands for in the language model's attention; None where the
+            setting has no ``size_bias``.
     """
 
     tokens: Tensor
     dominant_indices: Tensor
     target_indices: Tensor
     assignment: Tensor
+    sizes: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -101,6 +104,34 @@ def compress_tokens(
     assignment = assignment.scatter(1, rest, slots)
     merged = _merge(hidden_states, assignment, target_indices, merge)
     return CompressedTokens(torch.cat([kept, merged], dim=1), dominant_indices, target_indices, assignment)
+
+
+def group_sizes(keys: Tensor, kept: Tensor, cls_token: bool) -> Tensor:
+    """Count the patches that each kept token stands for: itself, and the dropped ones that are most like it.
+
+    A dropped patch counts for the kept one whose key is most similar (cosine; the first where equal). A CLS token
+    stands for no patch: it counts 1, and no other counts for it, unless it is all that is kept.
+
+    Args:
+        keys: (B, S, Dk), keys of the sequence, averaged over heads.
+        kept: (B, T) int64 positions that the tokens keep.
+        cls_token: position 0 is a CLS token.
+
+    Returns:
+        (B, T) float32, each at least 1; a row's sum is N, or N + 1 with a CLS token that is kept.
+    """
+    batch, length, _ = keys.shape
+    with torch.autocast(keys.device.type, enabled=False):
+        unit = F.normalize(_at_least_float32(keys), dim=-1)
+        similarity = unit @ _gather_tokens(unit, kept).mT  # (B, S, T)
+    if cls_token:
+        similarity = similarity.masked_fill((kept == 0)[:, None], -2.0)
+    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    member = similarity.argmax(dim=-1).scatter(1, kept, own)
+    counted = torch.ones(batch, length, device=keys.device)
+    if cls_token:  # one that was dropped is no patch of anyone's
+        counted[:, 0] = (kept == 0).any(dim=1).float()
+    return counted.new_zeros(kept.shape).scatter_add(1, member, counted)
 
 
 def _check_shapes(hidden_states: Tensor, scores: Tensor, keys: Tensor, cls_token: bool) -> None:

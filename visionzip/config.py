@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 MergeRule = Literal["released", "average"]
+Positions = Literal["consecutive", "original"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class VisionZipConfig:
         keep: T, tokens to keep in all, or their share of the patches (0.25); it takes the place of ``dominant`` and
             ``contextual``. LLaVA-NeXT: per tile.
         seed: of methods that draw at random, 0 or more.
+        positions: where the kept tokens stand in the language model: ``"consecutive"``, as released, or
+            ``"original"``: where they would stand if all were there, and the text behind them likewise.
+        size_bias: add the logarithm of how many patches a kept token stands for to its attention logits in the language
+            model (proportional attention, ToMe, arXiv 2210.09461).
 
     Raises:
-        TypeError: a number is of the wrong type.
-        ValueError: a number is outside its limits, ``merge`` is unknown, or a method other than VisionZip has no
-            ``keep``.
+        TypeError: a number or a switch is of the wrong type.
+        ValueError: a number is outside its limits, ``merge`` or ``positions`` is unknown, or a method other than
+            VisionZip has no ``keep``.
 
     The defaults are the paper's 64-token setting of LLaVA-1.5 (Table 1).
     """
@@ -41,6 +46,8 @@ class VisionZipConfig:
     method: str = "visionzip"
     keep: int | float | None = None
     seed: int = 0
+    positions: Positions = "consecutive"
+    size_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual", "layer", "seed"):
@@ -55,8 +62,11 @@ class VisionZipConfig:
             )
         if self.contextual < 0:
             raise ValueError(f"contextual={self.contextual} is below 0: use 0 to keep dominant tokens only")
-        if self.merge not in get_args(MergeRule):
-            raise ValueError(f"merge={self.merge!r} is unknown: use one of {', '.join(map(repr, get_args(MergeRule)))}")
+        for name, rules in (("merge", MergeRule), ("positions", Positions)):
+            if (value := getattr(self, name)) not in get_args(rules):
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, get_args(rules)))}")
+        if not isinstance(self.size_bias, bool):
+            raise TypeError(f"size_bias={self.size_bias!r} must be True or False")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} is outside 0 to 2**64 - 1")
         self._check_keep()
@@ -95,7 +105,7 @@ class VisionZipConfig:
         values = dataclasses.asdict(self)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         unsaid = ("dominant", "contextual") if self.keep is not None else ()
-        optional = ("method", "keep", "seed")
+        optional = ("method", "keep", "seed", "positions", "size_bias")
         return {
             name: value
             for name, value in values.items()

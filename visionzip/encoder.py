@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
-from visionzip.compress import CompressedTokens
+from visionzip.compress import CompressedTokens, group_sizes
 from visionzip.config import VisionZipConfig
 from visionzip.methods import EncoderRead, method_of
 
@@ -106,7 +106,7 @@ def read_encoder(
     Raises:
         ValueError: the encoder has no such layer, or the method is unknown.
     """
-    reads = method_of(config).reads
+    reads = method_of(config).reads | ({"keys"} if config.size_bias else set())
     layers = layers_needed(vision_model, config.layer)
     cls_token = has_cls_token(vision_model)
     facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
@@ -148,7 +148,11 @@ def choose_tokens(
         with torch.no_grad():  # they only choose
             projected = project(read.patches).to(read.hidden_states.device)
             read = dataclasses.replace(read, projected=projected)
-    return method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
+    chosen = method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
+    if config.size_bias:
+        with torch.no_grad():
+            return chosen._replace(sizes=group_sizes(read.keys, chosen.kept, read.cls_token))
+    return chosen
 
 
 def compress_images(

@@ -75,7 +75,7 @@ class LlavaMetaModel:
         """The backbone's own forward, to which visual tokens are tokens like others.
 
         ``visual_mask`` (B, L), true where they are, is for what listens to this module: the baselines that prune them
-        inside the language model (:mod:`visionzip.baselines`).
+        inside the language model (:mod:`visionzip.language`).
         """
         return super().forward(*args, **kwargs)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visionzip.baselines.language import Model, Pruning, attach_pruning
-from visionzip.baselines.selection import Keep
+from visionzip.language.pruning import Model, Pruning, attach_pruning
+from visionzip.language.selection import Keep
 
 
 def fastv(model: Model, layer: int = 2, keep: Keep = 0.5) -> Model:

@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from visionzip.apply import unwrap
-from visionzip.baselines.selection import Keep, attention_received, keep_top, number_to_keep
 from visionzip.integrations import find_integration, llava
+from visionzip.language.selection import Keep, attention_received, keep_top, number_to_keep
 
 Model = TypeVar("Model", bound=nn.Module)
 
