@@ -45,9 +45,9 @@ def visionzip(
         layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
         merge: ``"released"`` (default) or ``"average"``.
         seed: of methods that draw at random (default: 0).
-        positions: ``"consecutive"`` (default) or ``"original"``.
-        size_bias: whether a kept token's attention grows with the patches it stands for (default: no). All of
-            these are explained in :class:`VisionZipConfig`. With none of them, the setting stored in
+        positions: ``"consecutive"`` or ``"original"`` (default: the method's own).
+        size_bias: whether a kept token's attention grows with the patches it stands for (default: the method's own).
+            All of these are explained in :class:`VisionZipConfig`. With none of them, the setting stored in
             ``model.config.visionzip`` is applied, if there is one.
 
     Returns:

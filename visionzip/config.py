@@ -29,7 +29,7 @@ class VisionZipConfig:
         positions: where the kept tokens stand in the language model: ``"consecutive"``, as released, or
             ``"original"``: where they would stand if all were there, and the text behind them likewise.
         size_bias: add the logarithm of how many patches a kept token stands for to its attention logits in the language
-            model (proportional attention, ToMe, arXiv 2210.09461).
+            model (proportional attention, ToMe, arXiv 2210.09461). None, here and in ``positions``, is the method's own.
 
     Raises:
         TypeError: a number or a switch is of the wrong type.
@@ -46,8 +46,8 @@ class VisionZipConfig:
     method: str = "visionzip"
     keep: int | float | None = None
     seed: int = 0
-    positions: Positions = "consecutive"
-    size_bias: bool = False
+    positions: Positions | None = None
+    size_bias: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual", "layer", "seed"):
@@ -62,10 +62,10 @@ class VisionZipConfig:
             )
         if self.contextual < 0:
             raise ValueError(f"contextual={self.contextual} is below 0: use 0 to keep dominant tokens only")
-        for name, rules in (("merge", MergeRule), ("positions", Positions)):
-            if (value := getattr(self, name)) not in get_args(rules):
-                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, get_args(rules)))}")
-        if not isinstance(self.size_bias, bool):
+        for name, known in (("merge", get_args(MergeRule)), ("positions", (None, *get_args(Positions)))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, filter(None, known)))}")
+        if not isinstance(self.size_bias, bool | None):
             raise TypeError(f"size_bias={self.size_bias!r} must be True or False")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} is outside 0 to 2**64 - 1")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention
 from visionzip.compress import CompressedTokens, group_sizes
 from visionzip.config import VisionZipConfig
-from visionzip.methods import EncoderRead, method_of
+from visionzip.methods import EncoderRead, has_size_bias, method_of
 
 
 def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> None:
@@ -106,7 +106,7 @@ def read_encoder(
     Raises:
         ValueError: the encoder has no such layer, or the method is unknown.
     """
-    reads = method_of(config).reads | ({"keys"} if config.size_bias else set())
+    reads = method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
     layers = layers_needed(vision_model, config.layer)
     cls_token = has_cls_token(vision_model)
     facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
@@ -149,7 +149,7 @@ def choose_tokens(
             projected = project(read.patches).to(read.hidden_states.device)
             read = dataclasses.replace(read, projected=projected)
     chosen = method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
-    if config.size_bias:
+    if has_size_bias(config):
         with torch.no_grad():
             return chosen._replace(sizes=group_sizes(read.keys, chosen.kept, read.cls_token))
     return chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from visionzip.config import VisionZipConfig
+from visionzip.config import Positions, VisionZipConfig
 from visionzip.methods import agile, cen_prune, controls, divprune, norm, scope, visionzip
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches, top_patches
 
@@ -18,8 +18,10 @@ __all__ = [
     "Method",
     "TokenCounts",
     "check_setting",
+    "has_size_bias",
     "kept_patches",
     "method_of",
+    "positions_of",
     "token_counts",
     "top_patches",
     "uncompressed",
@@ -55,6 +57,16 @@ def method_of(config: VisionZipConfig) -> Method:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"method={config.method!r} is unknown: use one of {', '.join(METHODS)}{hint}")
     return METHODS[config.method]
+
+
+def positions_of(config: VisionZipConfig) -> Positions:
+    """Say where kept tokens stand in the language model: what the setting says, or else the method."""
+    return config.positions or method_of(config).positions
+
+
+def has_size_bias(config: VisionZipConfig) -> bool:
+    """Say whether kept tokens are attended to by their size: what the setting says, or else the method."""
+    return method_of(config).size_bias if config.size_bias is None else config.size_bias
 
 
 def uncompressed(config: VisionZipConfig, patches: int, cls_token: bool) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visionzip.compress import CompressedTokens
-from visionzip.config import VisionZipConfig
+from visionzip.config import Positions, VisionZipConfig
 
 Reads = Literal["scores", "keys", "projected", "pixels", "grid"]
 
@@ -78,6 +78,8 @@ class Method:
         keeps_patches: whether each token stands where one patch was. What averages over areas does not fit families
             that lay out the patches of tiles, or look closer at each.
         seeded: other seeds give other choices.
+        positions: where the language model has its tokens, if the setting does not say.
+        size_bias: whether they are attended to by their size, if the setting does not say.
         check: ``(tokens, grid)``: raises ValueError where T tokens cannot be made of a grid (rows, columns) of patches.
     """
 
@@ -90,6 +92,8 @@ class Method:
     keeps_cls: bool = False
     keeps_patches: bool = True
     seeded: bool = False
+    positions: Positions = "consecutive"
+    size_bias: bool = False
     check: Callable[[int, tuple[int, int]], object] = lambda tokens, grid: None
 
     def counts(self, config: VisionZipConfig, patches: int, cls_token: bool) -> TokenCounts:
