@@ -29,7 +29,7 @@ class VisionZipConfig:
         positions: where the kept tokens stand in the language model: ``"consecutive"``, as released, or
             ``"original"``: where they would stand if all were there, and the text behind them likewise.
         size_bias: add the logarithm of how many patches a kept token stands for to its attention logits in the language
-            model (proportional attention, ToMe, arXiv 2210.09461). None, here and in ``positions``, is the method's own.
+            model (ToMe, arXiv 2210.09461). None, here and in ``positions``, is the method's own.
 
     Raises:
         TypeError: a number or a switch is of the wrong type.
