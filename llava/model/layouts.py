@@ -28,9 +28,14 @@ _TOWER_NAMES = {
     ("clip_vision_model", 1024, 336): "openai/clip-vit-large-patch14-336",
     ("siglip_vision_model", 1152, 384): "google/siglip-so400m-patch14-384",
 }
-# Weights: LLaVA's prefix, what transformers 5 writes, and all that its versions have written. The first that fits.
+# Weights: LLaVA's prefix, what llava-hf's checkpoints have, which transformers and vLLM read and write alike, and all that
+# transformers' versions have written. The first that fits.
 _PREFIXES = (
-    ("model.vision_tower.vision_tower.vision_model.", "vision_tower.", r"(model\.)?vision_tower\.(vision_model\.)?"),
+    (
+        "model.vision_tower.vision_tower.vision_model.",
+        "vision_tower.vision_model.",
+        r"(model\.)?vision_tower\.(vision_model\.)?",
+    ),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1.", r"(model\.)?multi_modal_projector\.linear_1\."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2.", r"(model\.)?multi_modal_projector\.linear_2\."),
     ("model.image_newline", "image_newline", r"(model\.)?image_newline$"),
@@ -69,7 +74,7 @@ KINDS = {
 
 
 def native_key(key: str) -> str:
-    """The name that transformers' ``save_pretrained`` writes for a weight of LLaVA's."""
+    """The name that llava-hf's checkpoints have for a weight of LLaVA's."""
     own, native, _ = next(entry for entry in _PREFIXES if key.startswith(entry[0]))
     return native + key.removeprefix(own)
 
