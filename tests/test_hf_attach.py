@@ -27,6 +27,7 @@ from hf_models import (
     text_config,
     vision_config,
 )
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionModel,
@@ -191,7 +192,10 @@ def test_a_pickled_model_is_zipped_in_another_process():
 
 @both
 def test_save_and_reload(family: str, tmp_path: Path):
-    """Transformers' own class loads it as it is; ``visionzip`` without arguments applies the stored setting."""
+    """Transformers' own class loads it as it is; ``visionzip`` without arguments applies the stored setting.
+
+    The encoder's weights have the names that vLLM reads.
+    """
     model, inputs = FAMILIES[family][0](), inputs_of(family)
     plain, zipped = outputs(model, inputs), outputs(visionzip(model, K, M, merge="average"), inputs)
     model.save_pretrained(tmp_path)
@@ -199,6 +203,9 @@ def test_save_and_reload(family: str, tmp_path: Path):
         json.loads((tmp_path / "config.json").read_text())["visionzip"]
         == VisionZipConfig(K, M, merge="average").to_dict()
     )
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        encoder = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118 - not a dict
+    assert encoder and all(name.startswith("vision_tower.vision_model.") for name in encoder)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     again.eval()

@@ -28,7 +28,7 @@ _TOWER_NAMES = {
     ("clip_vision_model", 1024, 336): "openai/clip-vit-large-patch14-336",
     ("siglip_vision_model", 1152, 384): "google/siglip-so400m-patch14-384",
 }
-# Weights: LLaVA's prefix, what llava-hf's checkpoints have, which transformers and vLLM read and write alike, and all that
+# Weights: LLaVA's prefix, that of llava-hf's checkpoints, which transformers and vLLM read alike, and all that
 # transformers' versions have written. The first that fits.
 _PREFIXES = (
     (

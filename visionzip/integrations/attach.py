@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token, layers_needed, side_length
-from visionzip.integrations import generation
+from visionzip.integrations import generation, saving
 from visionzip.integrations.huggingface import (
     NO_IDS,
     Family,
@@ -64,6 +64,7 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     for name, modality in family.modalities.items():
         _hang(zipped, model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
     _hang(zipped, model, "generate", functools.partial(generation.generate, model))
+    _hang(zipped, model, "save_pretrained", functools.partial(saving.save_pretrained, model, family))
     _hang(zipped, model, "_get_logits_processor", functools.partial(generation.logits_processors, model))
     model._visionzip = zipped
     model.config.visionzip = config.to_dict()

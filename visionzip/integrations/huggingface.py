@@ -1,6 +1,6 @@
 """What all of transformers' LLaVA families share: where VisionZip is plugged in, and what a family has to say.
 
-``visionzip(model)`` puts four things on this one model object, and ``unzip`` takes them off; no class is changed and no
+``visionzip(model)`` puts five things on this one model object, and ``unzip`` takes them off; no class is changed and no
 forward is typed again:
 
 - ``get_image_features`` (and ``get_video_features``) of the base model return the zipped visual tokens. Both
@@ -8,7 +8,8 @@ forward is typed again:
 - a forward pre-hook on the model, and one on its base model (for who calls that), shortens the runs of placeholders
   that the stock processor wrote, in everything that runs along with the ids
   (:mod:`visionzip.integrations.placeholders`);
-- ``generate`` does that once for the whole answer (:mod:`visionzip.integrations.generation`).
+- ``generate`` does that once for the whole answer (:mod:`visionzip.integrations.generation`);
+- ``save_pretrained`` writes names of weights that inference engines read (:mod:`visionzip.integrations.saving`).
 
 A family is one file with a :class:`Family` in it. It says two things of images, and of videos if it has them: how long
 each one's run of placeholders is before and after (from shapes and the config alone, nothing is computed), and how the

@@ -1,0 +1,50 @@
+"""Saves a zipped model of transformers under the names that inference engines read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from visionzip.integrations.huggingface import Family
+
+
+def save_pretrained(
+    model: nn.Module,
+    family: Family,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Save a model, in the place of its ``save_pretrained``, so that stock vLLM loads the file too.
+
+    transformers 5 drops ``vision_model.`` from the names of an encoder that was built anew or loaded without it;
+    llava-hf's checkpoints have it, and vLLM's loader needs it. transformers reads both, to the same bits. The names
+    stay transformers' own where they are asked for (``save_original_format=False``), of adapters, and of offloaded
+    weights.
+
+    Args:
+        model: the zipped model.
+        family: of it.
+        save_directory: as in transformers, like all that follows.
+        is_main_process: whether this process writes.
+        state_dict: weights to save in the place of the model's.
+        **kwargs: the rest.
+    """
+    weights = model.state_dict() if state_dict is None else state_dict
+    adapters = getattr(model, "_hf_peft_config_loaded", False)
+    own_names = adapters or not kwargs.get("save_original_format", True) or kwargs.get("distributed_checkpoint")
+    if not own_names and not any(value.is_meta for value in weights.values()):
+        state_dict = {_long_name(name, family): value for name, value in weights.items()}
+    return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+
+
+def _long_name(name: str, family: Family) -> str:
+    for tower in family.towers:
+        prefix = f"model.{tower}."
+        if name.startswith(prefix) and not name.startswith(f"{prefix}vision_model."):
+            return f"{prefix}vision_model.{name.removeprefix(prefix)}"
+    return name
