@@ -62,5 +62,8 @@ setup(
             "matplotlib>=3.10",
         ],
     },
-    entry_points={"console_scripts": ["visionzip = llava.cli:main"]},
+    entry_points={
+        "console_scripts": ["visionzip = llava.cli:main"],
+        "vllm.general_plugins": ["visionzip = visionzip.serving:register"],
+    },
 )

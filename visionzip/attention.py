@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
-_PROJECTIONS = ("q_proj", "k_proj")
+_SEPARATE, _FUSED = ("q_proj", "k_proj"), ("qkv_proj",)  # transformers' layers have these, vLLM's that
 
 
 class QueriesKeys(NamedTuple):
@@ -31,20 +31,27 @@ class QueriesKeys(NamedTuple):
 class AttentionReader(Generic[T]):
     """Filled while the attention layer runs inside :func:`read_attention`."""
 
-    def __init__(self, attention: nn.Module, reduce: Callable[[QueriesKeys], T]) -> None:
+    def __init__(
+        self, attention: nn.Module, projections: tuple[str, ...], reduce: Callable[[QueriesKeys], T]
+    ) -> None:
         self._attention = attention
+        self._projections = projections
         self._reduce = reduce
         self._captured: dict[str, Tensor] = {}
         self._result: T | None = None
 
-    def record(self, name: str, output: Tensor) -> None:
-        """Take one projection's output (B, S, H * Dh); with the second one the result is computed."""
+    def record(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        """Take one projection's output, (B, S, H * Dh) or fused (B, S, 3 * H * Dh); with the last one the result is made.
+
+        vLLM's projections return a tuple, of which the output is the first.
+        """
         # Scores and keys only choose tokens: no gradient flows through them, and with gradient checkpointing there must
         # be nothing here for it to save.
-        self._captured[name] = output.detach()
-        if len(self._captured) == len(_PROJECTIONS):
-            heads = self._attention.num_heads
-            split = [self._captured.pop(name).unflatten(-1, (heads, -1)).transpose(1, 2) for name in _PROJECTIONS]
+        self._captured[name] = (output[0] if isinstance(output, tuple) else output).detach()
+        if len(self._captured) == len(self._projections):
+            outputs = [self._captured.pop(name) for name in self._projections]
+            pair = outputs if len(outputs) == 2 else outputs[0].chunk(3, dim=-1)[:2]
+            split = [each.unflatten(-1, (self._attention.num_heads, -1)).transpose(1, 2) for each in pair]
             self._result = self._reduce(QueriesKeys(*split, scale=self._attention.scale))
 
     def result(self) -> T:
@@ -68,13 +75,13 @@ def read_attention(
 ) -> Iterator[AttentionReader[T]]:
     """Record what one attention layer's query and key projections return during the ``with`` block.
 
-    The hooks are on these two projections of this one module, only during the block, and listen to the calling thread
+    The hooks are on these projections of this one module, only during the block, and listen to the calling thread
     only: neither another model nor another thread that runs the same model is affected. The projections are looked up
     at entry, so adapters (LoRA) or quantised layers that have replaced them are read as they are.
 
     Args:
         attention: module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``, as transformers' CLIP and SigLIP
-            attention layers have.
+            attention layers have; or with ``qkv_proj`` in the place of the two, as vLLM's have.
         reduce: applied at once, inside the layer, so that the queries and keys need not outlive it; as they are if not
             given.
 
@@ -82,22 +89,23 @@ def read_attention(
         An :class:`AttentionReader`; call its ``result()`` after the layer has run.
 
     Raises:
-        TypeError: the module lacks one of the four attributes.
+        TypeError: the module lacks one of these attributes.
     """
-    needed = (*_PROJECTIONS, "num_heads", "scale")
+    projections = _FUSED if hasattr(attention, *_FUSED) else _SEPARATE
+    needed = (*projections, "num_heads", "scale")
     if missing := [name for name in needed if not hasattr(attention, name)]:
         raise TypeError(f"{type(attention).__name__} is not an attention layer that can be read: it has no {missing}")
-    reader = AttentionReader(attention, reduce)
+    reader = AttentionReader(attention, projections, reduce)
     thread = threading.get_ident()
 
     def listen(name: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread:
                 reader.record(name, output)
 
         return getattr(attention, name).register_forward_hook(hook)
 
-    handles = [listen(name) for name in _PROJECTIONS]
+    handles = [listen(name) for name in projections]
     try:
         yield reader
     finally:

@@ -93,7 +93,11 @@ def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int, **
 
 @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
 def read_encoder(
-    vision_model: nn.Module, pixel_values: Tensor, config: VisionZipConfig, **layer_kwargs: Any
+    vision_model: nn.Module,
+    pixel_values: Tensor,
+    config: VisionZipConfig,
+    run: Callable[..., Tensor] = hidden_states,
+    **layer_kwargs: Any,
 ) -> EncoderRead:
     """Run an encoder to the scored layer and read what the setting's method asks for, but what is behind a projector.
 
@@ -101,6 +105,7 @@ def read_encoder(
         vision_model: as in :func:`hidden_states`.
         pixel_values: (B, 3, h, w).
         config: the setting.
+        run: runs it, with the arguments of :func:`hidden_states`; that is for encoders of transformers.
         **layer_kwargs: as in :func:`hidden_states`.
 
     Raises:
@@ -111,7 +116,7 @@ def read_encoder(
     cls_token = has_cls_token(vision_model)
     facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
     if not reads & {"scores", "keys"}:  # no hook where nothing is read
-        return EncoderRead(hidden_states(vision_model, pixel_values, layers, **layer_kwargs), **facts)
+        return EncoderRead(run(vision_model, pixel_values, layers, **layer_kwargs), **facts)
 
     def summarize(read: QueriesKeys) -> tuple[Tensor | None, Tensor | None]:
         return (
@@ -120,7 +125,7 @@ def read_encoder(
         )
 
     with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
-        states = hidden_states(vision_model, pixel_values, layers, **layer_kwargs)
+        states = run(vision_model, pixel_values, layers, **layer_kwargs)
     return EncoderRead(states, scores=reader.result()[0], keys=reader.result()[1], **facts)
 
 

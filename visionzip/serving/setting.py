@@ -1,0 +1,127 @@
+"""What a server needs to know of a setting, from configs and shapes alone: nothing here imports vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+from visionzip.config import VisionZipConfig
+from visionzip.methods import check_setting, has_size_bias, method_of, positions_of, token_counts
+
+TESTED = {"vllm": ("0.32",), "transformers": ("5.19",)}  # the pair; others warn
+_FLAT = '"positions": "consecutive", "size_bias": false'
+logger = logging.getLogger(__name__)
+
+
+def served_setting(hf_config: Any) -> VisionZipConfig | None:
+    """Read ``config.visionzip`` of a LLaVA model that vLLM has loaded, and check that it can be served.
+
+    Without a layer in it, it is the one on whose output the projector was trained, as in ``visionzip(model)``.
+
+    Args:
+        hf_config: transformers' config of the model, with vLLM's ``--hf-overrides``.
+
+    Returns:
+        The setting; None where there is none, so that the model is served as it is.
+
+    Raises:
+        TypeError: a number or a switch in it is of the wrong type.
+        ValueError: it does not fit the model, or asks for what vLLM cannot do; the message says what to set instead.
+    """
+    values = getattr(hf_config, "visionzip", None)
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f'config.visionzip={values!r} is no setting: give a dict, such as {{"keep": 64}}')
+    layers, vision = hf_config.vision_feature_layer, hf_config.vision_config
+    if not isinstance(layers, int):
+        raise ValueError(
+            f"the projector of this model takes the hidden states {list(layers)} (vision_feature_layer): VisionZip "
+            "compresses the output of one encoder layer"
+        )
+    config = VisionZipConfig.from_dict({"layer": _encoder_layer(layers)} | values)
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"VisionZip reads CLIP and SigLIP encoders, not this model's {vision.model_type}")
+    check_setting(config, hf_config, _side(vision), hasattr(hf_config, "image_grid_pinpoints"))
+    _check_layer(config, layers, vision)
+    _check_language_model(config)
+    return config
+
+
+def _check_layer(config: VisionZipConfig, feature_layer: int, vision: Any) -> None:
+    """Check that vLLM builds the encoder up to the scored layer, and no further."""
+    count, own = vision.num_hidden_layers, _encoder_layer(feature_layer)
+    if config.layer not in (own, own + count if own < 0 else own - count):
+        raise ValueError(
+            f"layer={config.layer} of the setting is not the layer up to which vLLM builds the vision tower "
+            f"(vision_feature_layer={feature_layer}): leave it out, or set both to the layer on which the projector "
+            "was trained (--hf-overrides takes vision_feature_layer too)"
+        )
+
+
+def _encoder_layer(feature_layer: int) -> int:
+    """The encoder layer of an index into the hidden states, of which the first are the embeddings."""
+    return feature_layer if feature_layer < 0 else feature_layer - 1
+
+
+def _check_language_model(config: VisionZipConfig) -> None:
+    """Refuse what paged attention and an engine that numbers positions itself have no place for."""
+    refused = []
+    if positions_of(config) == "original":
+        refused.append('positions="original" (vLLM numbers the tokens of these models one after the other)')
+    if has_size_bias(config):
+        refused.append("size_bias=true (its paged attention takes no bias by token)")
+    if refused:
+        raise ValueError(
+            f"method={config.method!r} cannot be served with {' and '.join(refused)}: add {_FLAT} to the setting"
+        )
+
+
+def _side(vision: Any) -> int:
+    return vision.image_size // vision.patch_size
+
+
+def tile_tokens(config: VisionZipConfig, vision: Any) -> int:
+    """Visual tokens that an image, or each tile of one, is to the language model; from shapes alone."""
+    return token_counts(config, _side(vision) ** 2, vision.model_type == "clip_vision_model").total
+
+
+def cache_key(config: VisionZipConfig) -> str:
+    """What is added to an image's hash: caches outside this server may hold other settings' tokens of the same image."""
+    values = {**config.to_dict(), "positions": positions_of(config), "size_bias": has_size_bias(config)}
+    return f"visionzip-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def tiles_at_once(encoder_budget: int, tile_length: int) -> int:
+    """How many images or tiles the encoder may see at once, at least 1.
+
+    The engine counts the tokens that are left of an image; the encoder has all of them in memory.
+
+    Args:
+        encoder_budget: tokens that the engine lets the encoder make in a step.
+        tile_length: tokens of one tile inside the encoder, with CLS.
+    """
+    return max(1, encoder_budget // tile_length)
+
+
+def check_parallel(config: VisionZipConfig, tensor_parallel: int, tower_mode: str) -> None:
+    """Check that each rank has all heads of the vision tower, so that all ranks choose the same tokens.
+
+    Raises:
+        ValueError: the tower is split.
+    """
+    if tensor_parallel > 1 and tower_mode != "data" and method_of(config).reads & {"scores", "keys"}:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel} splits the vision tower's heads, of which "
+            f"method={config.method!r} needs all: start with --mm-encoder-tp-mode data"
+        )
+
+
+def warn_untested(**versions: str) -> None:
+    """Warn in the log of versions that the plugin was not tested with, and say which pair was."""
+    if any(not version.startswith(tuple(f"{each}." for each in TESTED[name])) for name, version in versions.items()):
+        here = " and ".join(f"{name} {version}" for name, version in versions.items())
+        tested = " and ".join(f"{name} {'.x or '.join(each)}.x" for name, each in TESTED.items())
+        logger.warning("VisionZip was tested with %s, this is %s: check that answers are as you expect", tested, here)

@@ -1,0 +1,181 @@
+"""vLLM's LLaVA-1.5 and LLaVA-NeXT, zipped if the model's config has a setting, and else as they were.
+
+What is new to vLLM: how many placeholders an image gets, from which its prompt, the scheduler, the KV cache and
+``usage.prompt_tokens`` follow; the setting in the key of its caches; and the visual tokens themselves, which go through
+the same stage as those of every other family (:func:`visionzip.encoder.choose_tokens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+import vllm
+from torch import Tensor, nn
+from transformers import PixtralVisionConfig
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llava import (
+    BaseLlavaProcessingInfo,
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+    PixtralHFMultiModalProcessor,
+    PixtralHFProcessingInfo,
+)
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from visionzip.compress import CompressedTokens
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import choose_tokens, has_cls_token, read_encoder, side_length
+from visionzip.methods import token_counts
+from visionzip.serving.setting import (
+    cache_key,
+    check_parallel,
+    served_setting,
+    tile_tokens,
+    tiles_at_once,
+    warn_untested,
+)
+from visionzip.tiles import join_tiles
+
+
+class _ZippedInfo(BaseLlavaProcessingInfo):
+    """How many placeholders an image gets."""
+
+    @cached_property
+    def setting(self) -> VisionZipConfig | None:
+        """The model's, if it has one."""
+        return served_setting(self.get_hf_config())
+
+    def tiles(self, width: int, height: int) -> int:
+        """Encoder inputs that an image is cut into."""
+        return 1
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Visual tokens of an image of some size in pixels."""
+        if self.setting is None:
+            return super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+        return self.tiles(image_width, image_height) * tile_tokens(self.setting, self.get_hf_config().vision_config)
+
+
+class ZippedLlavaInfo(_ZippedInfo, LlavaProcessingInfo):
+    """LLaVA-1.5's."""
+
+
+class ZippedLlavaNextInfo(_ZippedInfo, LlavaNextProcessingInfo):
+    """LLaVA-NeXT's."""
+
+    def tiles(self, width: int, height: int) -> int:
+        """The whole image, and its grid."""
+        rows, columns = _grid((height, width), self.get_hf_config())
+        return 1 + rows * columns
+
+
+class _KeyedProcessor:
+    """Adds the setting to the hash under which an image's tokens are cached."""
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        hashes = super()._get_mm_hashes(inputs)
+        if (setting := self.info.setting) is None:
+            return hashes
+        return {modality: [f"{each}-{cache_key(setting)}" for each in all_] for modality, all_ in hashes.items()}
+
+
+class ZippedLlavaProcessor(_KeyedProcessor, LlavaMultiModalProcessor):
+    """LLaVA-1.5's."""
+
+
+class ZippedLlavaNextProcessor(_KeyedProcessor, LlavaNextMultiModalProcessor):
+    """LLaVA-NeXT's."""
+
+
+class _ZippedModel:
+    """Visual tokens of a model with ``vision_tower`` and ``multi_modal_projector``."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.setting = served_setting(self.config)
+        if self.setting is None:
+            return
+        warn_untested(vllm=vllm.__version__, transformers=transformers.__version__)
+        parallel = vllm_config.parallel_config.tensor_parallel_size
+        check_parallel(self.setting, parallel, vllm_config.model_config.multimodal_config.mm_encoder_tp_mode)
+        tower = self.vision_tower.vision_model
+        length = side_length(tower) ** 2 + has_cls_token(tower)
+        self._at_once = tiles_at_once(vllm_config.scheduler_config.max_num_encoder_input_tokens, length)
+        self.supports_tower_connector_lora = False  # vLLM counts the tokens that are left, not those of the tower
+
+    def _compressed(self, pixel_values: Tensor) -> Iterator[CompressedTokens]:
+        """Visual tokens of images or tiles (N, 3, h, w), a few at a time, before the projector."""
+        tower = self.vision_tower.vision_model
+
+        def run(_tower: nn.Module, pixels: Tensor, _layers: int) -> Tensor:
+            return self.vision_tower(pixels.to(tower.dtype), feature_select_strategy="full")  # it has these layers only
+
+        for pixels in pixel_values.split(self._at_once):
+            yield choose_tokens(read_encoder(tower, pixels, self.setting, run), self.setting, self.multi_modal_projector)
+
+
+class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
+    """LLaVA-1.5 (and Pixtral's, which cannot be zipped)."""
+
+    def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: Tensor) -> Any:
+        if self.setting is None:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)
+        return torch.cat([each.tokens for each in self._compressed(pixel_values)])
+
+
+class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT: each tile is compressed alone, in the order of :func:`visionzip.tiles.tile_order`."""
+
+    def _process_image_input(self, image_input: Mapping[str, Any]) -> Any:
+        if self.setting is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        grids = [_grid(tuple(size), self.config) for size in image_input["image_sizes"].tolist()]
+        counts = [1 + rows * columns for rows, columns in grids]
+        # tiles behind these only fill the batch up
+        tiles = [image[:count] for image, count in zip(image_input["pixel_values"], counts, strict=True)]
+        compressed = list(self._compressed(torch.cat(tiles)))
+        features = self.multi_modal_projector(torch.cat([each.tokens for each in compressed])).split(counts)
+        kept = torch.cat([each.dominant_indices for each in compressed]).split(counts)
+        tower = self.vision_tower.vision_model
+        side, cls_token = side_length(tower), has_cls_token(tower)
+        cls = {"cls_token": cls_token, "keeps_cls": token_counts(self.setting, side**2, cls_token).cls_token}
+        return [
+            join_tiles(tokens, indices, (columns, rows), side, **cls)
+            for tokens, indices, (rows, columns) in zip(features, kept, grids, strict=True)
+        ]
+
+
+def _grid(size: tuple[int, int], config: Any) -> tuple[int, int]:
+    """(rows, columns) of the tiles of an image of (height, width) pixels, the whole image not counted."""
+    return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+
+def _llava_info(context: Any) -> BaseLlavaProcessingInfo:
+    config = context.get_hf_config()
+    if isinstance(config.vision_config, PixtralVisionConfig) and served_setting(config) is None:
+        return PixtralHFProcessingInfo(context)
+    return ZippedLlavaInfo(context)
+
+
+def _llava_processor(info: BaseLlavaProcessingInfo, dummy_inputs: Any) -> Any:
+    kind = PixtralHFMultiModalProcessor if isinstance(info, PixtralHFProcessingInfo) else ZippedLlavaProcessor
+    return kind(info, dummy_inputs)
+
+
+for _model, _processor, _info in (
+    (ZippedLlava, _llava_processor, _llava_info),
+    (ZippedLlavaNext, ZippedLlavaNextProcessor, ZippedLlavaNextInfo),
+):
+    MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder)(_model)
