@@ -7,6 +7,7 @@ the same stage as those of every other family (:func:`visionzip.encoder.choose_t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from visionzip.compress import CompressedTokens
@@ -47,6 +49,16 @@ from visionzip.serving.setting import (
     warn_untested,
 )
 from visionzip.tiles import join_tiles
+
+
+# transformers 5 saves a tower that it has built itself without "vision_model.", which vLLM's loader needs.
+_LONG_NAMES = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(
+            r"^(model\.)?vision_tower\.(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+        ): "vision_tower.vision_model."
+    }
+)
 
 
 class _ZippedInfo(BaseLlavaProcessingInfo):
@@ -129,6 +141,8 @@ class _ZippedModel:
 class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
     """LLaVA-1.5 (and Pixtral's, which cannot be zipped)."""
 
+    hf_to_vllm_mapper = _LONG_NAMES | LlavaForConditionalGeneration.hf_to_vllm_mapper
+
     def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: Tensor) -> Any:
         if self.setting is None:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
@@ -137,6 +151,8 @@ class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
 
 class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT: each tile is compressed alone, in the order of :func:`visionzip.tiles.tile_order`."""
+
+    hf_to_vllm_mapper = _LONG_NAMES | LlavaNextForConditionalGeneration.hf_to_vllm_mapper
 
     def _process_image_input(self, image_input: Mapping[str, Any]) -> Any:
         if self.setting is None or image_input["type"] != "pixel_values":
