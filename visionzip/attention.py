@@ -31,9 +31,7 @@ class QueriesKeys(NamedTuple):
 class AttentionReader(Generic[T]):
     """Filled while the attention layer runs inside :func:`read_attention`."""
 
-    def __init__(
-        self, attention: nn.Module, projections: tuple[str, ...], reduce: Callable[[QueriesKeys], T]
-    ) -> None:
+    def __init__(self, attention: nn.Module, projections: tuple[str, ...], reduce: Callable[[QueriesKeys], T]) -> None:
         self._attention = attention
         self._projections = projections
         self._reduce = reduce
@@ -41,7 +39,7 @@ class AttentionReader(Generic[T]):
         self._result: T | None = None
 
     def record(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        """Take one projection's output, (B, S, H * Dh) or fused (B, S, 3 * H * Dh); with the last one the result is made.
+        """Take one projection's output, (B, S, H * Dh) or fused (B, S, 3 * H * Dh); the last one makes the result.
 
         vLLM's projections return a tuple, of which the output is the first.
         """

@@ -89,7 +89,7 @@ def tile_tokens(config: VisionZipConfig, vision: Any) -> int:
 
 
 def cache_key(config: VisionZipConfig) -> str:
-    """What is added to an image's hash: caches outside this server may hold other settings' tokens of the same image."""
+    """What is added to an image's hash: a cache outside this server may hold its tokens of other settings."""
     values = {**config.to_dict(), "positions": positions_of(config), "size_bias": has_size_bias(config)}
     return f"visionzip-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]}"
 

@@ -50,7 +50,6 @@ from visionzip.serving.setting import (
 )
 from visionzip.tiles import join_tiles
 
-
 # transformers 5 saves a tower that it has built itself without "vision_model.", which vLLM's loader needs.
 _LONG_NAMES = WeightsMapper(
     orig_to_new_regex={
@@ -135,7 +134,9 @@ class _ZippedModel:
             return self.vision_tower(pixels.to(tower.dtype), feature_select_strategy="full")  # it has these layers only
 
         for pixels in pixel_values.split(self._at_once):
-            yield choose_tokens(read_encoder(tower, pixels, self.setting, run), self.setting, self.multi_modal_projector)
+            yield choose_tokens(
+                read_encoder(tower, pixels, self.setting, run), self.setting, self.multi_modal_projector
+            )
 
 
 class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
