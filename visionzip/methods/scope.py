@@ -31,9 +31,9 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
 
 
 def _renew_all(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
-    """Compute what every patch is worth now: (B, N); those at -inf stay there."""
+    """Compute what every patch is worth now, which is never more than before: (B, N); those at -inf stay there."""
     added = (similarity - covered[:, None]).clamp_(min=0).sum(dim=-1)
-    return (added * saliency).where(worth > -torch.inf, -torch.inf)
+    return torch.minimum(worth, added * saliency)
 
 
 def _renew_best(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
