@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from checkpoints import CLIP, picture
-from llava.benchmark import WAYS, build_tower, forward_of
 from llava.cli import main as visionzip_command
 from llava.eval.run_llava import eval_model
 from llava.eval.run_llava import main as run_llava
+from llava.measure.tower import WAYS, build_tower, forward_of
 from llava.serve.cli import main as llava_cli
 
 

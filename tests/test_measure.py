@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llava.cli import main
-from llava.efficiency.measure import PHASES, Runner, Timed, Way, bare_language_model, make_prompt
-from llava.efficiency.shapes import SHAPES, build_model
+from llava.measure.runner import PHASES, Runner, Way, bare_language_model, make_prompt
+from llava.measure.shapes import SHAPES, build_model
 from llava.methods import METHODS, per_tile
 from visionzip.methods.visionzip import split
 
@@ -168,7 +168,7 @@ def test_methods_come_off_again(model):
     before = model(inputs_embeds=embeds).logits
     for method in set(METHODS) - {"pool", "fastv-average", "sparsevlm-average"}:  # not of tiles; not of 4 layers
         runner.attach(Way(method, None if method == "vanilla" else 20))
-        runner.once(Timed())
+        runner.once()
     runner.detach()
     assert torch.equal(model(inputs_embeds=embeds).logits, before)
     assert "forward" not in vars(model.get_model())
