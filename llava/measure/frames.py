@@ -17,19 +17,9 @@ from torch import Tensor
 from llava.arguments import add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.measure import report
 from llava.measure.peak import Request, peaks, weights_mib
-from llava.measure.report import (
-    Columns,
-    Row,
-    add_plot_argument,
-    check_request,
-    conclude,
-    environment,
-    ratio,
-    save_figure,
-    show,
-    spread,
-)
+from llava.measure.report import Columns, Row
 from llava.measure.runner import FIRST_TOKEN, Watch, Way, marks
 from llava.measure.shapes import SHAPES, build_model
 from llava.measure.timing import time_interleaved
@@ -49,16 +39,16 @@ def benchmark_frames(args: argparse.Namespace) -> None:
         ValueError: a flag is not as it should be.
         RuntimeError: a process that measures memory failed.
     """
-    check_request(args)
+    report.check_request(args)
     ways = [Way(method, frames=frames) for frames in sorted(set(args.frames)) for method in ("vanilla", "visionzip")]
     rows = _measure(args, ways)
     title = f"{args.shape}, random weights, {args.dtype}, {args.text_tokens} text tokens"
-    show(title, _COLUMNS, rows)
+    report.show(title, _COLUMNS, rows)
     say(f"medians; ratio: the prefill's time by that of {rows[0]['way']} in the same round.", "dim")
     setting = {name: getattr(args, name) for name in ("shape", "frames", "dtype", "text_tokens", "rounds")}
-    conclude(args, {"setting": setting, "results": rows})
+    report.conclude(args, {"setting": setting, "results": rows})
     if args.plot:
-        facts = environment(args.device)
+        facts = report.environment(args.device)
         _plot(rows, Path(args.plot), f"{title}\n{facts['date']}, {facts['device']}, {facts['threads']} threads")
 
 
@@ -87,10 +77,10 @@ def _measure(args: argparse.Namespace, ways: Sequence[Way]) -> list[Row]:
             {
                 **facts,
                 "visual_tokens": watch.prompt_tokens - args.text_tokens,
-                "vision": spread(own.sum_of("tower", "compression", "projector", "layout")),
-                "prefill": spread(own.phases["prefill"]),
-                "first_token": spread(own.sum_of(*FIRST_TOKEN)),
-                "prefill_ratio": ratio(own.phases["prefill"], measured[ways[0].name].phases["prefill"]),
+                "vision": report.spread(own.sum_of("tower", "compression", "projector", "layout")),
+                "prefill": report.spread(own.phases["prefill"]),
+                "first_token": report.spread(own.sum_of(*FIRST_TOKEN)),
+                "prefill_ratio": report.ratio(own.phases["prefill"], measured[ways[0].name].phases["prefill"]),
                 **memory[name],
                 "kv_cache_mib": watch.cache_bytes / 2**20,
             }
@@ -178,7 +168,7 @@ def _plot(rows: Sequence[Row], path: Path, title: str) -> None:
         panel.margins(0.12)
     panels[1].legend()
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    report.save_figure(figure, path)
 
 
 def add_frames_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,5 +181,5 @@ def add_frames_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")
     add_measuring_arguments(parser, 3, "bfloat16" if cuda else "float32")
-    add_plot_argument(parser, "time and memory against frames")
+    report.add_plot_argument(parser, "time and memory against frames")
     parser.set_defaults(run=benchmark_frames)

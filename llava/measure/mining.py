@@ -15,8 +15,9 @@ from transformers import CLIPVisionConfig, ConvNextConfig
 from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.measure import report
 from llava.measure.peak import Request, peaks, weights_mib
-from llava.measure.report import Columns, Row, check_request, conclude, explain, quartiles, ratio, show, spread
+from llava.measure.report import Columns, Row
 from llava.measure.shapes import VIT_L_14_336, VIT_TINY
 from llava.measure.timing import Measurement, time_interleaved
 from llava.model import MGMConfig, MGMLlamaForCausalLM
@@ -110,7 +111,7 @@ def benchmark_mining(args: argparse.Namespace) -> None:
         ValueError: a count is below its limit, or CUDA is asked for and not there.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    check_request(args)
+    report.check_request(args)
     budget = args.dominant, args.contextual
     model, images = _build(vars(args))
     patches = model.get_vision_tower().num_patches
@@ -133,16 +134,16 @@ def benchmark_mining(args: argparse.Namespace) -> None:
     weights = weights_mib(model)
     over_weights = {way: facts["memory_mib"] - weights for way, facts in memory.items()}
     rows = _rows(times, over_weights)
-    show(f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}", _COLUMNS, rows)
-    explain({f"mining, {way}": meaning for way, meaning in MINING.items()})
-    conclude(args, {"setting": request, "results": rows})
+    report.show(f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}", _COLUMNS, rows)
+    report.explain({f"mining, {way}": meaning for way, meaning in MINING.items()})
+    report.conclude(args, {"setting": request, "results": rows})
 
 
 def _rows(times: Mapping[str, Measurement], memory: Mapping[str, float]) -> list[Row]:
     rows = []
     for name, own in times.items():
         base = "all" if name in MINING else f"{name.split(', ')[0]}, vanilla"
-        spreads = ratio(own.total, times[base].total)
+        spreads = report.ratio(own.total, times[base].total)
         facts = {"what": name, "seconds": own.total, "memory_mib": memory.get(name)}
         rows.append({**facts, "ratio": spreads["median"], "quartiles": spreads["quartiles"]})
     return rows
@@ -150,9 +151,9 @@ def _rows(times: Mapping[str, Measurement], memory: Mapping[str, float]) -> list
 
 _COLUMNS: Columns = (
     ("what", lambda row: f"mining, {row['what']}" if row["what"] in MINING else row["what"]),
-    ("time", lambda row: f"{spread(row['seconds'])['median'] * 1e3:.1f} ms"),
+    ("time", lambda row: f"{report.spread(row['seconds'])['median'] * 1e3:.1f} ms"),
     ("ratio", lambda row: f"{row['ratio']:.3f}"),
-    ("quartiles", lambda row: quartiles(row["quartiles"])),
+    ("quartiles", lambda row: report.quartiles(row["quartiles"])),
     ("peak over weights", lambda row: "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f} MiB"),
 )
 

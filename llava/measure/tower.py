@@ -18,21 +18,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava.arguments import add_batch_sizes, add_budget_arguments, add_measuring_arguments
+from llava.measure import report
 from llava.measure.peak import Request, peaks
-from llava.measure.report import (
-    COMPARED,
-    Columns,
-    Row,
-    check_request,
-    compare,
-    conclude,
-    explain,
-    quartiles,
-    ratio,
-    settings_of,
-    show,
-    spread,
-)
+from llava.measure.report import Columns, Row
 from llava.measure.shapes import TOWERS
 from llava.measure.timing import Clock, Measurement, time_interleaved
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -143,7 +131,7 @@ def benchmark_tower(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
         times = time_interleaved(ways, device, args.rounds, f"time, batch {batch}")
         request = {**{name: getattr(args, name) for name in names}, "batch": batch}
         memory = peaks(run_once, dict.fromkeys(WAYS, request), f"memory, batch {batch}", at_once=2)
-        rows += compare(batch, tokens, {way: times[way] for way in WAYS}, memory)
+        rows += report.compare(batch, tokens, {way: times[way] for way in WAYS}, memory)
         chosen += [choice_row(name, total, batch, times[f"choose {name}"], times["unzipped"]) for name in args.methods]
     return rows, chosen
 
@@ -166,9 +154,9 @@ def choice_row(method: str, tokens: int, batch: int, own: Measurement, tower: Me
         "method": method,
         "batch": batch,
         "tokens": tokens,
-        "seconds": {phase: spread(own.phases[phase]) for phase in CHOICE},
-        "share": ratio(own.sum_of("read", "choice"), tower.total),
-        "share_with_projection": ratio(own.sum_of(*CHOICE), tower.total),
+        "seconds": {phase: report.spread(own.phases[phase]) for phase in CHOICE},
+        "share": report.ratio(own.sum_of("read", "choice"), tower.total),
+        "share_with_projection": report.ratio(own.sum_of(*CHOICE), tower.total),
     }
 
 
@@ -178,7 +166,7 @@ CHOOSING: Columns = (  # of rows from choice_row()
     ("tokens", lambda row: str(row["tokens"])),
     *((f"{phase}, ms", lambda row, phase=phase: f"{1e3 * row['seconds'][phase]['median']:.2f}") for phase in CHOICE),
     ("of the tower", lambda row: f"{row['share']['median']:.1%}"),
-    ("quartiles", lambda row: quartiles(row["share"]["quartiles"])),
+    ("quartiles", lambda row: report.quartiles(row["share"]["quartiles"])),
     ("with projection", lambda row: f"{row['share_with_projection']['median']:.1%}"),
 )
 
@@ -196,17 +184,22 @@ def benchmark(args: argparse.Namespace) -> None:
         IsADirectoryError: the output is a folder.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    check_request(args)
+    report.check_request(args)
     tokens, side = args.dominant + args.contextual, TOWERS[args.shape]["image_size"] // TOWERS[args.shape]["patch_size"]
     args.methods, refused = _able(args.methods, tokens, side)
     ways, chosen = benchmark_tower(args)
     setting = f"{args.shape}, {args.dtype}, random weights"
-    show(f"{setting}, VisionZip {args.dominant} + {args.contextual} tokens, {args.rounds} rounds", COMPARED, ways, 2)
-    explain(WAYS)
-    show(f"{setting}, choosing {tokens} of {side**2} tokens, {args.rounds} rounds", CHOOSING, chosen, 2)
+    report.show(
+        f"{setting}, VisionZip {args.dominant} + {args.contextual} tokens, {args.rounds} rounds",
+        report.COMPARED,
+        ways,
+        2,
+    )
+    report.explain(WAYS)
+    report.show(f"{setting}, choosing {tokens} of {side**2} tokens, {args.rounds} rounds", CHOOSING, chosen, 2)
     say("of the tower: reading and choosing by the time of 'unzipped' in the same round, median over rounds.", "dim")
-    explain(refused)
-    conclude(args, {**settings_of(args), "results": ways, "choosing": chosen})
+    report.explain(refused)
+    report.conclude(args, {**report.settings_of(args), "results": ways, "choosing": chosen})
 
 
 def _able(asked: list[str] | None, tokens: int, side: int) -> tuple[list[str], dict[str, str]]:

@@ -15,9 +15,8 @@ import torch
 from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.measure import shapes
+from llava.measure import report, shapes
 from llava.measure.peak import Request, peaks
-from llava.measure.report import COMPARED, check_request, compare, conclude, explain, settings_of, show
 from llava.measure.timing import time_interleaved
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
 from llava.train.cache import drop_tower
@@ -97,7 +96,7 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
         IsADirectoryError: the output is a folder.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    check_request(args)
+    report.check_request(args)
     on_cuda = args.device.startswith("cuda")
     args.shape = args.shape or ("llava-1.5-7b" if on_cuda else "llava-1.5-small")
     args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
@@ -120,10 +119,10 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
         f"{args.shape}, {args.dtype}, random weights, a step of {args.batch_size} x (image + {args.text_tokens} text "
         f"tokens), {args.rounds} rounds"
     )
-    rows = compare(args.batch_size, tokens, times, memory)
-    show(title, COMPARED, rows, names=2)
-    explain(WAYS)
-    conclude(args, {**settings_of(args), "results": rows})
+    rows = report.compare(args.batch_size, tokens, times, memory)
+    report.show(title, report.COMPARED, rows, names=2)
+    report.explain(WAYS)
+    report.conclude(args, {**report.settings_of(args), "results": rows})
 
 
 def run_twice(request: Request) -> None:

@@ -1,8 +1,8 @@
 """Choosing patches one by one, each by what the ones before it leave uncovered.
 
 All images of a batch are chosen for at once, on their device. What each choice does to the worth of the others is
-computed for all of them beforehand, as one (B, N, N) table: a step is then three kernels (take a row, minimum, argmax).
-Nothing is moved to the host, and shapes follow from shapes.
+computed for all of them beforehand, as one (B, N, N) table: a step is then three kernels (take a row, minimum, argmax),
+and two when compiled. Nothing is moved to the host, and shapes follow from shapes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A step is compiled once, not K times: of 640 steps in 5 to 20 s instead of 4 min. Not there before torch 2.8.
+compiled_once = getattr(torch.compiler, "nested_compile_region", lambda step: step)
 
 
 def cosine_similarity(features: Tensor, *, centred: bool = False) -> Tensor:
@@ -54,9 +57,16 @@ def choose_greedily(worth: Tensor, limits: Tensor, count: int, first: Tensor | N
     limits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # what is chosen is worth nothing: no mask is needed
     chosen = [worth.argmax(dim=1) if first is None else first]
     for _ in range(count - 1):
-        worth = torch.minimum(worth, row_of(limits, chosen[-1]))
-        chosen.append(worth.argmax(dim=1))
+        worth, best = _step(worth, limits, chosen[-1])
+        chosen.append(best)
     return torch.stack(chosen, dim=1)
+
+
+@compiled_once
+def _step(worth: Tensor, limits: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower the worth of each token to its limit by the last one chosen, and choose the best: (B, N) and (B,)."""
+    worth = torch.minimum(worth, row_of(limits, last))
+    return worth, worth.argmax(dim=1)
 
 
 def farthest_first(similarity: Tensor, count: int, first: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
-from visionzip.methods.greedy import cosine_similarity, row_of
+from visionzip.methods.greedy import compiled_once, cosine_similarity, row_of
 
 ALPHA = 1.0  # exponent of attention in the released scripts
 RENEWED = 32  # worths at a time, on the CPU
@@ -19,24 +19,29 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
     similarity = cosine_similarity(read.patches)
     saliency = read.scores.float() ** ALPHA
     # Other devices would have to wait for the host in each step, and a graph would break.
-    renew = _renew_all if similarity.device.type != "cpu" or torch.compiler.is_compiling() else _renew_best
+    step = _step if similarity.device.type != "cpu" or torch.compiler.is_compiling() else _step_lazily
     covered = torch.zeros_like(saliency)
-    worth = _renew_all(torch.full_like(saliency, torch.inf), similarity, saliency, covered)
+    worth = _worth(similarity, saliency, covered)
     chosen = [worth.argmax(dim=1)]
     for _ in range(counts.dominant - 1):
         covered = torch.maximum(covered, row_of(similarity, chosen[-1]))
-        worth = renew(worth.scatter(1, chosen[-1][:, None], -torch.inf), similarity, saliency, covered)
+        worth = step(worth.scatter(1, chosen[-1][:, None], -torch.inf), similarity, saliency, covered)
         chosen.append(worth.argmax(dim=1))
     return kept_patches(read, torch.stack(chosen, dim=1))
 
 
-def _renew_all(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
+def _worth(similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
+    """Compute what patches (B, P) with these similarities (B, P, N) to all add to what is covered (B, N) of them."""
+    return (similarity - covered[:, None]).clamp_(min=0).sum(dim=-1) * saliency
+
+
+@compiled_once
+def _step(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
     """Compute what every patch is worth now, which is never more than before: (B, N); those at -inf stay there."""
-    added = (similarity - covered[:, None]).clamp_(min=0).sum(dim=-1)
-    return torch.minimum(worth, added * saliency)
+    return torch.minimum(worth, _worth(similarity, saliency, covered))
 
 
-def _renew_best(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
+def _step_lazily(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
     """Compute what the best patches are worth now, as many as decide which is the best: (B, N), the others as before.
 
     Worth only falls as more is covered, in floating point too, so what was computed earlier is an upper bound: a patch
@@ -48,7 +53,7 @@ def _renew_best(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Te
         if not (bound[:, 0] >= worth.where(~old, -torch.inf).amax(dim=1)).logical_and(bound[:, 0] > 0).any():
             return worth
         rows = similarity.gather(1, best[..., None].expand(-1, -1, similarity.shape[2]))
-        now = (rows - covered[:, None]).clamp_(min=0).sum(dim=-1) * saliency.gather(1, best)
+        now = _worth(rows, saliency.gather(1, best), covered)
         worth = worth.scatter(1, best, now.where(bound > -torch.inf, worth.gather(1, best)))
         old = old.scatter(1, best, False)
 
