@@ -41,7 +41,8 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
 
     worth = -place.float()
     near = 1 - similarity <= threshold[..., None]
-    limits = worth[:, None] - near * place.shape[1]  # those passed over come behind all others
+    behind = worth - place.shape[1]  # all others: so are those that are passed over
+    limits = torch.where(near, behind[:, None], worth[:, None])
     return kept_patches(read, choose_greedily(worth, limits, counts.dominant))
 
 
