@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import FAMILIES, build, text_config
 from PIL import Image
 from pyarrow import parquet
 
@@ -238,3 +239,45 @@ def test_a_client_that_dies_disturbs_nobody(server: Server, pictures: list[bytes
         time.sleep(0.1)
     assert server.count("vllm:num_requests_running") == 0
     assert ids_of(server.ask("What color is the circle?", pictures[:1])) == expected
+
+
+# --- inside the engine ---
+
+
+def write_tiny(folder: Path, family: str, siglip: bool) -> Path:
+    """A zipped checkpoint of random weights, with heads as large as vLLM's kernels for CPUs need."""
+    make, make_processor = FAMILIES[family]
+    text = text_config(hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
+    encoder = {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"} if siglip else {}
+    config = make(siglip).config
+    config.text_config = text
+    visionzip(build(type(make(siglip)), config), 4, 2).save_pretrained(folder)
+    make_processor(**encoder).save_pretrained(folder)
+    return folder
+
+
+def inside(kind: str, path: Path) -> list[dict[str, Any]]:
+    """Findings of tests/engine_inside.py."""
+    done = subprocess.run(
+        [Path(os.environ["SERVE_ENV"]) / "bin/python", ROOT / "tests/engine_inside.py", kind, path],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"what"')]
+
+
+@pytest.mark.parametrize("siglip", [False, True], ids=["clip", "siglip"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_visual_tokens_of_all_methods_are_those_of_transformers(family: str, siglip: bool, tmp_path: Path):
+    """Of images of different shapes, tile by tile, whether the encoder sees them all at once or two at a time."""
+    found = inside("compare", write_tiny(tmp_path / "tiny", family, siglip))
+    assert len(found) > 2 * 10 and not [each for each in found if not each["right"]]
+
+
+def test_an_image_is_encoded_once_in_three_turns(tmp_path: Path):
+    (found,) = inside("count", write_tiny(tmp_path / "tiny", "llava", False))
+    assert found["right"], found
