@@ -77,11 +77,11 @@ def count_encodings(path: str, say: Callable[..., None]) -> None:
     """Ask three questions about one image, one after the other, and count how often the encoder runs."""
     llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=4)
     runs: list[int] = []
-    llm.apply_model(
-        lambda model: (
-            model.vision_tower.register_forward_hook(lambda module, args, out: runs.append(len(args[0]))) and None
-        )
-    )
+
+    def watch(model: Any) -> None:
+        model.vision_tower.register_forward_hook(lambda module, args, out: runs.append(len(args[0])))
+
+    llm.apply_model(watch)
     prompt, lengths = "USER: <image>\n", []
     for question in ("What is it?", " And that?", " And then?"):
         prompt += question

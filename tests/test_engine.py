@@ -261,8 +261,7 @@ def inside(kind: str, path: Path) -> list[dict[str, Any]]:
     done = subprocess.run(
         [Path(os.environ["SERVE_ENV"]) / "bin/python", ROOT / "tests/engine_inside.py", kind, path],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
