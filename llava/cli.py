@@ -16,6 +16,7 @@ BENCHMARKS: Commands = {
         "llava.measure.mining:add_mining_arguments",
         "Mini-Gemini's patch info mining, of all patches and of the kept ones",
     ),
+    "serve": ("llava.measure.serve:add_serve_arguments", "OpenAI-compatible servers under load, in turns"),
     "tuning": (
         "llava.measure.tuning:add_tuning_arguments",
         "a step of projector tuning, zipped, cached, both or neither",
