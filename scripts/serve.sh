@@ -89,9 +89,8 @@ if grep -q '"LlavaL\|"LlavaM\|"LlavaQ' "$MODEL_PATH/config.json" 2>/dev/null; th
     MODEL_PATH="$converted"
 fi
 
-# transformers' processors begin a prompt with <s>; vLLM's chat leaves that to the template, and these have none
-TEMPLATE="$(cat "$MODEL_PATH/chat_template.jinja" 2>/dev/null || true)"
-[[ -z "$TEMPLATE" || "$TEMPLATE" == *bos_token* ]] || set -- --chat-template "{{ bos_token or '' }}$TEMPLATE" "$@"
+# transformers' processors begin a prompt with <s>, vLLM's chat does not, unless the template says so
+grep -qs bos_token "$MODEL_PATH/chat_template.jinja" || set -- --middleware visionzip.serving.prompts.SpecialTokens "$@"
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # GB

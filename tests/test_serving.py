@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 from importlib.metadata import entry_points
 from typing import Any
@@ -17,6 +19,7 @@ from visionzip.attention import read_attention
 from visionzip.encoder import compress_images, has_cls_token, hidden_states
 from visionzip.methods import METHODS
 from visionzip.serving import MODELS, register
+from visionzip.serving.prompts import SpecialTokens
 from visionzip.serving.setting import (
     cache_key,
     check_parallel,
@@ -123,6 +126,34 @@ def test_an_untested_pair_is_said_in_the_log(caplog: pytest.LogCaptureFixture):
         assert not caplog.records
         warn_untested(vllm="0.33.1", transformers="5.23.0")
     assert "tested with vllm 0.32.x and transformers 5.19.x, this is vllm 0.33.1 and transformers 5.23.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path, body, asks",
+    [
+        ("/v1/chat/completions", {"model": "llava"}, True),
+        ("/v1/chat/completions", {"model": "llava", "add_special_tokens": False}, False),
+        ("/v1/completions", {"model": "llava"}, None),
+    ],
+)
+def test_chat_requests_ask_for_the_first_token(path: str, body: dict[str, Any], asks: bool | None):
+    """Unless they say that they do not; the body comes in pieces."""
+    content, seen = json.dumps(body).encode(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        pieces = [await receive() for _ in range(2)]
+        seen.extend([scope["headers"], b"".join(piece["body"] for piece in pieces)])
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    parts = [content[:5], content[5:]]
+    scope = {"type": "http", "path": path, "headers": [(b"content-length", str(len(content)).encode())]}
+    asyncio.run(SpecialTokens(app)(scope, receive, None))
+    ((_, length),), received = seen
+    assert int(length) == len(received)
+    expected = body if asks is None else {"add_special_tokens": asks, **body}
+    assert json.loads(received) == expected
 
 
 class Fused(nn.Module):
