@@ -67,5 +67,6 @@ setup(
     entry_points={
         "console_scripts": ["visionzip = llava.cli:main"],
         "vllm.general_plugins": ["visionzip = visionzip.serving:register"],
+        "lmms_eval.models": ["visionzip = visionzip_eval.lmms:manifest"],
     },
 )
