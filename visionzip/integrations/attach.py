@@ -64,7 +64,7 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     for name, modality in family.modalities.items():
         _hang(zipped, model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))
     _hang(zipped, model, "generate", functools.partial(generation.generate, model))
-    _hang(zipped, model, "save_pretrained", functools.partial(saving.save_pretrained, model, family))
+    _hang(zipped, model, "save_pretrained", functools.partial(saving.save_pretrained, model, family.towers))
     _hang(zipped, model, "_get_logits_processor", functools.partial(generation.logits_processors, model))
     model._visionzip = zipped
     model.config.visionzip = config.to_dict()

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionzip.integrations.huggingface import Family
-
 
 def save_pretrained(
     model: nn.Module,
-    family: Family,
+    towers: tuple[str, ...],
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -28,7 +26,7 @@ def save_pretrained(
 
     Args:
         model: the zipped model.
-        family: of it.
+        towers: attributes of its base model that hold image encoders.
         save_directory: as in transformers, like all that follows.
         is_main_process: whether this process writes.
         state_dict: weights to save in the place of the model's.
@@ -38,12 +36,12 @@ def save_pretrained(
     adapters = getattr(model, "_hf_peft_config_loaded", False)
     own_names = adapters or not kwargs.get("save_original_format", True) or kwargs.get("distributed_checkpoint")
     if not own_names and not any(value.is_meta for value in weights.values()):
-        state_dict = {_long_name(name, family): value for name, value in weights.items()}
+        state_dict = {_long_name(name, towers): value for name, value in weights.items()}
     return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
 
 
-def _long_name(name: str, family: Family) -> str:
-    for tower in family.towers:
+def _long_name(name: str, towers: tuple[str, ...]) -> str:
+    for tower in towers:
         prefix = f"model.{tower}."
         if name.startswith(prefix) and not name.startswith(f"{prefix}vision_model."):
             return f"{prefix}vision_model.{name.removeprefix(prefix)}"
