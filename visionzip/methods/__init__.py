@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from visionzip.config import Positions, VisionZipConfig
-from visionzip.methods import agile, cen_prune, controls, divprune, norm, scope, visionzip
+from visionzip.methods import agile, cen_prune, controls, divprune, norm, plus, scope, visionzip
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches, top_patches
 
 __all__ = [
@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
         scope.METHOD,
         agile.METHOD,
         norm.METHOD,
+        plus.METHOD,
     )
 }
 
