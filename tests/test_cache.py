@@ -353,7 +353,7 @@ def test_a_model_takes_encoded_images(load, merge_type: str, setting: tuple[int,
     tower = model.get_vision_tower()
     pixels = [process_images([picture(index, size)], processor, model.config)[0] for index, size in enumerate(SIZES)]
     pixels[4] = pixels[4][:1]
-    encoded = [EncodedImage(*tower.encode(image)) for image in pixels]
+    encoded = [tower.encode(image) for image in pixels]
     with torch.no_grad():
         expected = model.visual_tokens(pixels, SIZES)
         for image, tokens in zip(model.visual_tokens(encoded, SIZES), expected, strict=True):

@@ -34,6 +34,7 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
+from llava.model.visual import VisualTokens
 from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
@@ -217,6 +218,10 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
             features = self.native.model.get_image_features(**inputs).pooler_output
             found |= {place: [tokens] for place, tokens in zip(single, features, strict=True)}
         return [tokens for place in first for tokens in found[place]]
+
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """As :meth:`visual_tokens`."""
+        return [VisualTokens(tokens, len(tokens)) for tokens in self.visual_tokens(images, image_sizes)]
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images and videos in a prompt: one for each frame."""

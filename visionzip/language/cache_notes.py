@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+
+def with_own_cache(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a backbone's forward with the KV cache that it would make itself, to note something on."""
+    use_cache = arguments.get("use_cache")
+    checkpointing = backbone.training and getattr(backbone, "gradient_checkpointing", False)
+    wanted = backbone.config.use_cache if use_cache is None else use_cache
+    if arguments.get("past_key_values") is not None or not wanted or checkpointing:
+        return arguments
+    return arguments | {"past_key_values": DynamicCache(config=backbone.config)}
 
 
 def note(cache: Any, name: str, values: Tensor) -> None:

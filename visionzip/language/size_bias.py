@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from visionzip.language.cache_notes import note, recall
+from visionzip.language.cache_notes import note, recall, with_own_cache
 
 _NOTE = "_visionzip_log_sizes"  # attribute of a KV cache: (B, P) logarithms of its first P tokens' sizes
 _KERNELS = ("sdpa", "eager")
@@ -93,8 +93,8 @@ def with_size_bias(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, 
     check_attention(backbone.config)
     logarithms = recall(cache, _NOTE, rows, step=length == 1 and sizes is None)
     if sizes is not None:
-        if cache is None and _makes_cache(backbone, arguments):
-            cache = arguments["past_key_values"] = DynamicCache(config=backbone.config)
+        arguments = with_own_cache(backbone, arguments)
+        cache = arguments.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         before = sizes.new_zeros(rows, 0) if logarithms is None else logarithms.to(sizes)
         logarithms = torch.cat([F.pad(before, (0, past - before.shape[1])), sizes.log()], dim=1)
@@ -119,13 +119,6 @@ def _before_forward(
 @functools.cache
 def _parameters(cls: type) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[1:]
-
-
-def _makes_cache(backbone: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the forward would make a cache of its own, on which nothing could be noted before."""
-    use_cache = arguments.get("use_cache")
-    checkpointing = backbone.training and getattr(backbone, "gradient_checkpointing", False)
-    return bool(backbone.config.use_cache if use_cache is None else use_cache) and not checkpointing
 
 
 def _masks(config: Any, embeds: Tensor, given: Any, cache: Cache | None, logarithms: Tensor) -> Any:
