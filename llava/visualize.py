@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.arguments import add_image_argument, add_model_arguments, load_from_arguments
+from llava.arguments import add_image_argument, add_language_arguments, add_model_arguments, load_from_arguments
 from llava.files import write_atomically
 from llava.images import load_image
 from llava.mm_utils import process_images
@@ -64,6 +64,7 @@ def _check_folder(path: str) -> Path:
 def add_visualize_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip visualize``."""
     add_model_arguments(parser, unzipped="the checkpoint's own, else 54 + 10")
+    add_language_arguments(parser)
     add_image_argument(parser, "files or addresses of the images", required=True)
     parser.add_argument("--output", "--out", default="results/visualize", metavar="FOLDER", help="where the figures go")
     parser.set_defaults(run=visualize)

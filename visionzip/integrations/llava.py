@@ -7,20 +7,24 @@ ConvNeXt, has no attention to go by.
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
 from torch import nn
 
 from visionzip.config import VisionZipConfig
-from visionzip.methods import check_setting, uncompressed
+from visionzip.methods import check_setting, has_size_bias, uncompressed
 
 
 def attach(model: nn.Module, config: VisionZipConfig) -> None:
     """Set the towers' compression stage and store the setting.
 
     Raises:
-        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it.
+        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it; or the
+            setting has a size bias that its language model cannot have.
     """
     towers = _towers(model)
+    if has_size_bias(config) and model not in towers:
+        _check_size_bias(model)
     aspect = str(getattr(getattr(model, "config", None), "image_aspect_ratio", None))
     lays_out = aspect.startswith("anyres") or hasattr(model, "get_vision_tower_aux")
     for tower in towers:
@@ -30,6 +34,17 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
         tower.visionzip = config
     if model not in towers:
         model.config.visionzip = config.to_dict()
+
+
+def _check_size_bias(model: nn.Module) -> None:
+    # Not before it is needed: what is behind imports this module.
+    check_attention = import_module("visionzip.language.size_bias").check_attention
+    check_attention(model.config)
+    if import_module("visionzip.language.pruning").is_pruned(model):
+        raise ValueError(
+            "this model prunes visual tokens inside its language model (FastV, SparseVLM), which size_bias does not go "
+            "with: call remove_pruning(model) first, or set size_bias=False"
+        )
 
 
 def _warn(tower: nn.Module, config: VisionZipConfig) -> None:

@@ -22,8 +22,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from visionzip.apply import unwrap
+from visionzip.config import VisionZipConfig
 from visionzip.integrations import find_integration, llava
 from visionzip.language.selection import Keep, attention_received, keep_top, number_to_keep
+from visionzip.methods import has_size_bias
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,7 +96,8 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
 
     Raises:
         TypeError: the model is of no supported family, or has no language model.
-        ValueError: a layer or a number to keep is outside its limits, or the model is one of transformers.
+        ValueError: a layer or a number to keep is outside its limits, the model is one of transformers, or it is zipped
+            with a size bias.
     """
     target = unwrap(model)
     refuse_transformers(target)
@@ -102,6 +105,11 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
     backbone = target.get_model()
     _check(pruning, len(backbone.layers))
+    if (stored := getattr(target.config, "visionzip", None)) and has_size_bias(VisionZipConfig.from_dict(stored)):
+        raise ValueError(
+            "this model is zipped with size_bias, which does not go with pruning inside its language model: call "
+            "visionzip(model, …, size_bias=False) or unzip(model) first"
+        )
     remove_pruning(model)
     handles = [
         target.register_forward_pre_hook(_refuse_labels, with_kwargs=True),
@@ -127,6 +135,11 @@ def refuse_transformers(model: nn.Module) -> None:
             f"{type(model).__name__} is a model of transformers, on which FastV and SparseVLM do not run: convert its "
             "checkpoint (visionzip convert SRC DST --to original)"
         )
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a method's hooks are on a model."""
+    return _HANDLES in vars(unwrap(model))
 
 
 def remove_pruning(model: Model) -> Model:
