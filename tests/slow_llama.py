@@ -1,4 +1,4 @@
-"""FastV and SparseVLM the obvious way, to check the fast one by: one prompt, full attention matrices, no cache.
+"""Language models the obvious way, to check fast ones by: one prompt, full attention matrices, no cache.
 
 Everything is computed again from the prompt's embeddings and the tokens generated so far, layer by layer.
 """
@@ -47,6 +47,35 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
     return x + (torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)) @ (
         mlp.down_proj.weight.T
     ), weights
+
+
+def slow_sized(backbone: Any, embeds: Tensor, sizes: Tensor, places: Tensor, visible: Tensor) -> Tensor:
+    """One Llama or Mistral prompt (L, D), each layer written out, with sizes counted among the weights of attention."""
+    x = embeds
+    for layer in backbone.layers:
+        attention, heads = layer.self_attn, backbone.config.num_attention_heads
+        h = norm(layer.input_layernorm, x)
+        q, k, v = (
+            (h @ projection.weight.T).view(len(x), -1, attention.head_dim).transpose(0, 1)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        half = attention.head_dim // 2
+        angle = places[:, None] * backbone.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+
+        def turn(heads: Tensor, angle: Tensor = angle, half: int = half) -> Tensor:
+            a, b = heads[..., :half], heads[..., half:]
+            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+        k, v = (each.repeat_interleave(heads // len(each), 0) for each in (turn(k), v))
+        weights = (turn(q) @ k.mT / attention.head_dim**0.5).exp() * sizes * visible
+        x = x + (weights / weights.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
+        h, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
+        x = (
+            x
+            + (torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T))
+            @ mlp.down_proj.weight.T
+        )
+    return norm(backbone.norm, x)
 
 
 def slow_forward(

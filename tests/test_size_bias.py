@@ -20,7 +20,7 @@ from transformers import (
     StaticCache,
 )
 
-from slow_llama import norm
+from slow_llama import slow_sized
 from visionzip.language.size_bias import attach_size_bias
 
 SIZES = {
@@ -67,31 +67,6 @@ def hidden(backbone: nn.Module, **arguments: Any) -> Tensor:
         return backbone(**arguments).last_hidden_state
 
 
-def slow(backbone: nn.Module, embeds: Tensor, sizes: Tensor, places: Tensor, visible: Tensor) -> Tensor:
-    """One Llama or Mistral prompt (L, D), each layer written out, with sizes counted among the weights of attention."""
-    x = embeds
-    for layer in backbone.layers:
-        attention, heads = layer.self_attn, backbone.config.num_attention_heads
-        h = norm(layer.input_layernorm, x)
-        q, k, v = (
-            (h @ projection.weight.T).view(len(x), -1, attention.head_dim).transpose(0, 1)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        half = attention.head_dim // 2
-        angle = places[:, None] * backbone.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-
-        def turn(heads: Tensor, angle: Tensor = angle, half: int = half) -> Tensor:
-            a, b = heads[..., :half], heads[..., half:]
-            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
-
-        k, v = (each.repeat_interleave(heads // len(each), 0) for each in (turn(k), v))
-        weights = (turn(q) @ k.mT / attention.head_dim**0.5).exp() * sizes * visible
-        x = x + (weights / weights.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
-        h, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
-        x = x + (nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
-    return norm(backbone.norm, x)
-
-
 @pytest.mark.parametrize(("name", "window"), [("llama", 99), ("mistral", 6)])
 def test_equals_the_slow_reference(name: str, window: int, prompt: dict[str, Tensor]):
     backbone, places = build(name), torch.tensor([0, 1, 2, 5, 9, 12, 13, 14, 15])
@@ -100,7 +75,7 @@ def test_equals_the_slow_reference(name: str, window: int, prompt: dict[str, Ten
     mask = torch.ones(2, 9, dtype=torch.long)  # without one, a jump of positions would begin another prompt
     result = hidden(backbone, **prompt, position_ids=places.expand(2, -1), attention_mask=mask)
     for row in range(2):
-        expected = slow(backbone, prompt["inputs_embeds"][row], prompt["token_sizes"][row], places, visible)
+        expected = slow_sized(backbone, prompt["inputs_embeds"][row], prompt["token_sizes"][row], places, visible)
         torch.testing.assert_close(result[row], expected, atol=2e-5, rtol=1e-4)
 
 
