@@ -26,8 +26,13 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
-def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """One decoder layer on (L, D): its output, and its attention matrix (H, L, L)."""
+def layer_forward(
+    layer: Any, config: Any, x: Tensor, positions: Tensor, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer on (L, D): its output, and its attention matrix (H, L, L).
+
+    Of counts (L, L), each query counts each key so many times (0: it does not see it); None is causal.
+    """
     attention, length = layer.self_attn, len(x)
     base = config.rope_parameters["rope_theta"]
     groups = config.num_attention_heads // config.num_key_value_heads
@@ -39,8 +44,9 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
     q, k = rotate(q, positions, base), rotate(k, positions, base)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     logits = q @ k.transpose(1, 2) / attention.head_dim**0.5
-    logits[:, torch.ones(length, length).triu(1).bool()] = -torch.inf
-    weights = logits.softmax(-1)
+    counts = torch.ones(length, length).tril() if counts is None else counts
+    weights = logits.exp() * counts
+    weights = weights / weights.sum(-1, keepdim=True)
     x = x + (weights @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
     h = norm(layer.post_attention_layernorm, x)
     mlp = layer.mlp
@@ -50,31 +56,10 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
 
 
 def slow_sized(backbone: Any, embeds: Tensor, sizes: Tensor, places: Tensor, visible: Tensor) -> Tensor:
-    """One Llama or Mistral prompt (L, D), each layer written out, with sizes counted among the weights of attention."""
+    """Hidden states of one prompt (L, D) whose tokens stand at places and count s times each in attention."""
     x = embeds
     for layer in backbone.layers:
-        attention, heads = layer.self_attn, backbone.config.num_attention_heads
-        h = norm(layer.input_layernorm, x)
-        q, k, v = (
-            (h @ projection.weight.T).view(len(x), -1, attention.head_dim).transpose(0, 1)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        half = attention.head_dim // 2
-        angle = places[:, None] * backbone.config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-
-        def turn(heads: Tensor, angle: Tensor = angle, half: int = half) -> Tensor:
-            a, b = heads[..., :half], heads[..., half:]
-            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
-
-        k, v = (each.repeat_interleave(heads // len(each), 0) for each in (turn(k), v))
-        weights = (turn(q) @ k.mT / attention.head_dim**0.5).exp() * sizes * visible
-        x = x + (weights / weights.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
-        h, mlp = norm(layer.post_attention_layernorm, x), layer.mlp
-        x = (
-            x
-            + (torch.nn.functional.silu(h @ mlp.gate_proj.weight.T) * (h @ mlp.up_proj.weight.T))
-            @ mlp.down_proj.weight.T
-        )
+        x, _ = layer_forward(layer, backbone.config, x, places, sizes * visible)
     return norm(backbone.norm, x)
 
 

@@ -234,7 +234,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         past_key_values: Any,
         labels: Tensor | None,
         images: Images | None,
-        image_sizes: Sizes | None,
+        image_sizes: Sizes | None = None,
     ) -> tuple[Prepared, Tensor | None, Tensor | None]:
         """Put visual tokens where the prompts have the image sentinel, and say what they are.
 
