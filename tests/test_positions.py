@@ -308,5 +308,7 @@ def test_refused(load):
         visionzip(model, **PLUS)
     visionzip(remove_pruning(model), **PLUS)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' takes none"):
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' takes for the start of another"):
         visionzip(model, **PLUS)
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2' takes none"):
+        visionzip(model, **PLUS | {"positions": "consecutive"})

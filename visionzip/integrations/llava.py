@@ -12,7 +12,7 @@ from importlib import import_module
 from torch import nn
 
 from visionzip.config import VisionZipConfig
-from visionzip.methods import check_setting, has_size_bias, uncompressed
+from visionzip.methods import check_setting, has_size_bias, positions_of, uncompressed
 
 
 def attach(model: nn.Module, config: VisionZipConfig) -> None:
@@ -20,11 +20,11 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
 
     Raises:
         ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it; or the
-            setting has a size bias that its language model cannot have.
+            setting has positions or a size bias that its language model cannot have.
     """
     towers = _towers(model)
-    if has_size_bias(config) and model not in towers:
-        _check_size_bias(model)
+    if model not in towers:
+        _check_language(model, config)
     aspect = str(getattr(getattr(model, "config", None), "image_aspect_ratio", None))
     lays_out = aspect.startswith("anyres") or hasattr(model, "get_vision_tower_aux")
     for tower in towers:
@@ -36,10 +36,13 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
         model.config.visionzip = config.to_dict()
 
 
-def _check_size_bias(model: nn.Module) -> None:
-    # Not before it is needed: what is behind imports this module.
-    check_attention = import_module("visionzip.language.size_bias").check_attention
-    check_attention(model.config)
+def _check_language(model: nn.Module, config: VisionZipConfig) -> None:
+    """Check what the setting wants of the language model."""
+    if positions_of(config) == "original":  # not imported before it is needed: what is behind imports this module
+        import_module("visionzip.language.positions").check_positions(model.config)
+    if not has_size_bias(config):
+        return
+    import_module("visionzip.language.size_bias").check_attention(model.config)
     if import_module("visionzip.language.pruning").is_pruned(model):
         raise ValueError(
             "this model prunes visual tokens inside its language model (FastV, SparseVLM), which size_bias does not go "

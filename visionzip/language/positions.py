@@ -16,6 +16,22 @@ from visionzip.language.cache_notes import note, recall, with_own_cache
 _NOTE = "_visionzip_positions"  # attribute of a KV cache: (B, P) positions of its first P tokens
 
 
+def check_positions(config: Any) -> None:
+    """Check that a language model's attention can have original positions.
+
+    Args:
+        config: of the language model.
+
+    Raises:
+        ValueError: it is flash attention, which takes each jump of positions for the start of another prompt.
+    """
+    if "flash" in (kernel := str(config._attn_implementation)):
+        raise ValueError(
+            f"positions='original' leave gaps, which attn_implementation={kernel!r} takes for the start of another "
+            "prompt: load the model with attn_implementation='sdpa', or set positions='consecutive'"
+        )
+
+
 def next_positions(cache: Any, rows: int) -> Tensor | None:
     """The position (B, 1) behind the tokens of a KV cache; None if they are not noted, so that all are consecutive.
 
@@ -43,7 +59,7 @@ def with_positions(backbone: nn.Module, arguments: dict[str, Any], original: boo
         original: the call's positions may be original ones.
 
     Raises:
-        ValueError: the cache was filled by other rows.
+        ValueError: the cache was filled by other rows, or what :func:`check_positions` raises.
     """
     positions, cache = arguments.get("position_ids"), arguments.get("past_key_values")
     if positions is None and not hasattr(cache, _NOTE):
@@ -58,6 +74,7 @@ def with_positions(backbone: nn.Module, arguments: dict[str, Any], original: boo
         return arguments | {"position_ids": start.to(given.device) + torch.arange(length, device=given.device)}
     if embeds is None or not original:  # a step of decoding, which goes on by one
         return arguments
+    check_positions(backbone.config)
     arguments = with_own_cache(backbone, arguments)
     if (cache := arguments.get("past_key_values")) is not None:
         past = int(cache.get_seq_length())
