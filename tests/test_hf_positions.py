@@ -208,7 +208,7 @@ def test_packed_prompts_do_not_go_with_original_positions():
     model, inputs = visionzip(llava(), **KEPT, positions="original"), llava_batch(texts=["a<image>b"])
     ids, pixels = inputs["input_ids"].repeat(1, 2), inputs["pixel_values"].repeat(2, 1, 1, 1)
     positions = torch.arange(ids.shape[1] // 2).repeat(1, 2)
-    with pytest.raises(ValueError, match="position_ids start anew, .* give each prompt a row of its own"):
+    with pytest.raises(ValueError, match=r"position_ids start anew, .* give each prompt a row of its own"):
         model(input_ids=ids, pixel_values=pixels, position_ids=positions)
 
 
@@ -259,7 +259,7 @@ def test_sizes_reach_the_language_model():
 
 def test_prompts_in_chunks_do_not_go_with_a_size_bias():
     model = visionzip(llava(), **KEPT, size_bias=True)
-    with pytest.raises(ValueError, match="prefill_chunk_size cuts the prompt.*leave it out"):
+    with pytest.raises(ValueError, match=r"prefill_chunk_size cuts the prompt.*leave it out"):
         model.generate(**llava_batch(), prefill_chunk_size=7, past_key_values=DynamicCache(config=model.config))
 
 

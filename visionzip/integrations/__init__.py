@@ -56,6 +56,16 @@ _TRANSFORMERS = {
             "LLaVA-NeXT-Video",
         ),
         ("video_llava.modeling_video_llava.VideoLlava", "hf_llava.VIDEO_LLAVA", "Video-LLaVA"),
+        ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "seam.QWEN_VL", "Qwen2-VL"),
+        ("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL", "seam.QWEN_VL", "Qwen2.5-VL"),
+        ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "seam.QWEN3_VL", "Qwen3-VL"),
+        ("qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe", "seam.QWEN3_VL", "Qwen3-VL (MoE)"),
+        ("qwen3_5.modeling_qwen3_5.Qwen3_5", "seam.QWEN3_VL", "Qwen3.5"),
+        ("glm4v.modeling_glm4v.Glm4v", "seam.GLM4V", "GLM-4V"),
+        ("internvl.modeling_internvl.InternVL", "seam.INTERNVL", "InternVL"),
+        ("gemma3.modeling_gemma3.Gemma3", "seam.GEMMA3", "Gemma 3"),
+        ("idefics3.modeling_idefics3.Idefics3", "seam.IDEFICS3", "Idefics3"),
+        ("smolvlm.modeling_smolvlm.SmolVLM", "seam.IDEFICS3", "SmolVLM"),
     )
 }
 
