@@ -72,6 +72,8 @@ def visionzip(
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
     setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
     given = {name: value for name, value in setting.items() if value is not None}
+    if given.keys() & {"dominant", "contextual"}:
+        given["keep"] = None  # of a family whose default is a share
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     if stored and not given:
         config = VisionZipConfig.from_dict(stored)

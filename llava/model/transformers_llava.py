@@ -14,7 +14,6 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from llava.model.visual import VisualTokens
 from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
-from visionzip.integrations import REGISTRY, Integration, find_integration
+from visionzip.integrations import REGISTRY, Integration, family_of, find_integration
 from visionzip.integrations.generation import logits_processors
 
 
@@ -237,7 +236,7 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         """Visual tokens of one frame of a video, not zipped, and without OneVision's newline behind the last one."""
         if not self.takes_videos:  # frames are images to it
             return super().frame_length
-        video = import_module(f"visionzip.integrations.hf_{self.native.config.model_type}").FAMILY.modalities["video"]
+        video = family_of(self.native).modalities["video"]
         edge = self.get_vision_tower().config.image_size
         pixels = (torch.empty(1, frames, 3, edge, edge, device="meta") for frames in (1, 2))
         one, two = (video.runs(self.native.model, VisionZipConfig(), {video.pixels: each})[0].full for each in pixels)

@@ -1,8 +1,8 @@
 """Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family of transformers, write a module with a :class:`~visionzip.integrations.huggingface.Family`; to add any other, one
-with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)``; and register its classes here.
+family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
+``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)``; and register its classes here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations import llava
+
+if TYPE_CHECKING:
+    from visionzip.integrations.huggingface import Family
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,58 @@ class Integration:
     default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
 
 
-def _of_transformers(module: str, name: str) -> Integration:
+_TRANSFORMERS = {
+    f"transformers.models.{cls}ForConditionalGeneration": (place, f"{name} (transformers)")
+    for cls, place, name in (
+        ("llava.modeling_llava.Llava", "hf_llava.LLAVA", "LLaVA-1.5"),
+        ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next.LLAVA_NEXT", "LLaVA-NeXT"),
+        (
+            "llava_onevision.modeling_llava_onevision.LlavaOnevision",
+            "hf_llava_onevision.LLAVA_ONEVISION",
+            "LLaVA-OneVision",
+        ),
+        (
+            "llava_next_video.modeling_llava_next_video.LlavaNextVideo",
+            "hf_llava_next.LLAVA_NEXT_VIDEO",
+            "LLaVA-NeXT-Video",
+        ),
+        ("video_llava.modeling_video_llava.VideoLlava", "hf_llava.VIDEO_LLAVA", "Video-LLaVA"),
+        ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "seam.QWEN_VL", "Qwen2-VL"),
+        ("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL", "seam.QWEN_VL", "Qwen2.5-VL"),
+        ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "seam.QWEN3_VL", "Qwen3-VL"),
+        ("qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe", "seam.QWEN3_VL", "Qwen3-VL (MoE)"),
+        ("qwen3_5.modeling_qwen3_5.Qwen3_5", "seam.QWEN3_VL", "Qwen3.5"),
+        ("glm4v.modeling_glm4v.Glm4v", "seam.GLM4V", "GLM-4V"),
+        ("internvl.modeling_internvl.InternVL", "seam.INTERNVL", "InternVL"),
+        ("gemma3.modeling_gemma3.Gemma3", "seam.GEMMA3", "Gemma 3"),
+        ("idefics3.modeling_idefics3.Idefics3", "seam.IDEFICS3", "Idefics3"),
+        ("smolvlm.modeling_smolvlm.SmolVLM", "seam.IDEFICS3", "SmolVLM"),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model of transformers.
+
+    Raises:
+        TypeError: it is of none.
+    """
+    for base in type(model).__mro__:
+        if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
+            return _load(_TRANSFORMERS[name][0])
+    raise TypeError(f"{type(model).__name__} is no model of transformers that VisionZip supports")
+
+
+def _load(place: str) -> Family:
+    file, attribute = place.split(".")
+    return getattr(import_module(f"{__name__}.{file}"), attribute)
+
+
+def _of_transformers(place: str, name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
             # Not before it is used: what is behind takes seconds to import.
-            family = import_module(f"{__name__}.{module}").FAMILY
-            return getattr(import_module(f"{__name__}.attach"), function)(family, model, *args)
+            return getattr(import_module(f"{__name__}.attach"), function)(_load(place), model, *args)
 
         return call
 
@@ -59,16 +108,7 @@ REGISTRY: dict[str, Integration] = {
     "llava.model.language_model.video_llava.VideoLlavaLlamaForCausalLM": _VIDEO_LLAVA,
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
-    **{
-        f"transformers.models.{cls}ForConditionalGeneration": _of_transformers(module, f"{name} (transformers)")
-        for cls, module, name in (
-            ("llava.modeling_llava.Llava", "hf_llava", "LLaVA-1.5"),
-            ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next", "LLaVA-NeXT"),
-            ("llava_onevision.modeling_llava_onevision.LlavaOnevision", "hf_llava_onevision", "LLaVA-OneVision"),
-            ("llava_next_video.modeling_llava_next_video.LlavaNextVideo", "hf_llava_next_video", "LLaVA-NeXT-Video"),
-            ("video_llava.modeling_video_llava.VideoLlava", "hf_video_llava", "Video-LLaVA"),
-        )
-    },
+    **{name: _of_transformers(*place) for name, place in _TRANSFORMERS.items()},
 }
 
 

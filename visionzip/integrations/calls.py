@@ -1,0 +1,392 @@
+"""A call of a zipped model: encoder and choice first, then the stock forward on short prompts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from visionzip.encoder import check_finite
+from visionzip.integrations.huggingface import Encoded, Family, Zipped
+from visionzip.integrations.placeholders import Held, Shortened, Visual, find_runs, original_positions, shorten
+
+NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
+SIZES = "token_sizes"  # in mm_encoder_outputs (B, L) and, as an argument, of a language model with a size bias
+
+Call = tuple[tuple[()], dict[str, Any]]
+
+
+def before_model(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    """Forward pre-hook of the model, and of its base model where that is called alone.
+
+    ``mm_encoder_outputs`` says that there is nothing left to do: it is what the model hands to its base model, and
+    ``generate`` to both, empty where there are no images.
+    """
+    given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs if args else kwargs
+    for name in zipped.pixels:
+        if given.get(name) is not None:
+            return (), _encoded_first(zipped, module, given)
+    ids = given.get("input_ids")
+    if ids is None or given.get("mm_encoder_outputs") is not None or torch.compiler.is_compiling():
+        return None
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    if getattr(cache, "is_compileable", False) and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return None  # a step of generate: not worth a transfer of the cache's length
+    past = 0 if cache is None else cache.get_seq_length()
+    held = getattr(cache, "_visionzip", None)
+    # A step of decoding is done here; whatever may be wrong or is to be noted is looked at.
+    if past == 0 or held is not None or (mask is not None and mask.shape[-1] != past + ids.shape[1]):
+        given = _as_text(zipped, module, given)
+    return (), {**given, "mm_encoder_outputs": {}}
+
+
+def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    """Forward pre-hook of the base model: ids and encoder outputs are there; what no ``generate`` hands on is added."""
+    outputs = kwargs.get("mm_encoder_outputs")
+    if outputs is None:
+        alone = before_model(zipped, base, args, kwargs)
+        if alone is None:
+            return None
+        args, kwargs = alone
+        outputs = kwargs["mm_encoder_outputs"]
+    ids, added = kwargs.get("input_ids"), {}
+    if outputs.get(SIZES) is not None:
+        sizes = outputs[SIZES].to(ids.device).repeat_interleave(len(ids) // len(outputs[SIZES]), dim=0)
+        missing = ids.shape[1] - sizes.shape[1]  # without a cache, answers grow; with one, what it holds is not given
+        added[SIZES] = F.pad(sizes, (0, missing), value=1.0) if missing > 0 else sizes[:, -ids.shape[1] :]
+    if zipped.original and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+        # Without either, transformers takes positions that jump for several prompts packed into one row.
+        added["attention_mask"] = None if ids is None else torch.ones_like(ids)
+    return args, kwargs | added
+
+
+@torch.compiler.disable  # reads the ids
+def _encoded_first(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("input_ids") is None or given.get("inputs_embeds") is not None:
+        raise ValueError(NO_IDS)
+    _refuse_positions(given)
+    _check_mask(given)
+    refuse_outputs(given)
+    arguments, held = prepare(zipped, module, renamed(zipped.family, given))
+    if not zipped.original:
+        hold(given.get("past_key_values"), None)
+        return arguments
+    config = module.config.get_text_config()
+    use_cache = given.get("use_cache")
+    use_cache = (config.use_cache if use_cache is None else use_cache) and not module.training
+    if arguments.get("past_key_values") is None and use_cache:  # the language model would make it, unseen
+        arguments["past_key_values"] = DynamicCache(config=config)
+    hold(arguments.get("past_key_values"), held)
+    return arguments
+
+
+def _as_text(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Check a forward without pixels; ``generate`` has checked its own.
+
+    Raises:
+        ValueError: a prompt has placeholders but no pixels, or the mask is one of a prompt that was not shortened.
+    """
+    held = held_by(given)  # corrects it before the cache grows again
+    past = cached_length(given)
+    if past == 0:
+        visuals(zipped, getattr(module, "model", module), given)
+    _check_mask(given)
+    if held is None or held.after is None or given.get("position_ids") is not None:
+        return given
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+    positions = _behind(held, past, mask).to(ids.device) + new.cumsum(dim=1) - 1
+    columns = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    hold(given["past_key_values"], held.grown(past).followed(Held(columns, ids.shape[1], positions + 1)))
+    return given | {"position_ids": zipped.family.with_axes(positions)}
+
+
+def prepare(
+    zipped: Zipped, model: nn.Module, given: dict[str, Any], side: str | None = None, whole: bool = False
+) -> tuple[dict[str, Any], Held | None]:
+    """Run the encoder, choose tokens, and shorten the prompts to them.
+
+    Args:
+        zipped: how.
+        model: the model or its base model.
+        given: the arguments of its forward, with pixels under their present names.
+        side: on which rows are padded, ``"left"`` or ``"right"``; as before if None.
+        whole: the prompts are a conversation whose beginning the given cache holds; otherwise what is new alone.
+
+    Returns:
+        The arguments with ``mm_encoder_outputs`` for the pixels, and what a cache holds that was given them.
+
+    Raises:
+        ValueError: prompts and images do not fit together, or pixels are no numbers.
+    """
+    base, family = getattr(model, "model", model), zipped.family
+    found = visuals(zipped, base, given)
+    edits = find_runs(given["input_ids"], found)
+    check_values(family, given)
+    past, held = cached_length(given), held_by(given)
+    own = {name: value for name, value in given.items() if name != "position_ids"} if zipped.original else given
+    short = shorten(own, edits, pad_token(model), side, past if whole else 0, held)
+    encoded = _encode(zipped, base, given, found, short)
+    taken = {name for modality in family.modalities for name in _taken(type(base), modality)}
+    arguments = {name: value for name, value in given.items() if name not in taken} | short.arguments
+    arguments["mm_encoder_outputs"] = _outputs(family, encoded, short)
+    now = short.held
+    if zipped.original:
+        places = {key: own for key, (own, _) in _by_run(encoded).items()}
+        offset = 0 if whole or not past else _behind(held, past, given.get("attention_mask"))
+        positions = _long_positions(family, base, given, offset)
+        places = short.spread(places, None, -1)
+        arguments["position_ids"], now = original_positions(positions, places, now)
+        arguments.setdefault("attention_mask", None)
+        if arguments["attention_mask"] is None:
+            shape = (len(places), places.shape[1] + (0 if whole else past))
+            arguments["attention_mask"] = places.new_ones(shape).to(given["input_ids"].device)
+        if held is None and past and not whole:
+            held = _held_text(past, given.get("attention_mask"), len(places))
+        family.note(base, now, arguments)
+    return arguments, now if whole or not past else held and held.grown(past).followed(now)
+
+
+Chosen = dict[str, tuple[list[int], Encoded]]
+"""By modality: which of its runs are not in the cache, and their tokens."""
+
+
+def _encode(zipped: Zipped, base: nn.Module, given: Mapping[str, Any], found: list[Visual], short: Shortened) -> Chosen:
+    encoded: Chosen = {}
+    for visual in found:
+        chosen = sorted(edit.index for edit in short.new if edit.modality == visual.modality)
+        if chosen:  # images that a cache holds are not encoded again where no new one is
+            modality = zipped.family.modalities[visual.modality]
+            encoded[visual.modality] = chosen, modality.encode(base, zipped.config, given).of_runs(chosen)
+    return encoded
+
+
+def _by_run(encoded: Chosen) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:
+    """Places and sizes of each run's tokens, on the host where ids are looked through."""
+    return {
+        (name, index): (own.places[at].cpu(), own.sizes[at].cpu() if own.sizes else None)
+        for name, (chosen, own) in encoded.items()
+        for at, index in enumerate(chosen)
+    }
+
+
+def _outputs(family: Family, encoded: Chosen, short: Shortened) -> dict[str, Any]:
+    outputs: dict[str, Any] = {name: family.modalities[name].output(own) for name, (_, own) in encoded.items()}
+    if any(own.sizes for _, own in encoded.values()):
+        outputs[SIZES] = short.spread({key: sizes for key, (_, sizes) in _by_run(encoded).items()}, 1.0, 1.0)
+    return outputs
+
+
+def features(zipped: Zipped, base: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """``get_image_features`` or ``get_video_features`` of a zipped base model: the chosen tokens.
+
+    Args:
+        zipped: how.
+        base: the model without its head.
+        name: ``"image"`` or ``"video"``.
+        *args: as the class's own.
+        **kwargs: as the class's own.
+
+    Raises:
+        ValueError: the pixels have another shape, or another layer is asked for.
+    """
+    modality = zipped.family.modalities[name]
+    given = dict(zip(_taken(type(base), name), args, strict=False)) | kwargs
+    return modality.output(modality.encode(base, zipped.config, renamed(zipped.family, given)))
+
+
+# --- positions ---
+
+
+def _long_positions(family: Family, base: nn.Module, given: dict[str, Any], offset: Tensor | int) -> Tensor:
+    """Positions (B, L) or (3, B, L) of the prompts as they are, the user's own where given."""
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if (own := given.get("position_ids")) is not None:
+        own = own[1:] if own.ndim == 3 and len(own) == 4 else own  # Qwen's first row is of the mask
+        if mask is None and (own.diff(dim=-1) < 0).any() and own.ndim == 2:
+            raise ValueError(
+                "position_ids start anew, as those of packed prompts do: with positions='original' give each prompt a "
+                "row of its own"
+            )
+        return own.expand(*own.shape[:-2], *ids.shape)
+    mask = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+    offset = offset.to(ids.device) if isinstance(offset, Tensor) else offset
+    positions = family.positions(base, given | {"attention_mask": mask})
+    if positions is None:
+        positions = mask.long().cumsum(dim=1) - 1
+    return (positions + offset).masked_fill(mask == 0, 0)
+
+
+def _behind(held: Held | None, past: int, mask: Tensor | None) -> Tensor:
+    """(B, 1) position of what comes behind a cache of ``past`` tokens; text behind what is noted counts by the mask."""
+    if held is None or held.after is None:
+        return torch.tensor([[past]]) if mask is None else mask[:, :past].sum(dim=1, keepdim=True)
+    noted = held.after.shape[1]
+    more = past - noted if mask is None else mask[:, noted:past].sum(dim=1, keepdim=True).to(held.after)
+    return held.after[:, -1:] + more if noted else torch.zeros_like(held.columns[:, :1]) + more
+
+
+def _held_text(past: int, mask: Tensor | None, rows: int) -> Held:
+    """What a cache holds that was filled with text alone."""
+    mask = torch.ones(rows, past).long() if mask is None else mask[:, :past].cpu().long()
+    columns = torch.arange(past).expand(rows, -1).masked_fill(mask == 0, -1)
+    return Held(columns, past, mask.cumsum(dim=1))
+
+
+# --- checks ---
+
+
+def refuse_outputs(given: Mapping[str, Any]) -> None:
+    """Refuse encoder outputs beside pixels, which this model makes itself.
+
+    Raises:
+        ValueError: they are given.
+    """
+    if given.get("mm_encoder_outputs") is not None:
+        raise ValueError(
+            "mm_encoder_outputs were given beside pixels, of which a zipped model makes them itself: leave one of the "
+            "two out"
+        )
+
+
+def _check_mask(given: Mapping[str, Any]) -> None:
+    # A wrong length is harmless while nothing is masked, so the values are looked at last.
+    if (misfit := mask_misfit(given)) and not given["attention_mask"].all():
+        raise ValueError(misfit)
+
+
+def _refuse_positions(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that point at tokens of the prompts as they were.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep has positions in the prompts, which are shorter in a zipped model: give a number, which "
+            "counts from the end"
+        )
+    if names := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if given.get(name) is not None]:
+        raise ValueError(
+            f"{' and '.join(names)} count tokens of the prompts, which are shorter in a zipped model: leave them out; "
+            "position_ids that start anew tell packed prompts apart"
+        )
+
+
+def has_pixels(zipped: Zipped, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is given images or videos, by their present names or former ones."""
+    return any(arguments.get(name) is not None for name in zipped.pixels)
+
+
+def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Check the pixels that a call is given: their values, which are looked at once for a call, not once a step.
+
+    Raises:
+        ValueError: some are NaN or infinite, or raw; the message names the image.
+    """
+    for modality in family.modalities.values():
+        if (pixels := arguments.get(modality.pixels)) is not None:
+            check_finite(pixels, [1] * len(pixels), modality.pixels)
+
+
+def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with pixels under their present names."""
+    for modality in family.modalities.values():
+        if modality.former_pixels in arguments:
+            pixels = arguments[modality.former_pixels]
+            others = {name: value for name, value in arguments.items() if name != modality.former_pixels}
+            arguments = others if pixels is None else others | {modality.pixels: pixels}
+    return arguments
+
+
+def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> list[Visual]:
+    """What a call is given to see.
+
+    Raises:
+        ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
+    """
+    found = []
+    for name, modality in zipped.family.modalities.items():
+        given = arguments.get(modality.pixels) is not None
+        runs = modality.runs(base, zipped.config, arguments) if given else []
+        found.append(Visual(name, getattr(base.config, f"{name}_token_id"), runs))
+        if not given:
+            _refuse_placeholders(arguments["input_ids"], found[-1], modality.pixels)
+    return found
+
+
+def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None:
+    if count := int((input_ids == visual.token_id).sum()):
+        raise ValueError(
+            f"the prompts have {count} {visual.modality} placeholders (id {visual.token_id}), but no {pixels} were "
+            "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
+            "the whole conversation with all its images"
+        )
+
+
+def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
+    """What is wrong with a mask (B, P + L), if its P positions before the prompts are not those of the cache."""
+    ids, mask, past = arguments["input_ids"], arguments.get("attention_mask"), cached_length(arguments)
+    if past == 0 or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if mask.shape[1] <= ids.shape[1] or mask.shape[1] == past + ids.shape[1]:
+        return None
+    return (
+        f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are new: "
+        "images take fewer tokens in a zipped model. Give a mask of that length, with zeros where the cache holds "
+        "padding, or generate from the whole conversation with all its images"
+    )
+
+
+# --- the cache ---
+
+
+def cached_length(arguments: Mapping[str, Any]) -> int:
+    """Tokens in the cache that a call is given."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def hold(cache: Any, held: Held | None) -> None:
+    """Note on a cache, if there is one, what it holds of its prompts, so that copies know it too; None if unknown."""
+    if cache is not None:
+        cache._visionzip = held
+
+
+def held_by(arguments: Mapping[str, Any]) -> Held | None:
+    """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
+    cache, past = arguments.get("past_key_values"), cached_length(arguments)
+    held: Held | None = getattr(cache, "_visionzip", None)
+    if held is not None and len(held.columns) != len(arguments["input_ids"]):
+        held = cache._visionzip = None
+    elif held is not None and held.columns.shape[1] > past:
+        held = cache._visionzip = held.cut(past)
+    return held
+
+
+def pad_token(model: nn.Module) -> int | None:
+    """The id that fills up rows; it is masked, so any will do that is no placeholder."""
+    config = model.config
+    pad = getattr(config, "pad_token_id", None)
+    return getattr(config.get_text_config(), "pad_token_id", None) if pad is None else pad
+
+
+@functools.cache
+def _parameters(cls: type) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]
+
+
+@functools.cache
+def _taken(cls: type, modality: str) -> list[str]:
+    """Arguments that the encoder takes, which are nobody's business behind it."""
+    return [
+        name
+        for name in inspect.signature(getattr(cls, f"get_{modality}_features")).parameters
+        if name not in ("self", "kwargs")
+    ]
