@@ -16,6 +16,7 @@ from llava.model.loading import check_device, checkpoint_path
 from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.config import Positions
+from visionzip.methods import METHODS, method_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -94,15 +95,40 @@ def add_language_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def setting_of(args: Any) -> dict[str, Any]:
-    """What the flags of a budget and of how the language model takes it say, for ``visionzip``; checked.
+    """What the flags of a budget, a method and of how the language model takes it say, for ``visionzip``; checked.
 
     Raises:
-        ValueError: a count is below its limit.
+        ValueError: a count is below its limit, ``--keep`` stands beside counts, or the method is unknown.
     """
-    names = ("dominant", "contextual", "positions", "size_bias")
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    VisionZipConfig(**given)
+    names = ("dominant", "contextual", "keep", "positions", "size_bias")
+    setting = {name: getattr(args, name, None) for name in names} | {"method": getattr(args, "choose_by", None)}
+    given = {name: value for name, value in setting.items() if value is not None}
+    if "keep" in given and given.keys() & {"dominant", "contextual"}:
+        raise ValueError(f"--keep {given['keep']} was given with --dominant or --contextual: give one or the other")
+    method_of(VisionZipConfig(**given))  # checks both
     return given
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """How visual tokens are chosen (:data:`visionzip.methods.METHODS`), and how many; beside a model's flags."""
+    parser.add_argument(
+        "--method",
+        dest="choose_by",  # commands that compare methods have a list of them as "method"
+        metavar="NAME",
+        help=f"how tokens are chosen: {', '.join(METHODS)} (default: visionzip)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=count_or_share,
+        metavar="T",
+        help="tokens to keep per tile in all, or their share of the patches (0.25), in the place of --dominant and "
+        "--contextual",
+    )
+
+
+def count_or_share(text: str) -> int | float:
+    """A flag's number of tokens (64) or share of the patches (0.25); argparse reports the error."""
+    return int(text) if text.lstrip("-").isdigit() else finite(text)
 
 
 def add_image_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:

@@ -25,6 +25,7 @@ try:
     from matplotlib.colors import PowerNorm, hsv_to_rgb
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import PercentFormatter
 except ImportError as error:
     raise ImportError(
@@ -62,9 +63,9 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
         _draw_image(image, tokens)
         _draw_attention(heat, tokens)
         patches = int(role.dominant.sum())
-        title = _count(patches, "dominant patch")
+        title = _count(patches, f"{_kind(tokens)} patch")
         if tokens.keeps_cls:
-            title = f"{_count(patches + 1, 'dominant token')}: {_count(patches, 'patch')} + CLS"
+            title = f"{_count(patches + 1, f'{_kind(tokens)} token')}: {_count(patches, 'patch')} + CLS"
         caption = f"they hold {tokens.top_share(tokens.layer):.0%} of the attention on patches"
         _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
         _draw_groups(merged, tokens)
@@ -106,11 +107,14 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
     for row, tokens, role in zip(rows, maps, roles, strict=True):
         axes = row.subplots()
         patches = int(role.dominant.sum())
-        title = _count(patches, "dominant patch") + " (+ CLS)" * tokens.keeps_cls
+        title = _count(patches, f"{_kind(tokens)} patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
             title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
-        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens))
+        sized = role.sizes is not None
+        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens) + "; numbers: patches stood for" * sized)
         _outline_targets(axes, tokens)
+        if sized:
+            _write_sizes(axes, tokens, role.sizes)
     return figure
 
 
@@ -147,7 +151,7 @@ def attention_histogram(maps: Sequence[TokenMap]) -> Figure:
     name = (
         "a tenth of the patches"
         if maps[0].roles is None or not maps[0].roles.dominant.any()
-        else "the dominant patches"
+        else f"the {_kind(maps[0])} patches"
     )
     text = f"{name}, {top} of {patches},\nhold {float(curve[top]):.0%} of the attention"
     # beside the mark and below the curve, which is concave
@@ -297,6 +301,20 @@ def _outline_targets(axes: Axes, tokens: TokenMap) -> None:
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
 
 
+def _write_sizes(axes: Axes, tokens: TokenMap, sizes: Tensor) -> None:
+    """How many patches each token stands for, in the middle of its own."""
+    for patch in sizes.nonzero().flatten().tolist():
+        row, column = divmod(patch, tokens.grid[1])
+        outline = [withStroke(linewidth=2, foreground="white")]
+        text = f"{sizes[patch]:g}"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, path_effects=outline)
+
+
+def _kind(tokens: TokenMap) -> str:
+    """Tokens that are kept by attention, beside others that are merged, are called dominant."""
+    return "dominant" if tokens.method is None or "keys" in tokens.method.reads else "kept"
+
+
 def _merged(tokens: TokenMap) -> str:
     role = _roles(tokens)
     rest = int((~role.dominant).sum())
@@ -306,11 +324,10 @@ def _merged(tokens: TokenMap) -> str:
 
 
 def _summary(tokens: TokenMap) -> str:
-    role = _roles(tokens)
-    before = tokens.num_patches + tokens.cls_token
-    after = int(role.dominant.sum()) + tokens.keeps_cls + len(role.targets)
+    before, after = tokens.num_patches + tokens.cls_token, tokens.num_kept
     read = f"{_count(tokens.num_patches, 'patch')}{' + CLS' if tokens.cls_token else ''}"
-    return f"{read} become {_count(after, 'visual token')} ({after / before:.0%})"
+    by = "" if tokens.method is None or tokens.method.name == "visionzip" else f", {tokens.method.name}"
+    return f"{read} become {_count(after, 'visual token')} ({after / before:.0%}){by}"
 
 
 def _source(tokens: TokenMap) -> str:

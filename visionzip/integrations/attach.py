@@ -11,6 +11,7 @@ from torch import nn
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations import calls, generation
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import TESTED, Family, Zipped
 from visionzip.language.size_bias import attach_size_bias, check_attention
 from visionzip.methods import has_size_bias
@@ -73,16 +74,9 @@ def _hang(zipped: Zipped, module: nn.Module, name: str, function: Any) -> None:
     setattr(module, name, function)
 
 
-def vision_tower(family: Family, model: nn.Module) -> nn.Module:
-    """Refuse what looks into LLaVA's own vision tower (:mod:`visionzip.visualize`), which these models do not have.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"this {type(model).__name__} of transformers has no vision tower of LLaVA's kind to look into: load its "
-        "checkpoint with llava.model.builder.load_pretrained_model, which gives it one"
-    )
+def encoders(family: Family, model: nn.Module) -> dict[str, Encoder]:
+    """What the model's images and videos go through."""
+    return family.encoders(model)
 
 
 def default_config(family: Family, model: nn.Module) -> VisionZipConfig:

@@ -46,6 +46,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.placeholders import Held, Run
 from visionzip.methods import positions_of
 
@@ -143,6 +144,16 @@ class Family:
     def default_config(self, model: nn.Module) -> VisionZipConfig:
         """The setting where the user gives none."""
         return VisionZipConfig()
+
+    def encoders(self, model: nn.Module) -> dict[str, Encoder]:
+        """What images and videos go through, for :mod:`visionzip.token_map`.
+
+        Raises:
+            ValueError: that module cannot look into this family's encoder.
+        """
+        raise ValueError(
+            f"pictures show encoders of a fixed size, CLIP and SigLIP; this {type(model).__name__} has another one"
+        )
 
     def has_original_positions(self, config: VisionZipConfig) -> bool:
         """Whether kept tokens stand where their patches would be: what the setting says."""

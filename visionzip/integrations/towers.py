@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import compress_images, has_cls_token, layers_needed, side_length
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes
 from visionzip.integrations.placeholders import Run
 from visionzip.methods import TokenCounts, check_setting, token_counts, uncompressed
@@ -56,6 +57,21 @@ class TowerFamily(Family):
         layer = feature_layer(model)
         return dataclasses.replace(self.default, layer=layer if layer < 0 else layer - 1)
 
+    def encoders(self, model: nn.Module) -> dict[str, Encoder]:
+        """The base model's: of images, and of videos unless their frames are pooled before tokens are chosen."""
+        stored = getattr(model.config, "visionzip", None)
+        setting = VisionZipConfig.from_dict(stored) if stored and hasattr(model, "_visionzip") else None
+        names = {"image": self.towers[0]}
+        if "video" in self.modalities and self.modalities["video"].pooled_patches is None:
+            names["video"] = self.towers[-1]
+        found = {}
+        for name, attribute in names.items():
+            tower = getattr(model.model, attribute)
+            inputs = partial(_encoder_inputs, tower, name == "video")
+            layers = tower.config.num_hidden_layers
+            found[name] = Encoder(tower, setting, model.model.multi_modal_projector, layers, inputs=inputs)
+        return found
+
     def _warn(self, model: nn.Module, config: VisionZipConfig) -> None:
         for name in self.towers:
             tower = getattr(model.model, name)
@@ -83,6 +99,11 @@ class TowerFamily(Family):
 
 def _say(message: str) -> None:
     warnings.warn(message, stacklevel=7)  # at the user's visionzip(model)
+
+
+def _encoder_inputs(tower: nn.Module, frames: bool, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    check_pixels(pixels, "images", tower, "B, frames" if frames else "B")
+    return pixels.flatten(0, 1) if frames else pixels, {}
 
 
 def feature_layer(model: nn.Module) -> int:

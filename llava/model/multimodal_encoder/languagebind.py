@@ -191,7 +191,7 @@ class LanguageBindVideoTower(LanguageBindImageTower):
         encoded = super().encode(images, project)
         return encoded if encoded.kept is None else encoded.unflatten(len(images))
 
-    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Frames (B * T, 3, h, w) of videos (B, 3, T, h, w), and T for the layers that attend over time."""
         edge = self.config.image_size
         if images.ndim != 5 or not images.numel() or images.shape[1] != 3 or tuple(images.shape[3:]) != (edge, edge):
