@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from visionzip.encoder import check_finite
-from visionzip.integrations.huggingface import Encoded, Family, Zipped
+from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
 from visionzip.integrations.placeholders import Held, Shortened, Visual, find_runs, original_positions, shorten
 
 NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
@@ -196,6 +196,8 @@ def features(zipped: Zipped, base: nn.Module, name: str, *args: Any, **kwargs: A
     Raises:
         ValueError: the pixels have another shape, or another layer is asked for.
     """
+    if runs_stock():
+        return getattr(type(base), f"get_{name}_features")(base, *args, **kwargs)
     modality = zipped.family.modalities[name]
     given = dict(zip(_taken(type(base), name), args, strict=False)) | kwargs
     return modality.output(modality.encode(base, zipped.config, renamed(zipped.family, given)))

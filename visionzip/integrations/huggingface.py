@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ from visionzip.integrations.placeholders import Held, Run
 from visionzip.methods import positions_of
 
 Arguments = Mapping[str, Any]
+_STOCK: ContextVar[bool] = ContextVar("stock", default=False)
 
 
 class Encoded(NamedTuple):
@@ -222,3 +224,17 @@ def _has(holder: Any, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def stock_features(base: nn.Module, name: str, given: Arguments) -> Any:
+    """What the class's own ``get_image_features`` or ``get_video_features`` returns; one may call the other."""
+    token = _STOCK.set(True)
+    try:
+        return getattr(type(base), f"get_{name}_features")(base, **given)
+    finally:
+        _STOCK.reset(token)
+
+
+def runs_stock() -> bool:
+    """Whether this is inside of :func:`stock_features`."""
+    return _STOCK.get()

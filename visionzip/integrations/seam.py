@@ -33,7 +33,7 @@ from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_atte
 from visionzip.compress import CompressedTokens, compress_alike
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
-from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes
+from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes, stock_features
 from visionzip.integrations.placeholders import Held, Run
 from visionzip.methods import EncoderRead, check_setting, has_size_bias, method_of, token_counts
 
@@ -164,14 +164,14 @@ def _encode(
     config: VisionZipConfig,
     arguments: Arguments,
 ) -> Encoded:
-    stock = getattr(type(base), f"get_{name}_features")
-    taken = {key: arguments[key] for key in inspect.signature(stock).parameters if arguments.get(key) is not None}
+    names = inspect.signature(getattr(type(base), f"get_{name}_features")).parameters
+    taken = {key: arguments[key] for key in names if arguments.get(key) is not None}
     runs = frames(base, arguments)
     counts, sizes = [count for count, _ in runs], [size for count, size in runs for _ in range(count)]
     reads = method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
     scored = reads & {"scores", "keys"} and not all(_is_whole(config, size) for size in sizes)
     with encoder.read(base, config.layer, arguments) if scored else nullcontext(_nothing) as read:
-        output = stock(base, **taken, return_dict=True)
+        output = stock_features(base, name, taken | {"return_dict": True})
     layers = [_flat(output.pooler_output), *map(_flat, getattr(output, "deepstack_features", None) or ())]
     chosen = _choose(layers, sizes, *read(), _real(arguments[pixels]), config)
     tokens, *deepstack = [_by_run(layer, counts) for layer in chosen.layers]
@@ -372,7 +372,7 @@ def _side(base: nn.Module) -> int:
     """Tokens along the edge of a picture, by whichever name the family's config has for it."""
     config = base.config
     edge = config.vision_config.image_size
-    patches = (edge if isinstance(edge, int) else edge[0]) // _first(config.vision_config.patch_size)
+    patches = _first(edge) // _first(config.vision_config.patch_size)
     if (tokens := getattr(config, "mm_tokens_per_image", None)) is not None:
         return int(tokens**0.5)
     if (ratio := getattr(config, "downsample_ratio", None)) is not None:
