@@ -4,8 +4,8 @@ Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tok
 LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
 text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
 
-OneVision's images are all cut into tiles; its stock processor gives those that share
-a prompt with others one tile each. FastV and SparseVLM hook into LLaVA's own classes: convert to these.
+OneVision's images are all cut into tiles; its stock processor gives those that share a prompt with others one tile
+each.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, find_integration
 from visionzip.integrations.generation import logits_processors
+from visionzip.language.pruning import is_pruned
 
 
 def is_transformers(values: dict[str, Any]) -> bool:
@@ -109,6 +110,12 @@ def _image_processor(path: str, kind: Kind) -> Any:
         ) from error
 
 
+def _validate_model_kwargs(native: Any, model_kwargs: dict[str, Any]) -> None:
+    """Check the arguments of ``generate`` as the model's class does, which does not know ``visual_mask``."""
+    known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+    type(native)._validate_model_kwargs(native, known)
+
+
 def generating_module(model: nn.Module) -> nn.Module:
     """What ``generate`` calls for each step: the model itself, or the one inside a :class:`TransformersLlava`."""
     return model.native if isinstance(model, TransformersLlava) else model
@@ -122,12 +129,16 @@ class _Language(nn.Module):
         self.native = native
 
     def forward(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; ``visual_mask`` is for the baselines, which are not for these models."""
-        return self.native(**kwargs)
+        """The model's own forward; ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it."""
+        return self.native(**kwargs, **self._for_pruning(visual_mask))
 
     def generate(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``."""
-        return self.native.generate(**kwargs)
+        """The model's own ``generate``; ``visual_mask`` as in :meth:`forward`."""
+        return self.native.generate(**kwargs, **self._for_pruning(visual_mask))
+
+    def _for_pruning(self, visual_mask: Tensor | None) -> dict[str, Tensor]:
+        """The mask as an argument of the model inside, which takes it only for the hooks of FastV and SparseVLM."""
+        return {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
 
 
 class TransformersLlava(LlavaMetaForCausalLM, _Language):
@@ -148,6 +159,7 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         _Language.__init__(self, native)
         # As of the in-tree models: of embeddings, the processors see new ids alone.
         native._get_logits_processor = functools.partial(logits_processors, native)
+        native._validate_model_kwargs = functools.partial(_validate_model_kwargs, native)
         self.kind = KINDS[native.config.model_type]
         self.config = _llava_config(native.config)
         with torch.device("meta"):
@@ -340,5 +352,10 @@ def _default(model: TransformersLlava) -> VisionZipConfig:
 
 
 REGISTRY[f"{__name__}.{TransformersLlava.__qualname__}"] = Integration(
-    "transformers' models in LLaVA's commands", _attach, _detach, TransformersLlava.get_vision_tower, _default
+    "transformers' models in LLaVA's commands",
+    _attach,
+    _detach,
+    TransformersLlava.get_vision_tower,
+    _default,
+    generating_module,
 )

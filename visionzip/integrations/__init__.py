@@ -28,6 +28,7 @@ class Integration:
         detach: turns it off and removes the setting.
         vision_tower: the part that compresses, for :mod:`visionzip.visualize` to look into.
         default: a model's setting where the user gives none.
+        generating: the object whose ``generate`` and ``forward`` run: the model itself, or the one that it wraps.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Integration:
     detach: Callable[[nn.Module], None]
     vision_tower: Callable[[nn.Module], Any]
     default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
+    generating: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def _of_transformers(module: str, name: str) -> Integration:

@@ -59,7 +59,8 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     zipped = Zipped(family, config)
     hook = functools.partial(_shorten_arguments, zipped)
     for module in (model, model.model):
-        zipped.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        # First: what else hangs there (FastV) counts the short prompts.
+        zipped.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
     # Partials, not bound methods: these would be looked up by name, on the class, when a model is unpickled.
     for name, modality in family.modalities.items():
         _hang(zipped, model.model, f"get_{name}_features", functools.partial(modality.features, model.model, config))

@@ -1,15 +1,20 @@
-"""Pruning inside a language model: what FastV and SparseVLM share.
+"""Prune visual tokens inside a language model: what FastV and SparseVLM share.
 
-Both methods look at the attention that visual tokens get in a layer, keep those of most attention, and let the layers
-after it see only these. Here that is done by hooks on one model's layers: a hook before the scored layer computes the
-rows of attention that are needed from that layer's own queries and keys, a hook before the next one shortens what it
-gets, and from then on each layer is given the mask and positions of what it sees. All layers keep their attention
-kernel, the KV cache of each layer holds what that layer has seen, and no class is modified. What a conversation's
-layers have seen is kept on its cache: batches, beams and threads do not disturb each other.
+Both methods read the attention that visual tokens get in a layer, keep those that get most, and let the layers after it
+see only these. Hooks on one model's layers do this: before the scored layer, one computes the needed rows of attention
+from that layer's own queries and keys; before the next layer, one shortens the hidden states; from there on, each layer
+is given the mask and positions of its own tokens. All layers keep their attention kernel, each layer's KV cache holds
+the tokens that this layer has seen, and no class is modified. The record of these tokens lies on the conversation's
+cache, so that batches, beams and threads do not disturb each other.
+
+The hooks are told where visual tokens are by ``visual_mask`` (B, L), an argument of the language model. LLaVA's own
+classes pass it. Transformers' classes hand their extra arguments down to their language model, so a hook on the base
+model adds it there, read off the placeholders in ``input_ids``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from visionzip.apply import unwrap
-from visionzip.integrations import find_integration, llava
+from visionzip.integrations import find_integration
 from visionzip.language.selection import Keep, attention_received, keep_top, number_to_keep
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +35,8 @@ Model = TypeVar("Model", bound=nn.Module)
 _HANDLES = "_visionzip_pruning"  # attribute of the model: the hooks that are attached
 _STAGES = "_visionzip_stages"  # attribute of a KV cache: what its later layers have seen of the prompt
 _PROMPT = "visionzip_prompt"  # argument that the hooks hand from the backbone to its layers
+# Arguments of transformers' models that bring images and videos, as pixels or encoded.
+_IMAGES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 
 @dataclass(frozen=True)
@@ -94,54 +101,58 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
 
     Raises:
         TypeError: the model is of no supported family, or has no language model.
-        ValueError: a layer or a number to keep is outside its limits, or the model is one of transformers.
+        ValueError: a layer or a number to keep is outside its limits.
     """
-    target = unwrap(model)
-    refuse_transformers(target)
-    if not hasattr(target, "get_model"):
+    target = _generating(model)
+    base = getattr(target, "base_model", None)
+    backbone = getattr(base, "language_model", base)
+    if not hasattr(backbone, "layers"):
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
-    backbone = target.get_model()
     _check(pruning, len(backbone.layers))
     remove_pruning(model)
-    handles = [
-        target.register_forward_pre_hook(_refuse_labels, with_kwargs=True),
-        backbone.register_forward_pre_hook(partial(_before_backbone, pruning), with_kwargs=True),
-    ]
+    handles = [target.register_forward_pre_hook(_refuse_labels, with_kwargs=True)]
+    if base is not backbone:
+        handles.append(base.register_forward_pre_hook(_mark_visual, with_kwargs=True))
+    handles.append(backbone.register_forward_pre_hook(partial(_before_backbone, pruning), with_kwargs=True))
     handles += [
         layer.register_forward_pre_hook(partial(_before_layer, pruning, backbone, index), with_kwargs=True)
         for index, layer in enumerate(backbone.layers)
     ]
     setattr(target, _HANDLES, handles)
+    target._prefill = partial(_prefill_once, target)
     return model
-
-
-def refuse_transformers(model: nn.Module) -> None:
-    """Check that a model is of this repository's classes, whose language models FastV and SparseVLM know.
-
-    Raises:
-        TypeError: it is of no supported family.
-        ValueError: it is one of transformers' LLaVA models.
-    """
-    if find_integration(model).attach is not llava.attach:
-        raise ValueError(
-            f"{type(model).__name__} is a model of transformers, on which FastV and SparseVLM do not run: convert its "
-            "checkpoint (visionzip convert SRC DST --to original)"
-        )
 
 
 def remove_pruning(model: Model) -> Model:
     """Undo :func:`fastv` or :func:`sparsevlm`: the model answers as before; without either, nothing happens.
 
     A conversation that goes on with the KV cache of a pruned prompt needs the method that has pruned it.
+
+    Raises:
+        TypeError: the model is of no supported family.
     """
-    for handle in unwrap(model).__dict__.pop(_HANDLES, []):
-        handle.remove()
+    if is_pruned(model):
+        attributes = vars(_generating(model))
+        for handle in attributes.pop(_HANDLES):
+            handle.remove()
+        attributes.pop("_prefill", None)
     return model
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Say whether :func:`fastv` or :func:`sparsevlm` is on a model."""
+    return _HANDLES in vars(_generating(model))
 
 
 def seen_of_prompt(cache: Cache) -> list[Stage]:
     """What the layers of a KV cache have seen of its prompt, one :class:`Stage` for each time that it was pruned."""
     return list(getattr(cache, _STAGES, []))
+
+
+def _generating(model: nn.Module) -> nn.Module:
+    """Find the object whose ``generate`` runs, which the hooks hang on: inside wrappers of PEFT, compile and llava."""
+    target = unwrap(model)
+    return find_integration(target).generating(target)
 
 
 def _check(pruning: Pruning, layers: int) -> None:
@@ -164,13 +175,65 @@ def _refuse_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         raise ValueError("a model that prunes visual tokens inside has no loss: call remove_pruning(model) to train")
 
 
+def _prefill_once(
+    model: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run ``generate``'s prefill, whose one forward has to see the prompt's last token and fill a cache.
+
+    Raises:
+        ValueError: it is to run in chunks or without a cache, so that several forwards would choose.
+    """
+    if (size := generation_config.prefill_chunk_size) is not None:
+        raise ValueError(
+            f"prefill_chunk_size={size}: visual tokens are pruned with their whole prompt only, which the first chunk "
+            "does not see: leave it out"
+        )
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError(
+            "use_cache=False: visual tokens are pruned once for the whole answer, which needs the KV cache: generate "
+            "with use_cache=True"
+        )
+    return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _mark_visual(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tell the language model of a transformers model which tokens are visual, by their placeholders.
+
+    Raises:
+        ValueError: there are images, but no ids.
+    """
+    given = kwargs
+    if args:
+        given = dict(zip(inspect.signature(type(base).forward).parameters, (base, *args), strict=False)) | kwargs
+    images = next((name for name in _IMAGES if given.get(name) is not None and len(given[name])), None)
+    if images is None or given.get("visual_mask") is not None:
+        return None  # text, for which placeholders are words like others, or a step of decoding
+    if (ids := given.get("input_ids")) is None:
+        raise ValueError(
+            f"{images} came with inputs_embeds, but visual tokens are pruned where input_ids has their placeholders: "
+            "give input_ids"
+        )
+    placeholders = [getattr(base.config, f"{name}_token_id", None) for name in ("image", "video")]
+    visual = torch.isin(ids, ids.new_tensor([each for each in placeholders if each is not None]))
+    return args, {**kwargs, "visual_mask": visual}
+
+
 def _before_backbone(
     pruning: Pruning, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Say what kind of forward this is: a prompt to prune, what follows one that was pruned, or neither."""
-    cache, visual, embeds = kwargs.get("past_key_values"), kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Start a pass over the layers for a prompt to prune, or for tokens that follow one that was pruned."""
+    visual = kwargs.pop("visual_mask", None)  # the layers do not know it
+    if (current := _new_pass(pruning, backbone, visual, kwargs)) is not None:
+        kwargs[_PROMPT] = current
+    return args, kwargs
+
+
+def _new_pass(pruning: Pruning, backbone: nn.Module, visual: Tensor | None, kwargs: dict[str, Any]) -> _Pass | None:
+    """What kind of forward this is: a prompt to prune, tokens that follow one that was pruned, or neither (None)."""
+    cache, embeds, mask = (kwargs.get(name) for name in ("past_key_values", "inputs_embeds", "attention_mask"))
     past = 0 if cache is None else cache.get_seq_length()
-    mask = kwargs.get("attention_mask")
     fresh = visual is not None and embeds is not None and visual.shape[1] == embeds.shape[1] and bool(visual.any())
     if past:
         if fresh:
@@ -178,9 +241,8 @@ def _before_backbone(
                 "visual tokens follow a KV cache, but they are pruned with their whole prompt only: give the "
                 "conversation from its beginning, without past_key_values"
             )
-        if stages := seen_of_prompt(cache):
-            return args, {**kwargs, _PROMPT: _Pass(mask, stages, prefill=False)}
-        return None
+        stages = seen_of_prompt(cache)
+        return _Pass(mask, stages, prefill=False) if stages else None
     if cache is not None:
         cache.__dict__.pop(_STAGES, None)  # of a prompt before cache.reset()
     if not fresh:
@@ -204,7 +266,7 @@ def _before_backbone(
     queries = torch.stack([pruning.queries(*row) for row in rows])
     slots = torch.arange(length, device=visual.device).expand(batch, -1)
     whole = Stage(0, length, slots, real, visual, queries, slots, slots[:, :1] * 0)
-    return args, {**kwargs, _PROMPT: _Pass(mask, [whole], prefill=True, visual=visual.sum(dim=1))}
+    return _Pass(mask, [whole], prefill=True, visual=visual.sum(dim=1))
 
 
 def _before_layer(
