@@ -26,6 +26,12 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
+def windowed(config: Any, layer: int) -> bool:
+    """Of a model with a sliding window: all layers, if it does not say which."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or kinds[layer] == "sliding_attention"
+
+
 def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """One decoder layer on (L, D): its output, and its attention matrix (H, L, L)."""
     attention, length = layer.self_attn, len(x)
@@ -33,13 +39,17 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
     groups = config.num_attention_heads // config.num_key_value_heads
     h = norm(layer.input_layernorm, x)
     q, k, v = (
-        (h @ projection.weight.T).view(length, -1, attention.head_dim).transpose(0, 1)
+        torch.nn.functional.linear(h, projection.weight, projection.bias)
+        .view(length, -1, attention.head_dim)
+        .transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = rotate(q, positions, base), rotate(k, positions, base)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     logits = q @ k.transpose(1, 2) / attention.head_dim**0.5
     logits[:, torch.ones(length, length).triu(1).bool()] = -torch.inf
+    if (window := getattr(config, "sliding_window", None)) and windowed(config, attention.layer_idx):
+        logits[:, torch.ones(length, length).tril(-window).bool()] = -torch.inf
     weights = logits.softmax(-1)
     x = x + (weights @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
     h = norm(layer.post_attention_layernorm, x)

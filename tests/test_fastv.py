@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.fixture(params=["llava_llama", "llava_mistral"])
+@pytest.fixture(params=["llava_llama", "llava_mistral", "llava_qwen"])
 def model(request, load) -> Any:
     return load(model_type=request.param, num_hidden_layers=4)[1].float().eval()  # 4 x 4 patches
 
@@ -74,6 +74,21 @@ def test_equals_the_slow_reference(name: str, model):
         for mine, expected in zip(stages, kept, strict=True):
             own = mine.kept[row][mine.real[row]]
             assert torch.where(own < 0, own, own - (width - len(prompt))).tolist() == expected
+
+
+@pytest.mark.parametrize("backbone", ["llava_mistral", "llava_qwen"])
+@torch.no_grad()
+def test_sliding_windows(load, backbone: str):
+    """Answers longer than the window: all of Mistral's layers have one, of Qwen2's here the last."""
+    qwen = {"use_sliding_window": True, "max_window_layers": 3} if backbone == "llava_qwen" else {}
+    model = load(model_type=backbone, num_hidden_layers=4, sliding_window=26, **qwen)[1].float().eval()
+    images = pixels(3)
+    for attach, prune in METHODS.values():
+        result = generate(attach(model), TEXTS, images)
+        for row, (text, image) in enumerate(zip(TEXTS, images, strict=True)):
+            prompt, visual = embedded(model, text, image)
+            logits, _ = slow_forward(model, prompt, visual, result.sequences[row, :19].tolist(), prune)
+            torch.testing.assert_close(result.logits[19][row], logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attach", [lambda m: fastv(m, 1, 1.0), lambda m: sparsevlm(m, (1.0, 16), (0, 2))])

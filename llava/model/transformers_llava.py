@@ -110,12 +110,6 @@ def _image_processor(path: str, kind: Kind) -> Any:
         ) from error
 
 
-def _validate_model_kwargs(native: Any, model_kwargs: dict[str, Any]) -> None:
-    """Check the arguments of ``generate`` as the model's class does, which does not know ``visual_mask``."""
-    known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
-    type(native)._validate_model_kwargs(native, known)
-
-
 def generating_module(model: nn.Module) -> nn.Module:
     """What ``generate`` calls for each step: the model itself, or the one inside a :class:`TransformersLlava`."""
     return model.native if isinstance(model, TransformersLlava) else model
@@ -159,7 +153,6 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         _Language.__init__(self, native)
         # As of the in-tree models: of embeddings, the processors see new ids alone.
         native._get_logits_processor = functools.partial(logits_processors, native)
-        native._validate_model_kwargs = functools.partial(_validate_model_kwargs, native)
         self.kind = KINDS[native.config.model_type]
         self.config = _llava_config(native.config)
         with torch.device("meta"):

@@ -93,7 +93,8 @@ class _Pass:
     prefill: bool
     visual: Tensor | None = None  # (B, n) numbers of visual tokens of the prompts
     scores: Tensor | None = None
-    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)  # by a stage's first layer: masks, positions
+    # masks and positions, by a stage's first layer and whether attention is windowed
+    arguments: dict[tuple[int, bool], dict[str, Any]] = field(default_factory=dict)
 
 
 def attach_pruning(model: Model, pruning: Pruning) -> Model:
@@ -119,7 +120,8 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
         for index, layer in enumerate(backbone.layers)
     ]
     setattr(target, _HANDLES, handles)
-    target._prefill = partial(_prefill_once, target)
+    for name, function in _OF_GENERATE.items():
+        setattr(target, name, partial(function, target))
     return model
 
 
@@ -135,7 +137,8 @@ def remove_pruning(model: Model) -> Model:
         attributes = vars(_generating(model))
         for handle in attributes.pop(_HANDLES):
             handle.remove()
-        attributes.pop("_prefill", None)
+        for name in _OF_GENERATE:
+            attributes.pop(name, None)
     return model
 
 
@@ -194,6 +197,16 @@ def _prefill_once(
             "with use_cache=True"
         )
     return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _allow_visual_mask(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
+    """Check ``generate``'s arguments as the model's class does, which may not know ``visual_mask``."""
+    known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+    type(model)._validate_model_kwargs(model, known)
+
+
+# Steps of transformers' ``generate`` that a pruned model has its own of.
+_OF_GENERATE = {"_prefill": _prefill_once, "_validate_model_kwargs": _allow_visual_mask}
 
 
 def _mark_visual(
@@ -284,9 +297,10 @@ def _before_layer(
             if cache is not None and len(current.stages) > 1:
                 setattr(cache, _STAGES, current.stages[1:])
     if (stage := next((stage for stage in reversed(current.stages) if 0 < stage.layer <= index), None)) is not None:
-        if stage.layer not in current.arguments:
-            current.arguments[stage.layer] = _arguments(backbone, current, stage, hidden, cache, kwargs)
-        kwargs = {**kwargs, **current.arguments[stage.layer]}
+        kind = stage.layer, _has_window(backbone.config, index)
+        if kind not in current.arguments:
+            current.arguments[kind] = _arguments(backbone, current, stage, index, hidden, kwargs)
+        kwargs = {**kwargs, **current.arguments[kind]}
     if current.prefill and index in pruning.keep:
         newest = current.stages[-1]
         with torch.no_grad():
@@ -341,25 +355,30 @@ def _shorten(pruning: Pruning, current: _Pass, index: int, hidden: Tensor) -> Te
 
 
 def _arguments(
-    backbone: nn.Module, current: _Pass, stage: Stage, hidden: Tensor, cache: Cache | None, kwargs: dict[str, Any]
+    backbone: nn.Module, current: _Pass, stage: Stage, index: int, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Mask and positions of the layers from a stage's first on, as the backbone computes those of the whole prompt."""
+    """Make a stage's mask and positions for its layer ``index``, as the backbone makes those of the whole prompt."""
+    cache = kwargs.get("past_key_values")
     if current.prefill:
         positions, cache, seen = stage.positions, None, stage.real
     else:
         positions = kwargs["position_ids"] - stage.shift
-        length = cache.get_seq_length(stage.layer) + hidden.shape[1] - stage.real.shape[1]
+        length = cache.get_seq_length(index) + hidden.shape[1] - stage.real.shape[1]
         later = stage.real.new_ones(len(hidden), length)
         if current.attention_mask is not None:
             later = current.attention_mask[:, stage.length :].to(later)
         seen = torch.cat([stage.real, later], dim=1)
-    config = backbone.config
-    windowed = getattr(config, "sliding_window", None) is not None
-    create = create_sliding_window_causal_mask if windowed else create_causal_mask
-    place = {} if cache is None else {"layer_idx": stage.layer}
+    create = create_sliding_window_causal_mask if _has_window(backbone.config, index) else create_causal_mask
+    place = {} if cache is None else {"layer_idx": index}
     return {
-        "attention_mask": create(config, hidden, seen.to(hidden.device).long(), cache, **place),
+        "attention_mask": create(backbone.config, hidden, seen.to(hidden.device).long(), cache, **place),
         "position_embeddings": backbone.rotary_emb(hidden, position_ids=positions.to(hidden.device)),
         # Positions with gaps would look like several packed sequences to flash-attn; no layer uses them but for that.
         "position_ids": None,
     }
+
+
+def _has_window(config: Any, index: int) -> bool:
+    """Say whether a layer attends to a sliding window; Qwen2's first layers need not, Mistral's all do."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None if kinds is None else kinds[index] != "full_attention"
