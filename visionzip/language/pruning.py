@@ -35,7 +35,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _HANDLES = "_visionzip_pruning"  # attribute of the model: the hooks that are attached
 _STAGES = "_visionzip_stages"  # attribute of a KV cache: what its later layers have seen of the prompt
 _PROMPT = "visionzip_prompt"  # argument that the hooks hand from the backbone to its layers
-# Arguments of transformers' models that bring images and videos, as pixels or encoded.
 _IMAGES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 
@@ -205,8 +204,31 @@ def _allow_visual_mask(model: nn.Module, model_kwargs: dict[str, Any]) -> None:
     type(model)._validate_model_kwargs(model, known)
 
 
-# Steps of transformers' ``generate`` that a pruned model has its own of.
-_OF_GENERATE = {"_prefill": _prefill_once, "_validate_model_kwargs": _allow_visual_mask}
+def _refuse_drafts(model: nn.Module, **kwargs: Any) -> Any:
+    """Make ``generate``'s source of drafted tokens, which it appends to a prompt of ids before the first forward.
+
+    Raises:
+        ValueError: the prompt has images, whose tokens would be chosen by the last draft.
+    """
+    if _images_given(kwargs["model_kwargs"]) and kwargs["model_kwargs"].get("inputs_embeds") is None:
+        raise ValueError(
+            "tokens are drafted (assistant_model, prompt_lookup_num_tokens, …), but visual tokens are pruned by the "
+            "prompt's last token, behind which transformers puts the drafts: leave it out"
+        )
+    return type(model)._get_candidate_generator(model, **kwargs)
+
+
+# Steps of transformers' ``generate`` in whose place a pruned model has these.
+_OF_GENERATE = {
+    "_prefill": _prefill_once,
+    "_validate_model_kwargs": _allow_visual_mask,
+    "_get_candidate_generator": _refuse_drafts,
+}
+
+
+def _images_given(arguments: Mapping[str, Any]) -> str | None:
+    """Find the argument that brings images or videos, as pixels or encoded."""
+    return next((name for name in _IMAGES if arguments.get(name) is not None and len(arguments[name])), None)
 
 
 def _mark_visual(
@@ -220,8 +242,7 @@ def _mark_visual(
     given = kwargs
     if args:
         given = dict(zip(inspect.signature(type(base).forward).parameters, (base, *args), strict=False)) | kwargs
-    images = next((name for name in _IMAGES if given.get(name) is not None and len(given[name])), None)
-    if images is None or given.get("visual_mask") is not None:
+    if (images := _images_given(given)) is None or given.get("visual_mask") is not None:
         return None  # text, for which placeholders are words like others, or a step of decoding
     if (ids := given.get("input_ids")) is None:
         raise ValueError(
@@ -269,10 +290,10 @@ def _new_pass(pruning: Pruning, backbone: nn.Module, visual: Tensor | None, kwar
     window = getattr(backbone.config, "sliding_window", None)
     if window is not None and length > window:
         raise ValueError(f"a prompt of {length} tokens is longer than sliding_window={window}: it cannot be pruned")
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: pruning needs (B, L), 0 for padding")
     if cache is not None and not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         raise ValueError(f"pruning needs a KV cache that grows (DynamicCache), not {type(cache).__name__}")
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: pruning needs (B, L), 0 for padding")
     real = torch.ones_like(visual) if mask is None else mask.bool()
     visual = visual & real
     rows = zip(embeds, visual, real, strict=True)
