@@ -5,7 +5,7 @@ Everything is computed again from the prompt's embeddings and the tokens generat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,12 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
 
 
 def slow_forward(
-    model: Any, prompt: Tensor, visual: Tensor, answer: list[int], prune: Callable[..., Any]
+    model: Any,
+    prompt: Tensor,
+    visual: Tensor,
+    answer: list[int],
+    prune: Callable[..., Any],
+    positions: Sequence[int] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Logits of the next token, and the positions in the prompt that are kept after each cut (-1: a recycled token).
 
@@ -71,19 +76,20 @@ def slow_forward(
         prune: called after each layer with its number, its attention matrix (H, S, S) without the answer's tokens, the
             state of the prompt (a list of dictionaries with ``x``, ``visual``, ``place``, ``position``) and the
             prompt's embeddings and visual mask; returns the state for the next layer, None if nothing is pruned there.
+        positions: of the prompt's L tokens, ascending; consecutive from 0 if None.
     """
     backbone, config = model.get_model(), model.config
     later = backbone.embed_tokens(torch.tensor(answer, dtype=torch.long))
     state = [
-        {"x": x, "visual": bool(v), "place": place, "position": place}
-        for place, (x, v) in enumerate(zip(prompt, visual, strict=True))
+        {"x": x, "visual": bool(v), "place": place, "position": position}
+        for place, (x, v, position) in enumerate(zip(prompt, visual, positions or range(len(prompt)), strict=True))
     ]
     kept = []
     for number, layer in enumerate(backbone.layers):
         start = state[-1]["position"] + 1
-        positions = torch.tensor([token["position"] for token in state] + [start + i for i in range(len(later))])
+        now = torch.tensor([token["position"] for token in state] + [start + i for i in range(len(later))])
         x = torch.cat([torch.stack([token["x"] for token in state]), later])
-        x, weights = layer_forward(layer, config, x, positions)
+        x, weights = layer_forward(layer, config, x, now)
         size = len(state)
         later = x[size:]
         state = [{**token, "x": row} for token, row in zip(state, x[:size], strict=True)]

@@ -12,8 +12,8 @@ from torch import Tensor
 from slow_llama import slow_fastv, slow_forward, slow_sparsevlm
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
-from visionzip.language.pruning import seen_of_prompt
 from visionzip.language.selection import keep_top
+from visionzip.language.stages import seen_of_prompt
 
 TEXTS = ([1, 7, -200, 20, 21, 22, 23, 24], [1, -200, 30, 31], [1, 9, 8, 7, 6, -200, 40, 41, 42])
 METHODS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
@@ -194,6 +194,23 @@ def test_text_that_follows_a_cache(model, name: str):
             visual_mask=visual[None],
             past_key_values=first.past_key_values,
         )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_positions_with_gaps(name: str, model):
+    """As of an image whose tokens keep the places of their patches; decoding continues the prompt's last position."""
+    attach, prune = METHODS[name]
+    attach(model)
+    prompt, visual = embedded(model, TEXTS[0], pixels(1)[0])
+    positions = (torch.arange(len(prompt)) + 3 * visual.cumsum(0)).tolist()
+    given = torch.tensor([positions])
+    cache = model(
+        inputs_embeds=prompt[None], visual_mask=visual[None], position_ids=given, use_cache=True
+    ).past_key_values
+    mine = model(input_ids=torch.tensor([[50]]), past_key_values=cache, position_ids=given[:, -1:] + 1).logits[0, -1]
+    logits, _ = slow_forward(model, prompt, visual, [50], prune, positions)
+    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_with_images_prunes_too(model):

@@ -19,7 +19,8 @@ from checkpoints import NEXT, picture
 from slow_llama import slow_fastv, slow_forward, slow_sparsevlm
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, remove_pruning, sparsevlm
-from visionzip.language.pruning import is_pruned, seen_of_prompt
+from visionzip.language.pruning import is_pruned
+from visionzip.language.stages import seen_of_prompt
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "suppress_tokens": [IMAGE, VIDEO]}
 RECORD = {"return_dict_in_generate": True, "output_logits": True}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visionzip.language.pruning import Model, Pruning, attach_pruning
+from visionzip.language.pruning import Model, attach_pruning
 from visionzip.language.selection import Keep
+from visionzip.language.stages import Pruning
 
 
 def fastv(model: Model, layer: int = 2, keep: Keep = 0.5) -> Model:

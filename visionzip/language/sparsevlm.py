@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionzip.language.pruning import Model, Pruning, attach_pruning
+from visionzip.language.pruning import Model, attach_pruning
 from visionzip.language.selection import Keep
+from visionzip.language.stages import Pruning
 
 LAYERS = (2, 6, 15)
 # What the released code keeps after each of LAYERS, without recycled tokens, for a budget that is the average over the
