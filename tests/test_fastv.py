@@ -289,6 +289,8 @@ def test_errors(load):
     fastv(model, 2, 5)
     with pytest.raises(ValueError, match="DynamicCache"):
         generate(model, TEXTS[:1], pixels(1), cache_implementation="static")
+    with pytest.raises(ValueError, match="generate with use_cache=True"):
+        generate(model, TEXTS[:1], pixels(1), use_cache=False)
     model.config.sliding_window = 8
     with pytest.raises(ValueError, match="sliding_window=8"):
         generate(model, TEXTS[:1], pixels(1))
