@@ -28,11 +28,9 @@ from llava.conversation import conv_mode_for
 from llava.files import write_atomically
 from llava.fingerprint import fingerprint
 from llava.images import AS_STORED
-from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import checkpoint_path, find_file
-from llava.model.transformers_llava import is_transformers
 
 from .answers import GO_ON, Given, Part, answers_file, as_answers, open_part, part_path
 from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     """
     benchmark, own = BENCHMARKS[args.benchmark], world()
     device, config = device_of(args), config_of(args.model_path)
-    runs = _plan(args, config)
+    runs = plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
     data = data_of(benchmark, args)
     every = with_frames(data.questions(), args.frames)
     questions = every[: args.limit]
@@ -133,18 +131,6 @@ def run(args: argparse.Namespace) -> None:
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1), GO_ON)
     write_table(folder)
-
-
-def _plan(args: argparse.Namespace, config: Any) -> list[Run]:
-    """The runs, of methods that are for the model's layout."""
-    others = [method for method in args.method if method not in ON_TRANSFORMERS]
-    if others and is_transformers(vars(config)):
-        raise ValueError(
-            f"--method {' '.join(others)}: {args.model_path} is a model of transformers, on which there are "
-            f"{', '.join(ON_TRANSFORMERS)}. For the others convert it, if it is a LLaVA-1.5 or LLaVA-NeXT: `visionzip "
-            "convert SRC DST --to original`"
-        )
-    return plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
 
 
 class _Loader:

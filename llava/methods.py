@@ -116,8 +116,6 @@ METHODS: dict[str, Method] = {
         "published layers and numbers: T tokens on average over 32 layers", _sparsevlm_average, SPARSEVLM, left=fmean
     ),
 }
-# FastV and SparseVLM hook into LLaVA's own classes.
-ON_TRANSFORMERS = ("vanilla", *CHOOSING)
 
 
 def per_tile(tokens: int, tiles: int) -> int:

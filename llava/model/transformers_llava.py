@@ -4,8 +4,8 @@ Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tok
 LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
 text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
 
-OneVision's images are all cut into tiles; its stock processor gives those that share
-a prompt with others one tile each. FastV and SparseVLM hook into LLaVA's own classes: convert to these.
+OneVision's images are all cut into tiles; its stock processor gives those that share a prompt with others one tile
+each.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, family_of, find_integration
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.generation import logits_processors
+from visionzip.language.pruning import is_pruned
 
 
 def is_transformers(values: dict[str, Any]) -> bool:
@@ -124,12 +125,16 @@ class _Language(nn.Module):
         self.native = native
 
     def forward(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; ``visual_mask`` is for the baselines, which are not for these models."""
-        return self.native(**kwargs)
+        """The model's own forward; ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it."""
+        return self.native(**kwargs, **self._for_pruning(visual_mask))
 
     def generate(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``."""
-        return self.native.generate(**kwargs)
+        """The model's own ``generate``; ``visual_mask`` as in :meth:`forward`."""
+        return self.native.generate(**kwargs, **self._for_pruning(visual_mask))
+
+    def _for_pruning(self, visual_mask: Tensor | None) -> dict[str, Tensor]:
+        """The mask as an argument of the model inside, which takes it only for the hooks of FastV and SparseVLM."""
+        return {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
 
 
 class TransformersLlava(LlavaMetaForCausalLM, _Language):
@@ -357,5 +362,5 @@ def _default(model: TransformersLlava) -> VisionZipConfig:
 
 
 REGISTRY[f"{__name__}.{TransformersLlava.__qualname__}"] = Integration(
-    "transformers' models in LLaVA's commands", _attach, _detach, _encoders, _default
+    "transformers' models in LLaVA's commands", _attach, _detach, _encoders, _default, generating_module
 )

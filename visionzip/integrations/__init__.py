@@ -33,6 +33,7 @@ class Integration:
         encoders: what images go through, as ``"image"``, and where they have an encoder of their own, or one that
             chooses among all patches of a frame, videos as ``"video"``.
         default: a model's setting where the user gives none.
+        generating: the object whose ``generate`` and ``forward`` run: the model itself, or the one that it wraps.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Integration:
     detach: Callable[[nn.Module], None]
     encoders: Callable[[nn.Module], dict[str, Encoder]]
     default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
+    generating: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 _TRANSFORMERS = {

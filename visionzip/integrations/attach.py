@@ -13,6 +13,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.integrations import calls, generation
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import TESTED, Family, Zipped
+from visionzip.language.pruning import refuse_size_bias
 from visionzip.language.size_bias import attach_size_bias, check_attention
 from visionzip.methods import has_size_bias
 
@@ -37,6 +38,7 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     family.check(model, config)
     if has_size_bias(config):
         check_attention(family.language_model(model).config)
+        refuse_size_bias(model)
     detach(family, model)
     zipped = Zipped(family, config)
     for module, hook in ((model, calls.before_model), (model.model, calls.before_base)):

@@ -45,11 +45,7 @@ def _check_language(model: nn.Module, config: VisionZipConfig) -> None:
     if not has_size_bias(config):
         return
     import_module("visionzip.language.size_bias").check_attention(model.config)
-    if import_module("visionzip.language.pruning").is_pruned(model):
-        raise ValueError(
-            "this model prunes visual tokens inside its language model (FastV, SparseVLM), which size_bias does not go "
-            "with: call remove_pruning(model) first, or set size_bias=False"
-        )
+    import_module("visionzip.language.pruning").refuse_size_bias(model)
 
 
 def _warn(tower: nn.Module, config: VisionZipConfig) -> None:
