@@ -99,6 +99,15 @@ def test_in_tree_models(load: Any, case: str, size: tuple[int, int]):
     check_tiles(rects, size, lambda image: inspect_tokens(model, encoder_inputs(model, image, processor)))
 
 
+@sizes
+def test_mini_gemini(load_mgm: Any, size: tuple[int, int]):
+    """What its CLIP tower sees is made from the high resolution: of the same part of the image."""
+    model = load_mgm()
+    processor = model.get_vision_tower().image_processor
+    rects = [tile["rects"] for tile in picture_data(model, Image.new("RGB", size), processor)["tiles"]]
+    check_tiles(rects, size, lambda image: inspect_tokens(model, encoder_inputs(model, image, processor)))
+
+
 EDGE = hf_models.EDGE
 STOCK: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "crop": (hf_models.llava, hf_models.llava_processor),

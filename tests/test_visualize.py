@@ -291,9 +291,14 @@ def test_visualize_draws_other_methods(make_checkpoint: Any, image_file: Path, t
     assert visionzip_command(["visualize", *model, "--image", str(image_file), "--output", str(tmp_path)]) == 0
     _, loaded, processor, _ = load_pretrained_model(str(make_checkpoint()), device="cpu")
     visionzip(loaded, keep=4, method="divprune")
-    figure = overview(inspect_tokens(loaded, process_images([picture(0)], processor, loaded.config)))
+    maps = inspect_tokens(loaded, process_images([picture(0)], processor, loaded.config))
+    figure, tokens = overview(maps), maps[0]
     assert "16 patches + CLS become 4 visual tokens (24%), divprune" in words(figure)
     assert "4 kept patches" in words(figure) and "12 patches dropped" in words(figure)
+    share = tokens.attention[tokens.layer][tokens.roles.dominant].sum() / tokens.attention[tokens.layer].sum()
+    assert share < tokens.top_share(tokens.layer)  # they are not the highest ones
+    assert f"they hold {share:.0%} of the attention" in words(figure)
+    assert "as many of the highest patches as are kept, 4 of 16" in words(attention_histogram([tokens]))
     figure.savefig(tmp_path / "expected.png", format="png")
     assert (tmp_path / "tokens.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 

@@ -83,6 +83,12 @@ class TokenMap:
         kept = 0 if self.roles is None else int(self.roles.dominant.sum())
         return kept or max(1, self.num_patches // 10)
 
+    @property
+    def kept_share(self) -> float:
+        """Share, 0 to 1, of the deciding layer's attention on patches that the dominant ones hold."""
+        scores = self.attention[self.layer]
+        return float(scores[self.roles.dominant].sum() / scores.sum())
+
     def top_share(self, layer: int) -> float:
         """Share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest ones hold."""
         scores = self.attention[layer]

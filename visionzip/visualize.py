@@ -66,7 +66,7 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
         title = _count(patches, f"{_kind(tokens)} patch")
         if tokens.keeps_cls:
             title = f"{_count(patches + 1, f'{_kind(tokens)} token')}: {_count(patches, 'patch')} + CLS"
-        caption = f"they hold {tokens.top_share(tokens.layer):.0%} of the attention on patches"
+        caption = f"they hold {tokens.kept_share:.0%} of the attention on patches"
         _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
         _draw_groups(merged, tokens)
     return figure
@@ -148,11 +148,10 @@ def attention_histogram(maps: Sequence[TokenMap]) -> Figure:
     shares.plot(range(patches + 1), curve.numpy(), color=_CURVE)
     shares.plot([0, patches], [0, 1], color=_INK, linestyle=":")
     shares.plot([top], [float(curve[top])], "o", color=_MARK)
-    name = (
-        "a tenth of the patches"
-        if maps[0].roles is None or not maps[0].roles.dominant.any()
-        else f"the {_kind(maps[0])} patches"
-    )
+    name = "a tenth of the patches"
+    if maps[0].roles is not None and maps[0].roles.dominant.any():
+        by_attention = _kind(maps[0]) == "dominant"  # else others than the highest ones are kept
+        name = "the dominant patches" if by_attention else "as many of the highest patches as are kept"
     text = f"{name}, {top} of {patches},\nhold {float(curve[top]):.0%} of the attention"
     # beside the mark and below the curve, which is concave
     shares.annotate(text, (top, float(curve[top])), xytext=(0.97, 0.08), textcoords="axes fraction", ha="right")
