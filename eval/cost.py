@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.benchmark import time_interleaved
+from llava.measure.timing import time_interleaved
 from llava.methods import detach
 from visionzip.flops import llama_module_flops, prefill_flops
 
@@ -46,9 +46,10 @@ def measure_cost(
     if image is not None:
         runs = {own[0].name: own[0] for own in by_row(answers).values()}
         once = partial(model.visual_tokens, [image[0]], [image[1]])
-        vision = time_interleaved(
+        measured = time_interleaved(
             dict.fromkeys(runs, once), model.device, ROUNDS, "time, vision", lambda name: attach(model, runs[name])
         )
+        vision = {name: own.total for name, own in measured.items()}
         detach(model)
     return {"text_tokens": text_tokens, "prefill": prefill, "vision_seconds": vision}
 
@@ -89,14 +90,14 @@ def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str
         run, _ = prefills[name]
         detach(model) if run is None else attach(model, run)
 
-    seconds = time_interleaved(ways, weight.device, ROUNDS, "time, prefill", before)
+    measured = time_interleaved(ways, weight.device, ROUNDS, "time, prefill", before)
     found = {}
     for name, prefill in ways.items():
         before(name)
         cache = prefill().past_key_values
         lengths = [cache.get_seq_length(layer) for layer in range(config.num_hidden_layers)]
         found[name] = {
-            "seconds": seconds[name],
+            "seconds": measured[name].total,
             "lengths": lengths,
             "flops": sum(llama_module_flops(config, lengths).values()),
             "paper_flops": sum(

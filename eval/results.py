@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.efficiency.report import spread
+from llava.measure.report import spread
 from llava.methods import METHODS
 
 from .answers import Given

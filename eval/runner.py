@@ -23,11 +23,11 @@ import torch
 
 import visionzip
 from llava.arguments import device_of, load_from_arguments
-from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.files import write_atomically
 from llava.fingerprint import fingerprint
 from llava.images import AS_STORED
+from llava.measure.report import environment
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import checkpoint_path, find_file

@@ -200,6 +200,20 @@ def add_measuring_arguments(
     parser.add_argument("--output", metavar="FILE", help="JSON file for the results (default: only printed)")
 
 
+def add_batch_sizes(parser: argparse.ArgumentParser, default: list[int], what: str) -> None:
+    """The flag ``--batch-size`` of a command that goes through several."""
+    parser.add_argument(
+        "--batch-size",
+        "--batch-sizes",
+        dest="batch_sizes",
+        type=positive,
+        nargs="+",
+        default=default,
+        metavar="N",
+        help=f"{what}; several: one run each",
+    )
+
+
 def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, Any, Any, str]:
     """Load the model that :func:`add_model_arguments` describes, zipped as it says.
 

@@ -7,17 +7,17 @@ import sys
 from llava.commands import Commands, run_commands
 
 BENCHMARKS: Commands = {
-    "tower": ("llava.benchmark:add_benchmark_arguments", "the vision encoder with and without compression"),
-    "prefill": ("llava.efficiency.commands:add_prefill_arguments", "from pixels to the first token"),
-    "generate": ("llava.efficiency.commands:add_generate_arguments", "from pixels to the last token"),
-    "memory": ("llava.efficiency.commands:add_memory_arguments", "peak memory and KV cache of a prefill"),
-    "frames": ("llava.efficiency.frames:add_frames_arguments", "time and memory of videos with more and more frames"),
+    "tower": ("llava.measure.tower:add_tower_arguments", "the vision encoder with and without compression"),
+    "prefill": ("llava.measure.generate:add_prefill_arguments", "from pixels to the first token"),
+    "generate": ("llava.measure.generate:add_generate_arguments", "from pixels to the last token"),
+    "memory": ("llava.measure.memory:add_memory_arguments", "peak memory and KV cache of a prefill"),
+    "frames": ("llava.measure.frames:add_frames_arguments", "time and memory of videos with more and more frames"),
     "mining": (
-        "llava.efficiency.mining:add_mining_arguments",
+        "llava.measure.mining:add_mining_arguments",
         "Mini-Gemini's patch info mining, of all patches and of the kept ones",
     ),
     "tuning": (
-        "llava.benchmark_tuning:add_tuning_arguments",
+        "llava.measure.tuning:add_tuning_arguments",
         "a step of projector tuning, zipped, cached, both or neither",
     ),
 }

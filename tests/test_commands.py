@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from checkpoints import CLIP, picture
-from llava.benchmark import WAYS, build_tower, forward_of
 from llava.cli import main as visionzip_command
 from llava.eval.run_llava import eval_model
 from llava.eval.run_llava import main as run_llava
+from llava.measure.tower import WAYS, build_tower, forward_of
 from llava.serve.cli import main as llava_cli
+from visionzip.methods import METHODS
 
 
 @pytest.fixture
@@ -160,4 +162,23 @@ def test_benchmark_tower(tmp_path: Path, capsys):
     assert [row["visual_tokens"] for row in rows.values()] == [64] * 4  # 54 + 10
     assert rows["vanilla"]["time_ratio"] == rows["vanilla"]["memory_ratio"] == 1
     assert all(row["seconds"] > 0 and row["memory_mib"] > 0 for row in rows.values())
+    assert [row["method"] for row in report["choosing"]] == list(METHODS)  # of the same rounds
+    for row in report["choosing"]:
+        assert (row["batch"], row["tokens"]) == (2, 64)
+        assert set(row["seconds"]) == {"read", "projection", "choice"} and row["seconds"]["choice"]["median"] > 0
+        assert row["share_with_projection"]["median"] >= row["share"]["median"] > 0
     assert "zipped" in capsys.readouterr().out
+
+
+def test_choosing_some_tokens(monkeypatch: pytest.MonkeyPatch, capsys):
+    """26 cells do not fit the grid: one method less if none was asked for, else an error before anything is run."""
+    monkeypatch.setattr("llava.measure.tower.peaks", lambda work, ways, *args, **kwargs: peaks_of(ways))
+    command = ["benchmark", "tower", "--shape", "tiny", "--dominant", "20", "--contextual", "6", "--rounds", "1"]
+    assert visionzip_command([*command, "--batch-size", "1", "--device", "cpu"]) == 0
+    assert "pool: tokens=26 cannot be pooled" in capsys.readouterr().out
+    assert visionzip_command([*command, "--method", "scope", "pool", "--device", "cpu"]) == 2
+    assert "tokens=26 cannot be pooled" in capsys.readouterr().err
+
+
+def peaks_of(ways: Iterable[str]) -> dict[str, dict[str, float]]:
+    return {way: {"memory_mib": 100.0} for way in ways}

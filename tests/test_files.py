@@ -23,11 +23,11 @@ from eval.answers import answers_file, read_answers
 from eval.benchmark import Answer, Table
 from eval.judge import Request, api_judge
 from eval.sources import Tables
-from llava.benchmark import write_results
 from llava.cli import main as visionzip_command
 from llava.commands import run_command
 from llava.files import WriteError, append, write_atomically
 from llava.folders import whole_files
+from llava.measure.report import write_results
 from playground.scenes import write_training_data
 
 WEIGHTS = {"weight": torch.arange(3000.0)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints import pixels
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import choose_tokens
-from visionzip.methods import METHODS, EncoderRead, token_counts
+from visionzip.methods import METHODS, EncoderRead, scope, token_counts
 from visionzip.methods.agile import HIGHEST, MEAN_RANK, STEP, effective_rank
 from visionzip.methods.controls import pooled_grid
 
@@ -178,6 +178,41 @@ def test_compiles_to_one_graph(name: str):
 
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert torch.equal(compiled(read.hidden_states, read.scores), choose(read.hidden_states, read.scores))
+
+
+@pytest.mark.parametrize("name", ["cen-prune", "agile", "scope"])
+def test_a_compiled_step_is_one_subgraph(name: str):
+    """However many tokens are chosen, so that 640 steps compile in seconds."""
+    minima = []
+
+    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        minima.append(sum(node.target is torch.minimum for part in parts for node in part.graph.nodes))
+        return graph
+
+    read, config = read_of(torch.randn(2, 16, 8), torch.rand(2, 16)), VisionZipConfig(keep=12, method=name)
+    choose, counts = METHODS[name].choose, token_counts(config, 16, True)
+    compiled = torch.compile(choose, fullgraph=True, backend=count)(read, counts, config)
+    assert torch.equal(compiled.kept, choose(read, counts, config).kept)
+    assert minima == [1]
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_scope_looks_again_at_few_patches(copies: int, monkeypatch: pytest.MonkeyPatch):
+    """As many as it takes: two at a time give the same choice as all of them, where patches are equal too."""
+    monkeypatch.setattr(scope, "RENEWED", 2)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, 16 // copies, 8, generator=generator).repeat(1, copies, 1)
+        a = torch.rand(3, 16 // copies, generator=generator).repeat(1, copies)
+        whole = read_of(x, a)
+        lazily = chosen_of("scope", whole, 11)
+        monkeypatch.setattr(scope, "_step_lazily", scope._step)
+        assert torch.equal(lazily, chosen_of("scope", whole, 11))
+        monkeypatch.undo()
+        monkeypatch.setattr(scope, "RENEWED", 2)
+        if copies == 1:
+            assert lazily.tolist() == [sorted(slow_scope(x[i], a[i], 11)) for i in range(3)]
 
 
 def test_effective_rank():

@@ -12,8 +12,8 @@ from training import TRAINER, command
 
 from checkpoints import picture
 from llava.cli import main as visionzip_command
-from llava.efficiency.mining import build_model, mining_of
 from llava.eval.run_llava import main as run_llava
+from llava.measure.mining import MINING, build_model, mining_of
 from llava.serve.chat import ChatSession
 from llava.train import train as llava_training
 from visionzip import visionzip
@@ -64,7 +64,7 @@ def test_visualize(flags: list[str], image_file: str, tmp_path: Path) -> None:
 
 def test_benchmark_mining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time and memory are of three ways that compute the same; that is what is checked here."""
-    monkeypatch.setattr("llava.efficiency.mining.peak_memory", lambda module, request: 100.0)
+    monkeypatch.setattr("llava.measure.mining.peaks", lambda *args: {key: {"memory_mib": 100.0} for key in MINING})
     flags = ["--shape", "tiny", "--dominant", "20", "--contextual", "4", "--rounds", "2", "--device", "cpu"]
     assert visionzip_command(["benchmark", "mining", *flags, "--output", str(tmp_path / "mining.json")]) == 0
     rows = json.loads((tmp_path / "mining.json").read_text())["results"]

@@ -7,7 +7,8 @@ behind the scored one is run, and all run the user's attention kernel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_atte
 from visionzip.compress import CompressedTokens, group_sizes
 from visionzip.config import VisionZipConfig
 from visionzip.methods import EncoderRead, has_size_bias, method_of
+from visionzip.methods.base import Reads
 
 
 def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> None:
@@ -106,22 +108,29 @@ def read_encoder(
     Raises:
         ValueError: the encoder has no such layer, or the method is unknown.
     """
-    reads = method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
+    reads = reads_of(config)
     layers = layers_needed(vision_model, config.layer)
     cls_token = has_cls_token(vision_model)
     facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
     if not reads & {"scores", "keys"}:  # no hook where nothing is read
         return EncoderRead(hidden_states(vision_model, pixel_values, layers, **layer_kwargs), **facts)
-
-    def summarize(read: QueriesKeys) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            patch_scores(read, cls_token) if "scores" in reads else None,
-            merge_keys(read) if "keys" in reads else None,
-        )
-
+    summarize = partial(scores_and_keys, reads=reads, cls_token=cls_token)
     with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
         states = hidden_states(vision_model, pixel_values, layers, **layer_kwargs)
     return EncoderRead(states, scores=reader.result()[0], keys=reader.result()[1], **facts)
+
+
+def reads_of(config: VisionZipConfig) -> frozenset[Reads]:
+    """Say what a setting needs of the encoder: what its method reads, and the keys where tokens have sizes."""
+    return method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
+
+
+def scores_and_keys(
+    read: QueriesKeys, reads: Collection[Reads], cls_token: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute of the scored layer's attention what is read of it: scores (B, N) and keys (B, S, Dk), each or None."""
+    scores = patch_scores(read, cls_token) if "scores" in reads else None
+    return scores, merge_keys(read) if "keys" in reads else None
 
 
 def choose_tokens(

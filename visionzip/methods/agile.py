@@ -8,7 +8,7 @@ from torch import Tensor
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
-from visionzip.methods.greedy import choose_greedily, cosine_similarity, row_of
+from visionzip.methods.greedy import choose_greedily, cosine_similarity
 
 STEP = 0.01  # of the threshold, for each place in the order of attention
 HIGHEST = 0.5  # threshold, a cosine distance
@@ -39,14 +39,11 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
     richness = effective_rank(patches) / (MEAN_RANK * patches.shape[1])
     threshold = ((place + 1) * richness[:, None] * STEP).clamp(max=HIGHEST)
 
-    def score(passed_over: Tensor) -> Tensor:
-        return -(place + passed_over * place.shape[1]).float()
-
-    def update(passed_over: Tensor, chosen: Tensor) -> Tensor:
-        near = 1 - row_of(similarity, chosen) <= threshold.gather(1, chosen[:, None])
-        return torch.maximum(passed_over, near.to(passed_over.dtype))
-
-    return kept_patches(read, choose_greedily(torch.zeros_like(place), counts.dominant, score, update))
+    worth = -place.float()
+    near = 1 - similarity <= threshold[..., None]
+    behind = worth - place.shape[1]  # all others: so are those that are passed over
+    limits = torch.where(near, behind[:, None], worth[:, None])
+    return kept_patches(read, choose_greedily(worth, limits, counts.dominant))
 
 
 METHOD = Method(

@@ -7,21 +7,18 @@ gradient checkpointing, as the scripts have it), and AdamW on the projector.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
 
 from llava.arguments import add_budget_arguments, add_measuring_arguments
-from llava.benchmark import answer_peak, check_request, compare, peak_memory, report, time_interleaved
 from llava.commands import positive
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.efficiency import shapes
+from llava.measure import report, shapes
+from llava.measure.peak import Request, peaks
+from llava.measure.timing import time_interleaved
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
-from llava.screen import track
 from llava.train.cache import drop_tower
 from visionzip import VisionZipConfig, unzip, visionzip
 
@@ -99,7 +96,7 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
         IsADirectoryError: the output is a folder.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    check_request(args)
+    report.check_request(args)
     on_cuda = args.device.startswith("cuda")
     args.shape = args.shape or ("llava-1.5-7b" if on_cuda else "llava-1.5-small")
     args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
@@ -110,9 +107,9 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
             f"{args.shape} has {patches} visual tokens"
         )
     # Before this process has a model, and on a GPU in turn: they share its memory.
-    with ThreadPoolExecutor(max_workers=1 if on_cuda else 2) as pool:  # each waits for a process of its own
-        measured = pool.map(partial(_peak_memory, args), WAYS)
-        peaks = dict(zip(WAYS, track(measured, len(WAYS), "memory", "ways"), strict=True))
+    names = ("shape", "device", "dtype", "batch_size", "text_tokens", "dominant", "contextual")
+    request = {name: getattr(args, name) for name in names}
+    memory = peaks(run_twice, dict.fromkeys(WAYS, request), "memory", at_once=1 if on_cuda else 2)
     model = build_model(args.shape, args.device, getattr(torch, args.dtype))
     steps = {way: step_of(way, model, args) for way in WAYS}
     times = time_interleaved(steps, args.device, args.rounds, "time")
@@ -122,16 +119,14 @@ def benchmark_tuning(args: argparse.Namespace) -> None:
         f"{args.shape}, {args.dtype}, random weights, a step of {args.batch_size} x (image + {args.text_tokens} text "
         f"tokens), {args.rounds} rounds"
     )
-    report(args, title, WAYS, compare(args.batch_size, tokens, times, peaks))
+    rows = report.compare(args.batch_size, tokens, times, memory)
+    report.show(title, report.COMPARED, rows, names=2)
+    report.explain(WAYS)
+    report.conclude(args, {**report.settings_of(args), "results": rows})
 
 
-def _peak_memory(args: argparse.Namespace, way: str) -> float:
-    names = ("shape", "device", "dtype", "batch_size", "text_tokens", "dominant", "contextual")
-    return peak_memory("llava.benchmark_tuning", {**{name: getattr(args, name) for name in names}, "way": way})
-
-
-def _run_twice(request: dict[str, Any]) -> None:
-    """What the child process does: build the model and take two steps (AdamW's state comes with the first)."""
+def run_twice(request: Request) -> None:
+    """Take two steps of a model (AdamW's state comes with the first): work of which the peak memory is measured."""
     args = argparse.Namespace(**request)
     model = build_model(args.shape, args.device, getattr(torch, args.dtype))
     if args.way.endswith("cached"):
@@ -154,7 +149,3 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     add_budget_arguments(parser, (54, 10))
     add_measuring_arguments(parser, 5, None, " (default: bfloat16 on cuda, else float32)")
     parser.set_defaults(run=benchmark_tuning)
-
-
-if __name__ == "__main__":
-    sys.exit(answer_peak(_run_twice))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava import benchmark_tuning
-from llava.benchmark_tuning import WAYS, add_tuning_arguments, build_model, step_of
 from llava.cli import main
+from llava.measure import tuning
+from llava.measure.peak import peak_memory
+from llava.measure.tuning import WAYS, add_tuning_arguments, build_model, run_twice, step_of
 from llava.train.cache import drop_tower
 
 TINY = ["--shape", "llava-1.5-tiny", "--device", "cpu", "--dtype", "float32", "--dominant", "9", "--contextual", "3"]
@@ -58,13 +59,15 @@ def test_the_shapes():
 
 
 def test_the_memory_is_of_a_process_of_its_own(args: argparse.Namespace):
-    assert 0 < benchmark_tuning._peak_memory(args, "zipped, cached") < 1000
+    names = ("shape", "device", "dtype", "batch_size", "text_tokens", "dominant", "contextual")
+    request = {"way": "zipped, cached", **{name: getattr(args, name) for name in names}}
+    assert 0 < peak_memory(run_twice, request)["memory_mib"] < 1000
 
 
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """The memory is made up here, to start no processes."""
-    peaks = dict(zip(WAYS, (400.0, 380.0, 300.0, 280.0), strict=True))
-    monkeypatch.setattr(benchmark_tuning, "_peak_memory", lambda args, way: peaks[way])
+    made_up = {way: {"memory_mib": peak} for way, peak in zip(WAYS, (400.0, 380.0, 300.0, 280.0), strict=True)}
+    monkeypatch.setattr(tuning, "peaks", lambda *args, **kwargs: made_up)
     output = tmp_path / "results/tuning.json"
     assert main(["benchmark", "tuning", *TINY, "--output", str(output)]) == 0
     report = json.loads(output.read_text())

@@ -42,6 +42,7 @@ VIT_TINY = {**VIT_MINI, "hidden_size": 64, "intermediate_size": 128, "num_hidden
 VIT_L_14_224 = {**VIT_L_14_336, "image_size": 224}  # LanguageBind's
 VIT_VIDEO_MINI = {**VIT_L_14_224, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
 VIT_VIDEO_MINI["num_attention_heads"] = 2
+TOWERS = {"vit-l-14-336": VIT_L_14_336, "tiny": VIT_TINY}  # of the LLaVAs; to try the command itself
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,20 +13,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, ConvNextConfig
 
 from llava.arguments import add_budget_arguments, add_measuring_arguments
-from llava.benchmark import (
-    answer_peak,
-    check_request,
-    conclude,
-    peak_memory,
-    time_interleaved,
-    time_ratio,
-    weights_mib,
-)
 from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.efficiency.shapes import VIT_L_14_336, VIT_TINY
+from llava.measure import report
+from llava.measure.peak import Request, peaks, weights_mib
+from llava.measure.report import Columns, Row
+from llava.measure.shapes import VIT_L_14_336, VIT_TINY
+from llava.measure.timing import Measurement, time_interleaved
 from llava.model import MGMConfig, MGMLlamaForCausalLM
-from llava.screen import print_table, say
 from visionzip import VisionZipConfig, unzip, visionzip
 
 CONVNEXT_L = {"depths": [3, 3, 27, 3], "hidden_sizes": [192, 384, 768, 1536]}
@@ -120,13 +112,13 @@ def benchmark_mining(args: argparse.Namespace) -> None:
         ValueError: a count is below its limit, or CUDA is asked for and not there.
     """
     VisionZipConfig(args.dominant, args.contextual)
-    check_request(args)
+    report.check_request(args)
     budget = args.dominant, args.contextual
     model, images = _build(vars(args))
     patches = model.get_vision_tower().num_patches
     with torch.inference_mode():
         mining: dict[str, Callable[[], Any]] = {way: mining_of(way, model, images, budget) for way in MINING}
-    seconds = time_interleaved(mining, args.device, args.rounds, "time, mining")
+    times = time_interleaved(mining, args.device, args.rounds, "time, mining")
     mining.clear()  # they hold the maps
 
     def attach(way: str) -> None:
@@ -137,26 +129,34 @@ def benchmark_mining(args: argparse.Namespace) -> None:
     answer = partial(model, input_ids=ids, images=images, use_cache=True, logits_to_keep=1)
     ways = {f"tokens, {way}": partial(model.visual_tokens, images) for way in TOTALS}
     ways |= {f"first token, {way}": answer for way in TOTALS}
-    seconds |= time_interleaved(ways, args.device, args.rounds, "time, from pixels", attach)
+    times |= time_interleaved(ways, args.device, args.rounds, "time, from pixels", attach)
     request = {key: getattr(args, key) for key in ("shape", "device", "dtype", "dominant", "contextual")}
+    memory = peaks(mine_once, dict.fromkeys(MINING, request), "memory")
     weights = weights_mib(model)
-    memory = {way: peak_memory("llava.efficiency.mining", {**request, "way": way}) - weights for way in MINING}
+    over_weights = {way: facts["memory_mib"] - weights for way, facts in memory.items()}
+    rows = _rows(times, over_weights)
+    report.show(f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}", _COLUMNS, rows)
+    report.explain({f"mining, {way}": meaning for way, meaning in MINING.items()})
+    report.conclude(args, {"setting": request, "results": rows})
 
-    title = f"{args.shape}, {args.dtype}, random weights, {patches} patches, VisionZip {budget}"
-    columns, cells = ("what", "time", "ratio", "quartiles", "peak over weights"), []
+
+def _rows(times: Mapping[str, Measurement], memory: Mapping[str, float]) -> list[Row]:
     rows = []
-    for name, own in seconds.items():
+    for name, own in times.items():
         base = "all" if name in MINING else f"{name.split(', ')[0]}, vanilla"
-        ratio, (low, high) = time_ratio(own, seconds[base])
-        rows.append({"what": name, "seconds": own, "ratio": ratio, "memory_mib": memory.get(name)})
-        median = f"{statistics.median(own) * 1e3:.1f} ms"
-        peak = f"{memory[name]:.0f} MiB" if name in memory else ""
-        what = name if ", " in name else f"mining, {name}"
-        cells.append((what, median, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", peak))
-    print_table(title, columns, cells, left=("what",))
-    for way, meaning in MINING.items():
-        say(f"mining, {way}: {meaning}", "dim")
-    conclude(args, {"setting": request, "results": rows})
+        spreads = report.ratio(own.total, times[base].total)
+        facts = {"what": name, "seconds": own.total, "memory_mib": memory.get(name)}
+        rows.append({**facts, "ratio": spreads["median"], "quartiles": spreads["quartiles"]})
+    return rows
+
+
+_COLUMNS: Columns = (
+    ("what", lambda row: f"mining, {row['what']}" if row["what"] in MINING else row["what"]),
+    ("time", lambda row: f"{report.spread(row['seconds'])['median'] * 1e3:.1f} ms"),
+    ("ratio", lambda row: f"{row['ratio']:.3f}"),
+    ("quartiles", lambda row: report.quartiles(row["quartiles"])),
+    ("peak over weights", lambda row: "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f} MiB"),
+)
 
 
 def add_mining_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,11 +177,7 @@ def _build(request: dict[str, Any]) -> tuple[MGMLlamaForCausalLM, Tensor]:
 
 
 @torch.inference_mode()
-def _mine_once(request: dict[str, Any]) -> None:
-    """What the child process does: both towers, then one way's mining."""
+def mine_once(request: Request) -> None:
+    """Run both towers, then one way's mining: work of which the peak memory is measured."""
     model, images = _build(request)
     mining_of(request["way"], model, images, (request["dominant"], request["contextual"]))()
-
-
-if __name__ == "__main__":
-    sys.exit(answer_peak(_mine_once))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,32 @@ import pytest
 import torch
 
 from llava.cli import main
-from llava.efficiency.measure import PHASES, Runner, Timed, Way, bare_language_model, make_prompt
-from llava.efficiency.shapes import SHAPES, build_model
+from llava.measure.runner import PHASES, Runner, Way, bare_language_model, make_prompt
+from llava.measure.shapes import SHAPES, build_model
+from llava.measure.timing import Clock, time_interleaved
 from llava.methods import METHODS, per_tile
 from visionzip.methods.visionzip import split
 
 NEXT = ["--shape", "llava-next-tiny", "--tokens", "20", "--device", "cpu", "--rounds", "2"]
+
+
+def test_ways_take_turns():
+    """Each in every round, after a warm-up; one that returns its clock has its phases timed too."""
+    order: list[str] = []
+
+    def phased() -> Clock:
+        clock = Clock("cpu")
+        for phase in ("read", "choice"):
+            time.sleep(0.01)
+            clock.mark(phase)
+        return clock
+
+    measured = time_interleaved({"plain": time.time, "phased": phased}, "cpu", 3, "time", order.append)
+    assert order == ["plain", "phased", "phased", "plain"] * 2
+    assert len(measured["plain"].total) == 3 and measured["plain"].phases == {}
+    assert list(measured["phased"].phases) == ["read", "choice"]
+    for whole, phases in zip(measured["phased"].total, measured["phased"].sum_of("read", "choice"), strict=True):
+        assert whole >= phases >= 0.02
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +189,7 @@ def test_methods_come_off_again(model):
     before = model(inputs_embeds=embeds).logits
     for method in set(METHODS) - {"pool", "fastv-average", "sparsevlm-average"}:  # not of tiles; not of 4 layers
         runner.attach(Way(method, None if method == "vanilla" else 20))
-        runner.once(Timed())
+        runner.once()
     runner.detach()
     assert torch.equal(model(inputs_embeds=embeds).logits, before)
     assert "forward" not in vars(model.get_model())

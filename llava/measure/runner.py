@@ -1,16 +1,11 @@
-"""Timing of one model with one method after the other: phases of ``generate``, FLOPs, and the KV cache.
-
-What is timed is ``model.generate`` as users call it, from pixels and token ids to new tokens; hooks that wait for the
-device mark where its phases begin and end. Everything that is compared takes turns in the same rounds.
-"""
+"""Timing of ``model.generate`` as users call it, with one method after the other; hooks mark where its phases end."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llava.benchmark import time_interleaved
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.measure.timing import Clock, Measurement, time_interleaved
 from llava.methods import METHODS, detach, per_tile
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -28,21 +23,30 @@ from visionzip import VisionZipConfig
 
 # In the order in which they pass. "layout" is what lies between the projector and the language model.
 PHASES = ("tower", "compression", "projector", "layout", "prefill", "decode")
+FIRST_TOKEN = PHASES[:-1]  # from pixels to the first token's logits
 
 
 @dataclass(frozen=True)
 class Way:
-    """A method at a budget of T tokens per image (None: all), perhaps with a compiled language model."""
+    """A method, at a budget of T tokens per image or on some frames of a video.
+
+    Attributes:
+        method: its name.
+        tokens: T; None where it is all, or the method's own default.
+        compiled: whether the language model is.
+        frames: of a video; None for images.
+    """
 
     method: str
     tokens: int | None = None
     compiled: bool = False
+    frames: int | None = None
 
     @property
     def name(self) -> str:
-        """``vanilla``, ``visionzip-160``, ``visionzip-160-compiled``."""
-        parts = [self.method, "" if self.tokens is None else str(self.tokens), "compiled" if self.compiled else ""]
-        return "-".join(filter(None, parts))
+        """``vanilla``, ``visionzip-160``, ``visionzip-160-compiled``, or of a video's frames ``visionzip-120``."""
+        numbers = [str(number) for number in (self.tokens, self.frames) if number is not None]
+        return "-".join([self.method, *numbers, *(["compiled"] if self.compiled else [])])
 
 
 @dataclass(frozen=True)
@@ -65,39 +69,6 @@ class Prompt:
     def text_tokens(self) -> int:
         """Tokens of each prompt that are not visual."""
         return self.ids.shape[1] - 1
-
-
-@dataclass
-class Timed:
-    """One way's rounds.
-
-    Attributes:
-        phases: of each of :data:`PHASES`, its seconds in each round.
-        totals: seconds of each round, from pixels to the last token.
-        prompt_tokens: what reached the language model.
-        cache_bytes: KV cache after the prefill.
-        lengths: tokens in each layer's cache then.
-        setting: VisionZip's, if it was on.
-        new_tokens: of each answer.
-    """
-
-    phases: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
-    totals: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cache_bytes: int = 0
-    lengths: list[int] = field(default_factory=list)
-    setting: VisionZipConfig | None = None
-    new_tokens: int = 1
-
-    @property
-    def first_token(self) -> list[float]:
-        """Seconds from pixels to the first token's logits, in each round."""
-        before = [self.phases[name] for name in PHASES if name != "decode"]
-        return [sum(each) for each in zip(*before, strict=True)]
-
-    def visual_tokens(self, prompt: Prompt) -> int:
-        """Visual tokens of each image that reached the language model."""
-        return self.prompt_tokens - prompt.text_tokens
 
 
 def make_prompt(model: Any, text_tokens: int, batch: int) -> Prompt:
@@ -163,58 +134,49 @@ class Runner:
         self.model.get_model().__dict__.pop("forward", None)
         detach(self.model)
 
-    def once(self, timed: Timed) -> None:
-        """Answer the prompt and add the times of its phases."""
+    def once(self) -> Watch:
+        """Answer the prompt; its phases are marked."""
         with marks(self.model) as watch:
             generating_module(self.model).generate(
                 **self._inputs, do_sample=False, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens
             )
             watch.mark("decode")
-        for name in PHASES:
-            timed.phases[name].append(watch.seconds(name))
-        timed.new_tokens = self.new_tokens
-        timed.totals.append(sum(watch.seconds(name) for name in PHASES))
-        timed.prompt_tokens = watch.prompt_tokens
-        timed.setting = self.model.get_vision_tower().visionzip
-        timed.cache_bytes, timed.lengths = watch.cache_bytes, watch.lengths
+        return watch
 
 
-class Watch:
-    """The moments at which the phases of one call of ``generate`` ended."""
+class Watch(Clock):
+    """The moments at which the phases of one call of ``generate`` end, and what the language model was given.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._ends = {"start": self._now()}
+    Attributes:
+        setting: VisionZip's, if it was on.
+        prompt_tokens: what reached the language model.
+        cache_bytes: KV cache after the prefill.
+        lengths: tokens in each layer's cache then.
+    """
+
+    def __init__(self, device: torch.device, setting: VisionZipConfig | None) -> None:
+        super().__init__(device)
+        self.setting = setting
         self.prompt_tokens = 0
         self.cache_bytes = 0
         self.lengths: list[int] = []
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
     def mark(self, phase: str) -> None:
-        """The phase ends now. The first time counts; of the projector, which may run to choose, the last."""
-        again = phase in ("compression", "projector") and "layout" not in self._ends
-        if again or phase not in self._ends:
-            self._ends[phase] = self._now()
-
-    def seconds(self, phase: str) -> float:
-        """From the end of the phase before to that of this one."""
-        order = ["start", *PHASES]
-        return self._ends[phase] - self._ends[order[order.index(phase) - 1]]
+        """End a phase now. The first time counts; of the projector, which may run to choose, the last."""
+        again = phase in ("compression", "projector") and "layout" not in self.ends
+        if again or phase not in self.ends:
+            super().mark(phase)
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the language model's prefill."""
-        if "layout" not in self._ends:
+        """Note the prompt's length before the language model's prefill."""
+        if "layout" not in self.ends:
             embeds = kwargs.get("inputs_embeds")
             self.prompt_tokens = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
             self.mark("layout")
 
     def after_forward(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """After it, with the cache that it filled."""
-        if "prefill" not in self._ends:
+        """Note the cache that the prefill filled."""
+        if "prefill" not in self.ends:
             self.mark("prefill")
             layers = output.past_key_values.layers
             self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -227,7 +189,7 @@ def marks(model: Any, tower: Any = None) -> Iterator[Watch]:
     tower, module = tower or model.get_vision_tower(), generating_module(model)
     layers = tower.encoder.encoder.layers[: encoder_layers(model, tower)]
     projector = (model if isinstance(model, TransformersLlava) else model.get_model()).mm_projector
-    watch = Watch(tower.device)
+    watch = Watch(tower.device, tower.visionzip)
     handles = [
         layers[-1].register_forward_hook(lambda *_: watch.mark("tower")),
         projector.register_forward_pre_hook(lambda *_: watch.mark("compression")),
@@ -253,12 +215,7 @@ def encoder_layers(model: Any, tower: Any = None) -> int:
 
 
 def processor_inputs(model: TransformersLlava, prompt: Prompt) -> dict[str, Tensor]:
-    """A prompt as transformers' processor makes it: as many placeholders as the model, not zipped, has visual tokens.
-
-    Args:
-        model: with nothing on it.
-        prompt: all of whose images are of one size.
-    """
+    """Make a prompt as transformers' processor does: as many placeholders as the unzipped model has visual tokens."""
     sizes = [prompt.size] * len(prompt.images)
     with torch.inference_mode():
         run = len(model.visual_tokens(prompt.images[:1], sizes[:1])[0])
@@ -269,7 +226,9 @@ def processor_inputs(model: TransformersLlava, prompt: Prompt) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
 
 
-def time_ways(runner: Runner, ways: Sequence[Way], rounds: int, bare: bool) -> tuple[dict[Way, Timed], dict]:
+def time_ways(
+    runner: Runner, ways: Sequence[Way], rounds: int, bare: bool
+) -> tuple[dict[Way, Measurement], dict[int, Measurement]]:
     """Time some ways, and the bare language model at the same lengths, all interleaved after a warm-up each.
 
     Args:
@@ -279,43 +238,42 @@ def time_ways(runner: Runner, ways: Sequence[Way], rounds: int, bare: bool) -> t
         bare: time the bare language model too.
 
     Returns:
-        Each way's rounds, and the bare model's seconds in each round by the length of its prompt.
+        What each way took, with a :class:`Watch` as its last pass; and what the bare model took, by the length of its
+        prompt.
 
     Raises:
         ValueError: a method refuses the model, the budget or the batch; before anything is timed.
     """
-    timed = {way: Timed() for way in ways}
     try:
-        for way in ways:  # a pass of each: what a method refuses it refuses now, and the lengths are known
+        lengths = set()
+        for way in ways:  # a pass of each: what a method refuses it refuses now
             runner.attach(way)
             with torch.inference_mode():
-                runner.once(timed[way])
+                lengths.add(runner.once().prompt_tokens)
         by_name = {way.name: way for way in ways}
-        todo: dict[str, Callable[[], Any]] = {name: partial(runner.once, timed[way]) for name, way in by_name.items()}
-        lengths = sorted({each.prompt_tokens for each in timed.values()}) if bare else []
-        plain = bare_language_model(runner.model) if lengths else None
-        weight = runner.model.get_input_embeddings().weight
-        for length in lengths:
-            shape = (len(runner.prompt.ids), length, weight.shape[1])
-            embeds = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-            mask = torch.ones(shape[:2], dtype=torch.long, device=weight.device)
-            todo[f"bare-{length}"] = partial(
-                plain, inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
-            )
+        todo: dict[str, Callable[[], Any]] = dict.fromkeys(by_name, runner.once)
+        plain = {f"bare-{length}": length for length in sorted(lengths)} if bare else {}
+        runner.detach()
+        model = bare_language_model(runner.model) if plain else None
+        todo |= {name: partial(model, **_bare_prompt(runner, length)) for name, length in plain.items()}
 
         def before(name: str) -> None:
-            if name in by_name:
-                runner.attach(by_name[name])
-            else:
-                runner.detach()
+            runner.attach(by_name[name]) if name in by_name else runner.detach()
 
-        seconds = time_interleaved(todo, weight.device, rounds, "time", before)
+        device = runner.model.get_input_embeddings().weight.device
+        measured = time_interleaved(todo, device, rounds, "time", before)
     finally:
         runner.detach()
-    for each in timed.values():  # the passes before the timed rounds
-        each.totals = each.totals[2:]
-        each.phases = {name: found[2:] for name, found in each.phases.items()}
-    return timed, {length: seconds[f"bare-{length}"] for length in lengths}
+    timed = {way: measured[name] for name, way in by_name.items()}
+    return timed, {length: measured[name] for name, length in plain.items()}
+
+
+def _bare_prompt(runner: Runner, length: int) -> dict[str, Any]:
+    weight = runner.model.get_input_embeddings().weight
+    shape = (len(runner.prompt.ids), length, weight.shape[1])
+    embeds = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+    mask = torch.ones(shape[:2], dtype=torch.long, device=weight.device)
+    return {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
 
 
 def bare_language_model(model: Any) -> PreTrainedModel:

@@ -1,1 +1,0 @@
-"""``visionzip benchmark prefill | generate | memory``: what visual tokens cost the whole model, method by method."""
