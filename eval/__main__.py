@@ -16,6 +16,7 @@ from llava.screen import print_table
 
 from . import COMMAND
 from .answers import read_answers
+from .config import RunConfig
 from .data import data_of, judge_of
 from .judge import ATTEMPTS
 from .matching import shortfalls
@@ -25,11 +26,18 @@ from .registry import BENCHMARKS
 from .runner import run, unscored
 from .table import write_table
 
+GOES_ON = "interrupted: the same command goes on from here"
+
 
 def show_list(args: argparse.Namespace) -> None:
     """Print the benchmarks and the methods."""
     for title, entries in (("benchmarks", BENCHMARKS), ("methods", METHODS)):
         print_table(title, ("", ""), [(name, entry.summary) for name, entry in entries.items()])
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Answer a benchmark's questions with each method at each budget, and write a table of scores and cost."""
+    run(RunConfig.from_flags(args))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -113,7 +121,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data_arguments(parser, own_folder=True)
     _add_judge_argument(parser)
-    parser.set_defaults(run=run, interrupted="interrupted: the same command goes on from here")
+    parser.set_defaults(run=answer, interrupted=GOES_ON)
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
