@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava.arguments import add_frames_argument, add_model_arguments, add_tokens_argument
+from llava.arguments import add_device_argument, add_frames_argument, add_model_arguments, add_tokens_argument
 from llava.commands import Commands, positive, run_commands
+from llava.conversation import conv_templates
 from llava.files import write_atomically
 from llava.methods import METHODS
 from llava.screen import print_table
@@ -19,6 +20,7 @@ from .answers import read_answers
 from .config import RunConfig
 from .data import data_of, judge_of
 from .judge import ATTEMPTS
+from .leaderboard import TOKENS, default_methods, leaderboard
 from .matching import shortfalls
 from .paper import paper_table
 from .prepare import prepare
@@ -124,6 +126,37 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=answer, interrupted=GOES_ON)
 
 
+def add_leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval leaderboard``."""
+    parser.add_argument("--model-path", default="checkpoints/llava-mini", help="checkpoint: folder or hub name")
+    parser.add_argument(
+        "--model-base", help="of a projector or LoRA checkpoint, the model it completes (default: none)"
+    )
+    parser.add_argument(
+        "--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by the model's name)"
+    )
+    add_device_argument(parser)
+    parser.add_argument(
+        "--method", nargs="+", choices=list(METHODS), default=default_methods(), help="ways to compare (default: all)"
+    )
+    parser.add_argument("--tokens", type=positive, nargs="+", default=list(TOKENS), metavar="T", help="budgets")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first so many questions (default: all)")
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="that share the questions (default: one for each GPU; without any, two)",
+    )
+    parser.add_argument("--output", default="docs", metavar="FOLDER", help="where leaderboard.md, .json and .svg go")
+    parser.add_argument(
+        "--runs",
+        metavar="FOLDER",
+        help="where the answers go; a killed command goes on there (default: results/leaderboard/MODEL)",
+    )
+    parser.set_defaults(run=leaderboard, benchmark="scenes", interrupted=GOES_ON)
+
+
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``eval score``."""
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS), help="what was asked")
@@ -188,6 +221,7 @@ COMMANDS: Commands = {
     "list": (add_list_arguments, "show benchmarks and methods"),
     "prepare": (add_prepare_arguments, "check or fetch the data"),
     "run": (add_run_arguments, "answer, score and time"),
+    "leaderboard": (add_leaderboard_arguments, "all methods on the scenes: table and plot"),
     "score": (add_score_arguments, "score an answers file"),
     "table": (add_table_arguments, "write a table"),
 }
