@@ -61,3 +61,16 @@ class RunConfig:
         values = {name: getattr(args, name) for name in names if hasattr(args, name)}
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists, "output": Path(args.output)})
+
+    def flags(self) -> list[str]:
+        """Write the flags of ``eval run`` that give this, for another process."""
+        words = []
+        for field in dataclasses.fields(self)[1:]:  # the benchmark is no flag
+            value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if value is True:
+                words.append(name)
+            elif isinstance(value, tuple):
+                words += [name, *map(str, value)] if value else []
+            elif value is not None and value is not False:
+                words += [name, str(value)]
+        return words

@@ -7,12 +7,15 @@ the command is killed. Then each method's choosing is timed on one image, interl
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from .config import RunConfig
 from .data import CLONE
 from .leaderboard_plot import draw
 from .methods import Run, attach, plan
+from .runner import run
 from .table import markdown, with_error
 
 TOKENS = (48, 32, 16)
@@ -62,13 +66,14 @@ def leaderboard(args: argparse.Namespace) -> None:
 
     model = get_model_name_from_path(args.model_path)
     runs = Path(args.runs or Path("results", "leaderboard", model))
-    results, sets = {}, test_sets(runs)
-    for name, data in sets.items():
-        folder = runs / name.replace(" ", "-")
-        _answer(name, data, folder, args)
-        results[name] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    settings = [each for each in plan(args.method, args.tokens, seeds=1) if each.tokens and not each.inside]
-    board = join(results, _time(args, sets["shipped"], settings), args.tokens)
+    config = replace(RunConfig.from_flags(args), batch_size=32)
+    each = {
+        name: replace(config, data=str(data), output=runs / name.replace(" ", "-"))
+        for name, data in test_sets(runs).items()
+    }
+    processes = args.processes or default_processes()
+    results = {name: _answer(name, own, processes) for name, own in each.items()}
+    board = join(results, _time(each["shipped"]), args.tokens)
     folder = Path(args.output)
     write_atomically(folder / "leaderboard.json", json.dumps(board, indent=1) + "\n")
     write_atomically(folder / "leaderboard.svg", partial(draw, board))
@@ -96,25 +101,23 @@ def test_sets(folder: Path) -> dict[str, Path]:
     return {"shipped": TEST_SET, f"seed {SEED}": other}
 
 
-def _answer(name: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Let ``eval run scenes`` answer a set, in as many processes as are wanted.
+def _answer(name: str, config: RunConfig, processes: int) -> dict[str, Any]:
+    """Let ``eval run`` answer a set, here or in several processes; returns its ``results.json``.
 
     Raises:
         ValueError: it has failed.
     """
-    command = ["run", "scenes", "--data", str(data), "--output", str(folder), "--batch-size", "32"]
-    command += ["--method", *args.method, "--tokens", *map(str, args.tokens), "--seeds", str(args.seeds)]
-    for flag in ("model_path", "model_base", "conv_mode", "device", "limit"):
-        if (value := getattr(args, flag)) is not None:
-            command += [f"--{flag.replace('_', '-')}", str(value)]
-    number = args.processes or default_processes()
-    launch = [] if number == 1 else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m"]
-    threads = {} if number == 1 else {"OMP_NUM_THREADS": "1"}
-    say(f"{name}: {data}", "bold")
-    process = [sys.executable, "-m", *launch, __package__, *command]
-    status = subprocess.run(process, env={**threads, **os.environ}, stdout=subprocess.DEVNULL, check=False).returncode
-    if status:
-        raise ValueError(f"the run on the set {name!r} ended with status {status}; what it said is above")
+    say(f"{name}: {config.data}", "bold")
+    if processes == 1:
+        with redirect_stdout(io.StringIO()):  # the board is printed instead of its table
+            run(config)
+    else:
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", __package__]
+        command = [sys.executable, "-m", *launch, "run", config.benchmark, *config.flags()]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if status := subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode:
+            raise ValueError(f"the run on the set {name!r} ended with status {status}; what it said is above")
+    return json.loads((config.output / "results.json").read_text(encoding="utf-8"))
 
 
 def default_processes() -> int:
@@ -122,11 +125,12 @@ def default_processes() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def _time(args: argparse.Namespace, data: Path, runs: Sequence[Run]) -> dict[str, float]:
-    _, model, image_processor, _ = load_from_arguments(RunConfig.from_flags(args), vanilla=True)
-    visual = scenes.questions(data)[0].visuals[0]
+def _time(config: RunConfig) -> dict[str, float]:
+    _, model, image_processor, _ = load_from_arguments(config, vanilla=True)
+    visual = scenes.questions(Path(config.data))[0].visuals[0]
     tensors, _ = process_visuals(visual.open(), image_processor, model)
-    return time_choosing(model, tensors[0], runs)
+    runs = plan(config.method, config.tokens, seeds=1)
+    return time_choosing(model, tensors[0], [each for each in runs if each.tokens and not each.inside])
 
 
 @torch.inference_mode()
@@ -142,10 +146,10 @@ def time_choosing(model: Any, image: torch.Tensor, runs: Sequence[Run]) -> dict[
     projector = getattr(model, "mm_projector", None) or model.get_model().mm_projector
     pixels = image.reshape(-1, *image.shape[-3:])[:1].to(device=tower.device, dtype=tower.dtype)
     ways = {}
-    for run in runs:
-        attach(model, run)
+    for each in runs:
+        attach(model, each)
         setting = model.get_vision_tower().visionzip
-        ways[run.name] = partial(choose_tokens, read_encoder(tower.encoder, pixels, setting), setting, projector)
+        ways[each.name] = partial(choose_tokens, read_encoder(tower.encoder, pixels, setting), setting, projector)
     detach(model)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for as little as this, to wake up others takes longer than the work
