@@ -32,9 +32,13 @@ GOES_ON = "interrupted: the same command goes on from here"
 
 
 def show_list(args: argparse.Namespace) -> None:
-    """Print the benchmarks and the methods."""
-    for title, entries in (("benchmarks", BENCHMARKS), ("methods", METHODS)):
-        print_table(title, ("", ""), [(name, entry.summary) for name, entry in entries.items()])
+    """Print the benchmarks."""
+    print_table("benchmarks", ("", ""), [(name, entry.summary) for name, entry in BENCHMARKS.items()])
+
+
+def show_methods(args: argparse.Namespace) -> None:
+    """Print the methods that ``--method`` takes, with one line about each and the paper it is from."""
+    print_table("methods", ("", "", ""), [(name, each.summary, each.paper) for name, each in METHODS.items()])
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -96,6 +100,11 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=show_list)
 
 
+def add_methods_arguments(parser: argparse.ArgumentParser) -> None:
+    """``eval methods`` has no flags."""
+    parser.set_defaults(run=show_methods)
+
+
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``eval prepare``."""
     parser.add_argument("benchmarks", nargs="+", choices=[*sorted(BENCHMARKS), "all"], help="what to look for")
@@ -139,7 +148,14 @@ def add_leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", nargs="+", choices=list(METHODS), default=default_methods(), help="ways to compare (default: all)"
     )
-    parser.add_argument("--tokens", type=positive, nargs="+", default=list(TOKENS), metavar="T", help="budgets")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=list(TOKENS),
+        metavar="T",
+        help="visual tokens to keep per tile, CLS included",
+    )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first so many questions (default: all)")
     parser.add_argument(
@@ -218,7 +234,8 @@ def _add_judge_argument(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: Commands = {
-    "list": (add_list_arguments, "show benchmarks and methods"),
+    "list": (add_list_arguments, "show the benchmarks"),
+    "methods": (add_methods_arguments, "show the methods and their papers"),
     "prepare": (add_prepare_arguments, "check or fetch the data"),
     "run": (add_run_arguments, "answer, score and time"),
     "leaderboard": (add_leaderboard_arguments, "all methods on the scenes: table and plot"),

@@ -50,7 +50,18 @@ def results_of(folder: Path) -> dict[str, Any]:
 def test_list(capsys):
     assert eval_command(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*BENCHMARKS, *METHODS))
+    assert all(name in printed for name in BENCHMARKS)
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_methods_have_one_line_and_their_paper(columns: int, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A table where the terminal is wide enough for it, else a few lines for each method; nothing is cut off."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert eval_command(["methods"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, method in METHODS.items():
+        assert name in printed and method.summary in printed and method.paper in printed
+    assert "arXiv 2412.04467" in printed and "arXiv 2403.06764" in printed
 
 
 def test_run_and_table(run, scenes_data: Path, tmp_path: Path, capsys):
