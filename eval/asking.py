@@ -25,9 +25,10 @@ from llava.serve.chat import with_image_tokens
 from llava.video import process_visuals
 
 from .answers import Given, Part
-from .benchmark import Benchmark, Question, Visual
+from .benchmark import Benchmark
 from .cost import measure_cost
 from .methods import Run, attached
+from .records import Question, Visual
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava.video import FRAMES, read_frames
 
 from . import COMMAND
-from .benchmark import Question, Visual
+from .records import Question, Visual
 
 if TYPE_CHECKING:
     from PIL import Image

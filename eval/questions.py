@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
-from .benchmark import Question
+from .records import Question
 from .sources import need, picture, read_jsonl, refuse_repeated
 
 EVAL_ZIP = (

@@ -12,8 +12,8 @@ from llava.efficiency.report import spread
 from llava.methods import METHODS
 
 from .answers import Given
-from .benchmark import Score
 from .methods import Run, by_row
+from .records import Score
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 

@@ -36,7 +36,7 @@ from llava.model.transformers_llava import is_transformers
 
 from .answers import GO_ON, Given, Part, answers_file, as_answers, open_part, part_path
 from .asking import Asked, Pixels, World, answer_all, prepare, prompt_of, world
-from .benchmark import Answer, Benchmark, Question, Score, UnscoredError
+from .benchmark import Benchmark
 from .config import RunConfig
 from .cost import covers, read_cost
 from .data import CLONE, check_files, data_of, judge_of
@@ -45,6 +45,7 @@ from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .matching import asked, shortfalls
 from .methods import Run, attached, plan
+from .records import Answer, Question, Score, UnscoredError
 from .registry import BENCHMARKS
 from .results import summarize
 from .table import write_table

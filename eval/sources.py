@@ -17,8 +17,8 @@ from llava.fingerprint import checksum
 from llava.images import load_image
 
 from . import COMMAND
-from .benchmark import Table, Visual
 from .fingerprint import checksum_of_bytes
+from .records import Table, Visual
 
 
 def read_json(path: Path) -> Any:

@@ -15,11 +15,11 @@ import torch
 from checkpoints import CLIP
 from eval.__main__ import main as eval_command
 from eval.answers import Given, read_answers
-from eval.benchmark import Answer, Score, Table
 from eval.benchmarks import scenes
 from eval.data import copy_of
 from eval.judge import marked
 from eval.methods import METHODS, Run, attach, attached, plan, split
+from eval.records import Answer, Score, Table
 from eval.registry import BENCHMARKS
 from eval.results import bootstrap, summarize
 from eval.sources import Tables

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score
+from ..benchmark import Benchmark
 from ..judge import Judge
 from ..matching import match, percent, percent_by
+from ..records import Answer, File, Question, Score
 from ..sources import picture_of, refuse_repeated
 
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
