@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava.arguments import add_device_argument, add_frames_argument, add_model_arguments, add_tokens_argument
+from llava.arguments import (
+    add_device_argument,
+    add_frames_argument,
+    add_language_arguments,
+    add_model_arguments,
+    add_tokens_argument,
+)
 from llava.commands import Commands, positive, run_commands
 from llava.conversation import conv_templates
 from llava.files import write_atomically
@@ -119,6 +125,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", nargs="+", choices=list(METHODS), default=["vanilla", "visionzip"], help="ways to compare"
     )
+    add_language_arguments(parser)
     add_tokens_argument(parser, "tile", "--dominant and --contextual, else the checkpoint's own")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at a time")
@@ -145,6 +152,7 @@ def add_leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
         "--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by the model's name)"
     )
     add_device_argument(parser)
+    add_language_arguments(parser)
     parser.add_argument(
         "--method", nargs="+", choices=list(METHODS), default=default_methods(), help="ways to compare (default: all)"
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visionzip.config import Positions
+
 from .judge import ATTEMPTS
 
 
@@ -22,6 +24,8 @@ class RunConfig:
         method: names in :data:`llava.methods.METHODS`.
         tokens: visual tokens to keep per tile, a run each.
         dominant, contextual: another budget, VisionZip's own two counts; both or neither.
+        positions, size_bias: of the methods that choose before the language model, how it takes their tokens, see
+            :class:`VisionZipConfig`; None is each method's own.
         seeds: how many, for methods that draw at random.
         batch_size: questions at a time.
         limit: only the first so many questions; None asks all.
@@ -43,6 +47,8 @@ class RunConfig:
     tokens: tuple[int, ...] = ()
     dominant: int | None = None
     contextual: int | None = None
+    positions: Positions | None = None
+    size_bias: bool | None = None
     seeds: int = 3
     batch_size: int = 8
     limit: int | None = None
@@ -66,11 +72,11 @@ class RunConfig:
         """Write the flags of ``eval run`` that give this, for another process."""
         words = []
         for field in dataclasses.fields(self)[1:]:  # the benchmark is no flag
-            value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if value is True:
-                words.append(name)
-            elif isinstance(value, tuple):
-                words += [name, *map(str, value)] if value else []
-            elif value is not None and value is not False:
-                words += [name, str(value)]
+            value, name = getattr(self, field.name), field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
         return words

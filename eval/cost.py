@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from llava.benchmark import time_interleaved
 from llava.methods import detach
+from visionzip import VisionZipConfig
 from visionzip.flops import llama_module_flops, prefill_flops
+from visionzip.methods import has_size_bias
 
 from .answers import Given
-from .methods import Run, attach, by_row
-from .results import prefill_name, prompt_length, visual_tokens
+from .methods import Run, attach, attached, by_row
+from .results import prompt_length, visual_tokens
 
 ROUNDS = 15
 
@@ -36,8 +39,9 @@ def measure_cost(
         answers: of each run, with the visual tokens that were counted.
 
     Returns:
-        Ready for JSON. ``text_tokens``. ``prefill``: by :func:`eval.results.prefill_name`, ``seconds`` of each round
-        for one prompt, ``lengths`` (the tokens that each layer sees), ``flops`` and ``paper_flops``.
+        Ready for JSON. ``text_tokens``. ``prefill``: by a prompt's length, or by the run's name where its method is at
+        work in the language model (FastV, SparseVLM, a size bias), ``seconds`` of each round for one prompt,
+        ``lengths`` (the tokens that each layer sees), ``flops`` and ``paper_flops``.
         ``vision_seconds``: by the name of a row's first run, seconds of each round for one image, from its pixels to
         its visual tokens.
     """
@@ -64,10 +68,10 @@ def read_cost(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
 
 def covers(cost: dict[str, Any], answers: Answers) -> bool:
     """Whether every row of the table finds its timings."""
-    prefills = _prefills(cost["text_tokens"], answers)
-    names = [own[0].name for own in by_row(answers).values()] if cost["vision_seconds"] else []
-    timed = all("lengths" in cost["prefill"].get(name, {}) for name in prefills)
-    return timed and all(name in cost["vision_seconds"] for name in names)
+    rows, timed = _rows(cost["text_tokens"], answers), cost["prefill"]
+    if not all(run.name in timed or (not run.inside and str(length) in timed) for run, length in rows):
+        return False
+    return not cost["vision_seconds"] or all(run.name in cost["vision_seconds"] for run, _ in rows)
 
 
 @torch.inference_mode()
@@ -75,19 +79,22 @@ def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str
     """From a prompt's embeddings to the logits of its last position, with the KV cache filled, interleaved.
 
     The vision tower is not in it (it was not in the paper's figures either). The embeddings are random, on which the
-    time hardly depends; a method that prunes inside the language model is on it while its own prefill is timed.
+    time hardly depends; a method that is at work inside the language model is on it while its own prefill is timed.
     """
-    config, weight = model.config, model.get_input_embeddings().weight
-    prefills = _prefills(text_tokens, answers)
-    ways = {}
-    for name, (_, length) in prefills.items():
+    config, weight, tokens = model.config, model.get_input_embeddings().weight, model.frame_length
+    ways, on = {}, {}
+    for run, length in sorted(_rows(text_tokens, answers), key=lambda row: -row[1]):
         prompt = torch.randn(1, length, config.hidden_size, device=weight.device, dtype=weight.dtype)
         visual = torch.arange(length, device=weight.device)[None] < length - text_tokens
-        ways[name] = partial(model, inputs_embeds=prompt, visual_mask=visual, use_cache=True, logits_to_keep=1)
+        given = {"visual_mask": visual}
+        if sized := _is_sized(model, run):
+            given["token_sizes"] = torch.where(visual, tokens / run.tokens, 1.0)
+        name = run.name if run.inside or sized else str(length)
+        on[name] = run if run.inside else None  # what a size bias needs is in its arguments
+        ways[name] = partial(model, inputs_embeds=prompt, use_cache=True, logits_to_keep=1, **given)
 
     def before(name: str) -> None:
-        run, _ = prefills[name]
-        detach(model) if run is None else attach(model, run)
+        detach(model) if on[name] is None else attach(model, on[name])
 
     seconds = time_interleaved(ways, weight.device, ROUNDS, "time, prefill", before)
     found = {}
@@ -107,10 +114,15 @@ def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str
     return found
 
 
-def _prefills(text_tokens: int, answers: Answers) -> dict[str, tuple[Run | None, int]]:
-    """Of all rows, by name: the run whose method is on the model (None: none needs to be) and the prompt's length."""
-    rows = [(own[0], prompt_length(text_tokens, visual_tokens(answers, own))) for own in by_row(answers).values()]
-    return {
-        prefill_name(run, length): (run if run.inside else None, length)
-        for run, length in sorted(rows, key=lambda row: -row[1])
-    }
+def _is_sized(model: Any, run: Run) -> bool:
+    """Whether a run's tokens come to the language model with sizes, in prompts that are embeddings."""
+    if run.tokens is None or run.inside or "token_sizes" not in inspect.signature(model.forward).parameters:
+        return False
+    with attached(model, run):
+        return has_size_bias(VisionZipConfig.from_dict(model.config.visionzip))
+
+
+def _rows(text_tokens: int, answers: Answers) -> list[tuple[Run, int]]:
+    """The first run of each row of the table, and the length of the prompt whose prefill stands for it."""
+    rows = by_row(answers).values()
+    return [(own[0], prompt_length(text_tokens, visual_tokens(answers, own))) for own in rows]

@@ -76,6 +76,7 @@ def run(config: RunConfig) -> None:
         parts = {}
         for each in runs:
             its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
+            its |= {"positions": each.positions, "size_bias": each.size_bias}
             path = part_path(folder, each.name, own.rank)
             parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, config.skip_bad, contents))
         if own.rank == 0:
@@ -120,6 +121,8 @@ def run(config: RunConfig) -> None:
         "not_asked": errors,
         "conv_mode": config.conv_mode,
         "images": AS_STORED,
+        "positions": config.positions,
+        "size_bias": config.size_bias,
         "batch_size": config.batch_size,
         "processes": own.size,
         "judge": None if judge is None else judge.model,
@@ -152,7 +155,8 @@ def _plan(config: RunConfig, checkpoint: Any) -> list[Run]:
             f"{', '.join(ON_TRANSFORMERS)}. For the others convert it, if it is a LLaVA-1.5 or LLaVA-NeXT: `visionzip "
             "convert SRC DST --to original`"
         )
-    return plan(config.method, config.tokens, config.seeds, explicit_budget(config, checkpoint))
+    budget = explicit_budget(config, checkpoint)
+    return plan(config.method, config.tokens, config.seeds, budget, config.positions, config.size_bias)
 
 
 class _Loader:
@@ -165,7 +169,8 @@ class _Loader:
     def __call__(self) -> Asked:
         config, questions, runs = self._arguments
         if self._ready is None:
-            plain = replace(config, dominant=None, contextual=None)  # they are in the runs
+            # they are in the runs
+            plain = replace(config, dominant=None, contextual=None, positions=None, size_bias=None)
             tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
             for each in runs:  # what a method refuses, it refuses before the long work
                 with attached(model, each):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.loading import check_device, checkpoint_path
 from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.config import Positions
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -75,6 +76,33 @@ def add_budget_arguments(
         metavar="M",
         help=f"VisionZip: tokens per tile to merge the rest into{note}",
     )
+
+
+def add_language_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of how the language model takes a setting's tokens, for :func:`setting_of`."""
+    parser.add_argument(
+        "--positions",
+        choices=get_args(Positions),
+        help="VisionZip: where kept tokens stand in the language model; original: where they would be if all were "
+        "there (default: the method's own)",
+    )
+    parser.add_argument(
+        "--size-bias",
+        action=argparse.BooleanOptionalAction,
+        help="VisionZip: a kept token's attention grows with the patches it stands for (default: the method's own)",
+    )
+
+
+def setting_of(args: Any) -> dict[str, Any]:
+    """What the flags of a budget and of how the language model takes it say, for ``visionzip``; checked.
+
+    Raises:
+        ValueError: a count is below its limit.
+    """
+    names = ("dominant", "contextual", "positions", "size_bias")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    VisionZipConfig(**given)
+    return given
 
 
 def add_image_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
@@ -165,13 +193,11 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     name = get_model_name_from_path(args.model_path)
     conv_mode = args.conv_mode or conv_mode_for(name)
     new_conversation(conv_mode)  # checks it
-    budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
-    given = {key: value for key, value in budget.items() if value is not None}
-    VisionZipConfig(**given)
+    given = setting_of(args)
     device = device_of(args)
     checkpoint_path(args.model_path, "--model-path")
     if vanilla and given:
-        raise ValueError(f"--vanilla keeps all visual tokens, but a budget was given too ({given}): choose one")
+        raise ValueError(f"--vanilla keeps all visual tokens, but a setting was given too ({given}): choose one")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,

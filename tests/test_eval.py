@@ -21,7 +21,7 @@ from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
 from eval.answers import read_answers
 from eval.benchmarks import scenes
-from eval.methods import METHODS, plan
+from eval.methods import METHODS, Run, attached, plan
 from eval.registry import BENCHMARKS
 from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
@@ -253,6 +253,31 @@ def test_a_budget_of_ones_own(run, copied, tmp_path: Path, capsys):
     out = tmp_path / "tuned"
     assert eval_command(run("--method", "visionzip", "--output", str(out), model=folder, limit=4)) == 0
     assert (results_of(out)["rows"][0]["visual_tokens"], results_of(out)["tuned"]) == (5, True)
+
+
+def test_positions_and_size_bias(run, tmp_path: Path, capsys):
+    """They are options of any method that chooses before the language model, and other answers: in name and setting."""
+    flags = ["--method", "norm", "fastv", "--tokens", "4"]
+    assert eval_command(run(*flags, limit=4)) == 0
+    assert eval_command(run(*flags, "--positions", "original", "--size-bias", limit=4)) == 0
+    parts = tmp_path / "out" / "answers" / "parts"
+    names = {"norm-4", "fastv-4", "norm-4-original-sized"}
+    assert {file.name.removesuffix(".0.jsonl") for file in parts.iterdir()} == names
+    header = json.loads((parts / "norm-4-original-sized.0.jsonl").read_text().splitlines()[0])
+    assert (header["setting"]["positions"], header["setting"]["size_bias"]) == ("original", True)
+    results = results_of(tmp_path / "out")
+    assert (results["positions"], results["size_bias"]) == ("original", True)
+    assert all(row["prefill_seconds"]["median"] > 0 for row in results["rows"])
+    assert eval_command(run("--method", "vanilla", "fastv", "--tokens", "4", "--no-size-bias")) == 2
+    assert "--size-bias are for tokens that are chosen before the language model" in capsys.readouterr().err
+
+
+def test_a_runs_options_are_on_the_model(load: Callable[..., tuple[Any, ...]]):
+    _, model, _, _ = load()
+    with attached(model, Run("norm", 4, positions="original", size_bias=False)):
+        assert model.config.visionzip["method"] == "norm" and model.config.visionzip["keep"] == 4
+        assert model.config.visionzip["positions"] == "original" and model.config.visionzip["size_bias"] is False
+    assert not hasattr(model.config, "visionzip")
 
 
 def test_images_that_cannot_be_read(run, scenes_data: Path, tmp_path: Path, capsys):
