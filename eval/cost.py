@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llava.benchmark import time_interleaved
-from llava.methods import detach
-from visionzip import VisionZipConfig
 from visionzip.flops import llama_module_flops, prefill_flops
-from visionzip.methods import has_size_bias
 
 from .answers import Given
-from .methods import Run, attach, attached, by_row
+from .methods import Run, by_row
+from .models.base import Loaded, Model
 from .results import prompt_length, visual_tokens
 
 ROUNDS = 15
@@ -27,15 +22,13 @@ ROUNDS = 15
 Answers = Mapping[Run, Mapping[int, Given]]
 
 
-def measure_cost(
-    model: Any, text_tokens: int, image: tuple[Tensor, tuple[int, int]] | None, answers: Answers
-) -> dict[str, Any]:
+def measure_cost(model: Model, text_tokens: int, image: Loaded | None, answers: Answers) -> dict[str, Any]:
     """Time the prefill for each number of visual tokens, and the vision tower with each method, interleaved.
 
     Args:
         model: with no method on it.
         text_tokens: of the mean question.
-        image: an image as the model gets it, with its (width, height); None where there are only texts.
+        image: an image as the model gets it; None where there are only texts.
         answers: of each run, with the visual tokens that were counted.
 
     Returns:
@@ -47,13 +40,12 @@ def measure_cost(
     """
     prefill = _measure_prefill(model, text_tokens, answers)
     vision: dict[str, list[float]] = {}
-    if image is not None:
+    if image is not None and (once := model.vision(image)) is not None:
         runs = {own[0].name: own[0] for own in by_row(answers).values()}
-        once = partial(model.visual_tokens, [image[0]], [image[1]])
         vision = time_interleaved(
-            dict.fromkeys(runs, once), model.device, ROUNDS, "time, vision", lambda name: attach(model, runs[name])
+            dict.fromkeys(runs, once), model.device, ROUNDS, "time, vision", lambda name: model.attach(runs[name])
         )
-        detach(model)
+        model.attach(None)
     return {"text_tokens": text_tokens, "prefill": prefill, "vision_seconds": vision}
 
 
@@ -75,28 +67,22 @@ def covers(cost: dict[str, Any], answers: Answers) -> bool:
 
 
 @torch.inference_mode()
-def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str, dict[str, Any]]:
+def _measure_prefill(model: Model, text_tokens: int, answers: Answers) -> dict[str, dict[str, Any]]:
     """From a prompt's embeddings to the logits of its last position, with the KV cache filled, interleaved.
 
     The vision tower is not in it (it was not in the paper's figures either). The embeddings are random, on which the
     time hardly depends; a method that is at work inside the language model is on it while its own prefill is timed.
     """
-    config, weight, tokens = model.config, model.get_input_embeddings().weight, model.frame_length
-    ways, on = {}, {}
+    config, ways, on = model.config, {}, {}
     for run, length in sorted(_rows(text_tokens, answers), key=lambda row: -row[1]):
-        prompt = torch.randn(1, length, config.hidden_size, device=weight.device, dtype=weight.dtype)
-        visual = torch.arange(length, device=weight.device)[None] < length - text_tokens
-        given = {"visual_mask": visual}
-        if sized := _is_sized(model, run):
-            given["token_sizes"] = torch.where(visual, tokens / run.tokens, 1.0)
-        name = run.name if run.inside or sized else str(length)
-        on[name] = run if run.inside else None  # what a size bias needs is in its arguments
-        ways[name] = partial(model, inputs_embeds=prompt, use_cache=True, logits_to_keep=1, **given)
+        prefill, is_own = model.prefill(length, text_tokens, run)
+        name = run.name if is_own else str(length)
+        ways[name], on[name] = prefill, run if run.inside else None
 
     def before(name: str) -> None:
-        detach(model) if on[name] is None else attach(model, on[name])
+        model.attach(on[name])
 
-    seconds = time_interleaved(ways, weight.device, ROUNDS, "time, prefill", before)
+    seconds = time_interleaved(ways, model.device, ROUNDS, "time, prefill", before)
     found = {}
     for name, prefill in ways.items():
         before(name)
@@ -110,16 +96,8 @@ def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str
                 prefill_flops(length, 1, config.hidden_size, config.intermediate_size) for length in lengths
             ),
         }
-    detach(model)
+    model.attach(None)
     return found
-
-
-def _is_sized(model: Any, run: Run) -> bool:
-    """Whether a run's tokens come to the language model with sizes, in prompts that are embeddings."""
-    if run.tokens is None or run.inside or "token_sizes" not in inspect.signature(model.forward).parameters:
-        return False
-    with attached(model, run):
-        return has_size_bias(VisionZipConfig.from_dict(model.config.visionzip))
 
 
 def _rows(text_tokens: int, answers: Answers) -> list[tuple[Run, int]]:

@@ -18,8 +18,8 @@ from .records import Question, Visual
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .asking import Prompt
     from .methods import Run
+    from .models.base import Prompt
 
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # Video-LLaVA looks for the first four, in this order
 

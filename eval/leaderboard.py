@@ -22,21 +22,20 @@ from typing import Any
 
 import torch
 
-from llava.arguments import load_from_arguments
+from llava.arguments import device_of
 from llava.benchmark import time_interleaved
 from llava.files import write_atomically
-from llava.methods import METHODS, detach
+from llava.methods import METHODS
 from llava.mm_utils import get_model_name_from_path
 from llava.screen import print_table, say
-from llava.video import process_visuals
-from visionzip.encoder import choose_tokens, read_encoder
 
 from .benchmarks import scenes
 from .config import RunConfig
 from .data import CLONE
 from .leaderboard_plot import draw
-from .methods import Run, attach, plan
-from .runner import run
+from .methods import plan
+from .models import kind_of
+from .runner import config_of, run
 from .table import markdown, with_error
 
 TOKENS = (48, 32, 16)
@@ -125,47 +124,33 @@ def default_processes() -> int:
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
 
 
-def _time(config: RunConfig) -> dict[str, float]:
-    _, model, image_processor, _ = load_from_arguments(config, vanilla=True)
-    visual = scenes.questions(Path(config.data))[0].visuals[0]
-    tensors, _ = process_visuals(visual.open(), image_processor, model)
-    runs = plan(config.method, config.tokens, seeds=1)
-    return time_choosing(model, tensors[0], [each for each in runs if each.tokens and not each.inside])
-
-
-@torch.inference_mode()
-def time_choosing(model: Any, image: torch.Tensor, runs: Sequence[Run]) -> dict[str, float]:
-    """Median seconds that each run's method takes to choose one image's tokens, from what was read of the encoder.
-
-    Args:
-        model: with no method on it.
-        image: (3, h, w), or tiles (T, 3, h, w), of which the first is taken.
-        runs: of methods that choose before the language model.
-    """
-    tower = model.get_vision_tower()
-    projector = getattr(model, "mm_projector", None) or model.get_model().mm_projector
-    pixels = image.reshape(-1, *image.shape[-3:])[:1].to(device=tower.device, dtype=tower.dtype)
-    ways = {}
-    for each in runs:
-        attach(model, each)
-        setting = model.get_vision_tower().visionzip
-        ways[each.name] = partial(choose_tokens, read_encoder(tower.encoder, pixels, setting), setting, projector)
-    detach(model)
+def _time(config: RunConfig) -> dict[tuple[str, int], float]:
+    """Median seconds that methods take to choose one image's tokens, by method and budget."""
+    kind = kind_of(config_of(config.model_path))
+    model = kind.load(replace(config, device=device_of(config), conv_mode=config.conv_mode or "vicuna_v1"))
+    (prompt,) = model.prepare(scenes.questions(Path(config.data))[:1])
+    (loaded,) = model.visuals_of([prompt]).values()
+    planned = plan(config.method, config.tokens, 1, None, config.positions, config.size_bias)
+    runs = {each.name: each for each in planned if each.tokens and not each.inside}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for as little as this, to wake up others takes longer than the work
     try:
-        seconds = time_interleaved(ways, tower.device, ROUNDS, "time, choosing")
+        with torch.inference_mode():
+            ways = model.choosing(loaded, list(runs.values()))
+            seconds = time_interleaved(ways, model.device, ROUNDS, "time, choosing")
     finally:
         torch.set_num_threads(threads)
-    return {name: statistics.median(own) for name, own in seconds.items()}
+    return {(runs[name].method, runs[name].tokens): statistics.median(own) for name, own in seconds.items()}
 
 
-def join(results: Mapping[str, Mapping[str, Any]], choosing: Mapping[str, float], tokens: Sequence[int]) -> Board:
+def join(
+    results: Mapping[str, Mapping[str, Any]], choosing: Mapping[tuple[str, int], float], tokens: Sequence[int]
+) -> Board:
     """Put the results of both sets into one board, the best method first, ready for JSON.
 
     Args:
         results: ``results.json`` of a run on each set.
-        choosing: seconds by the name of a method's first run.
+        choosing: seconds by method and budget.
         tokens: the budgets.
 
     Returns:
@@ -178,7 +163,7 @@ def join(results: Mapping[str, Mapping[str, Any]], choosing: Mapping[str, float]
         every = [entry["accuracy"] for of_set in scores.values() for entry in of_set.values()]
         times = {}
         for budget in tokens if name != "vanilla" else ():
-            seconds = choosing.get(plan([name], [budget], seeds=1)[0].name)
+            seconds = choosing.get((name, budget))
             times[str(budget)] = None if seconds is None else 1e3 * seconds
         about = {"summary": METHODS[name].summary, "paper": METHODS[name].paper}
         methods[name] = {**about, "mean": statistics.fmean(every), "choosing_ms": times, "scores": scores}

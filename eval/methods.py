@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +106,6 @@ def by_row(runs: Iterable[Run]) -> dict[tuple[str, int | None], list[Run]]:
     for run in runs:
         rows.setdefault((run.method, run.tokens), []).append(run)
     return rows
-
-
-@contextmanager
-def attached(model: Any, run: Run) -> Iterator[None]:
-    """The model with a run's method on it; as it was without any afterwards."""
-    try:
-        attach(model, run)
-        yield
-    finally:
-        detach(model)
 
 
 def attach(model: Any, run: Run) -> None:

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import visionzip
-from llava.arguments import device_of, load_from_arguments
+from llava.arguments import device_of
 from llava.benchmark import environment
 from llava.conversation import conv_mode_for
 from llava.files import write_atomically
@@ -35,16 +36,18 @@ from llava.model.loading import checkpoint_path, find_file
 from llava.model.transformers_llava import is_transformers
 
 from .answers import GO_ON, Given, Part, answers_file, as_answers, open_part, part_path
-from .asking import Asked, Pixels, World, answer_all, prepare, prompt_of, world
+from .asking import World, answer_all, in_order, world
 from .benchmark import Benchmark
 from .config import RunConfig
-from .cost import covers, read_cost
+from .cost import covers, measure_cost, read_cost
 from .data import CLONE, check_files, data_of, judge_of
 from .fingerprint import checksum_of_bytes, contents_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .matching import asked, shortfalls
-from .methods import Run, attached, plan
+from .methods import Run, plan
+from .models import kind_of
+from .models.base import Model, Prompt
 from .records import Answer, Question, Score, UnscoredError
 from .registry import BENCHMARKS
 from .results import summarize
@@ -60,7 +63,8 @@ def run(config: RunConfig) -> None:
         OSError: a file is missing or damaged.
     """
     benchmark, own, checkpoint = BENCHMARKS[config.benchmark], world(), config_of(config.model_path)
-    config = _completed(config, benchmark, own)
+    kind = kind_of(checkpoint)
+    config = _completed(config, benchmark, own, kind)
     runs = _plan(config, checkpoint)
     data = data_of(benchmark, config)
     every = with_frames(data.questions(), config.frames)
@@ -70,7 +74,7 @@ def run(config: RunConfig) -> None:
     folder, facts = config.output, {**environment(config.device), "git_commit": git_commit()}
     judge = judge_of(benchmark, config.judge, folder / "judged", config.judge_attempts)
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
-    setting = setting_of(config, benchmark, checkpoint, every)
+    setting = setting_of(config, benchmark, checkpoint, kind, every)
     contents = contents_of(questions)
     with ExitStack() as stack:
         parts = {}
@@ -82,9 +86,9 @@ def run(config: RunConfig) -> None:
         if own.rank == 0:
             _report_other_code(folder, parts, facts)
             _report_asked_again(parts, len(questions))
-        load = _Loader(config, questions, runs)
+        load = _Loader(kind, config, questions, runs)
         if not all(place in part.given for part in parts.values() for place in range(len(questions))):
-            answer_all(load(), benchmark, parts, config.batch_size, own)
+            answer_all(*load(), benchmark, parts, config.batch_size, own)
         own.wait()
         if own.rank > 0:
             return
@@ -93,7 +97,7 @@ def run(config: RunConfig) -> None:
         given = {each: {place: part.given[place] for place in range(len(questions))} for each, part in parts.items()}
         cost = read_cost(folder / "cost.json", setting)
         if cost is None or not covers(cost, given):
-            cost = load().measure(given)
+            cost = _measure(*load(), given)
             write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1), GO_ON)
         made = {each.name: part.made for each, part in parts.items()}
     model_name = get_model_name_from_path(config.model_path)
@@ -137,12 +141,18 @@ def run(config: RunConfig) -> None:
     write_table(folder)
 
 
-def _completed(config: RunConfig, benchmark: Benchmark, own: World) -> RunConfig:
+def _completed(config: RunConfig, benchmark: Benchmark, own: World, kind: type[Model]) -> RunConfig:
     """The same with what was left open: the template that goes with the model's name, and this process's device."""
     device = device_of(config)
     if own.size > 1 and config.device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    conv_mode = config.conv_mode or template_for(config.model_path, benchmark)
+    conv_mode = config.conv_mode
+    if kind.takes_templates:
+        conv_mode = conv_mode or template_for(config.model_path, benchmark)
+    elif conv_mode is not None:
+        raise ValueError(
+            f"--conv-mode {conv_mode}: {config.model_path} has a chat template of its own, so leave the flag out"
+        )
     return replace(config, device=device, conv_mode=conv_mode)
 
 
@@ -160,25 +170,32 @@ def _plan(config: RunConfig, checkpoint: Any) -> list[Run]:
 
 
 class _Loader:
-    """Loads the model when it is asked for the first time."""
+    """Loads the model and makes the prompts when they are asked for the first time."""
 
-    def __init__(self, config: RunConfig, questions: Sequence[Question], runs: Sequence[Run]) -> None:
-        self._arguments = config, questions, runs
-        self._ready: Asked | None = None
+    def __init__(
+        self, kind: type[Model], config: RunConfig, questions: Sequence[Question], runs: Sequence[Run]
+    ) -> None:
+        self._arguments = kind, config, questions, runs
+        self._ready: tuple[Model, list[Prompt]] | None = None
 
-    def __call__(self) -> Asked:
-        config, questions, runs = self._arguments
+    def __call__(self) -> tuple[Model, list[Prompt]]:
+        kind, config, questions, runs = self._arguments
         if self._ready is None:
-            # they are in the runs
-            plain = replace(config, dominant=None, contextual=None, positions=None, size_bias=None)
-            tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
+            model = kind.load(config)
             for each in runs:  # what a method refuses, it refuses before the long work
-                with attached(model, each):
+                with model.attached(each):
                     pass
-            prompts = prepare(questions, tokenizer, model.config, config.conv_mode)
-            check_context(model, prompts, runs)
-            self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model, config.skip_bad))
+            prompts = in_order(model.prepare(questions))
+            check_context(model.inner, prompts, runs)
+            self._ready = model, prompts
         return self._ready
+
+
+def _measure(model: Model, prompts: Sequence[Prompt], given: Mapping[Run, Mapping[int, Given]]) -> dict[str, Any]:
+    """What the visual tokens of some answers cost, timed on the first image that can be read."""
+    loaded = (next(iter(model.visuals_of([prompt]).values()), None) for prompt in prompts)
+    image = next((one for one in loaded if one is not None and one.images), None)
+    return measure_cost(model, round(fmean(prompt.text_tokens for prompt in prompts)), image, given)
 
 
 def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:
@@ -310,7 +327,7 @@ def config_of(model_path: str) -> Any:
 
 
 def setting_of(
-    config: RunConfig, benchmark: Benchmark, checkpoint: Any, questions: Sequence[Question]
+    config: RunConfig, benchmark: Benchmark, checkpoint: Any, kind: type[Model], questions: Sequence[Question]
 ) -> dict[str, Any]:
     """Everything that decides the answers of all runs; it is written into their files and must not change in them."""
     towers = [getattr(checkpoint, field, None) for field in TOWER_FIELDS]
@@ -322,7 +339,7 @@ def setting_of(
         "bits": 8 if config.load_8bit else 4 if config.load_4bit else None,
         "device": config.device.split(":")[0],
         "frames": frames_of(questions),
-        "first_prompt": prompt_of(questions[0], checkpoint, config.conv_mode),
+        "first_prompt": kind.first_prompt(questions[0], config, checkpoint),
         "max_new_tokens": benchmark.max_new_tokens,
         "data": checksum_of(questions),
     }

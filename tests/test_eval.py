@@ -21,7 +21,8 @@ from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
 from eval.answers import read_answers
 from eval.benchmarks import scenes
-from eval.methods import METHODS, Run, attached, plan
+from eval.methods import METHODS, Run, plan
+from eval.models.llava import LlavaModel
 from eval.registry import BENCHMARKS
 from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
@@ -107,7 +108,9 @@ def test_a_finished_run_is_not_done_again(run, tmp_path: Path, monkeypatch: pyte
     command = run("--method", "vanilla", "uniform", "--tokens", "4", limit=8)
     assert eval_command(command) == 0
     before = results_of(tmp_path / "out")
-    monkeypatch.setattr("eval.runner.load_from_arguments", lambda *args, **kwargs: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "eval.models.llava.load_from_arguments", lambda *args, **kwargs: pytest.fail("the model is loaded")
+    )
     assert eval_command(command) == 0
     after = results_of(tmp_path / "out")
     assert after["rows"] == before["rows"] and after["cost"] == before["cost"]
@@ -273,8 +276,9 @@ def test_positions_and_size_bias(run, tmp_path: Path, capsys):
 
 
 def test_a_runs_options_are_on_the_model(load: Callable[..., tuple[Any, ...]]):
-    _, model, _, _ = load()
-    with attached(model, Run("norm", 4, positions="original", size_bias=False)):
+    tokenizer, model, image_processor, _ = load()
+    asked = LlavaModel(model, tokenizer, image_processor, "vicuna_v1")
+    with asked.attached(Run("norm", 4, positions="original", size_bias=False)):
         assert model.config.visionzip["method"] == "norm" and model.config.visionzip["keep"] == 4
         assert model.config.visionzip["positions"] == "original" and model.config.visionzip["size_bias"] is False
     assert not hasattr(model.config, "visionzip")

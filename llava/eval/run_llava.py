@@ -9,9 +9,8 @@ from typing import Any
 from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
 from llava.commands import finite, parser_of, positive, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import new_conversation
+from llava.conversation import new_conversation, with_image_tokens
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.serve.chat import with_image_tokens
 
 
 def eval_model(args: Any) -> str:
