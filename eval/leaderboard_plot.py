@@ -45,20 +45,7 @@ def draw(board: Mapping[str, Any], path: Path) -> None:
         style = {"color": f"C{number % 10}", "linestyle": _STYLES[number // 10 % 3], "linewidth": width}
         axes.errorbar(places, values, errors, marker="o", markersize=3.5, capsize=2, **style)
         ends[name] = (values[-1], style["color"])
-    low, high = axes.get_ylim()
-    ascending = sorted(ends.items(), key=lambda item: item[1][0])
-    heights = spaced([value for _, (value, _) in ascending], (high - low) * _GAP)
-    for (name, (value, color)), y in zip(ascending, heights, strict=True):
-        axes.annotate(
-            f"{name} {value:.1f}",
-            (places[-1], value),
-            (places[-1] + 0.08, y),
-            va="center",
-            fontsize=9,
-            color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1},
-            annotation_clip=False,
-        )
+    _label(axes, ends, places[-1])
     axes.set(xlabel="visual tokens", ylabel=f"exact match, %, mean of {len(board['questions'])} sets")
     axes.set_xticks(places, [str(budget) for budget in budgets])
     axes.set_xlim(-0.1, places[-1] + 0.08 + 0.3 * max(1, places[-1]))
@@ -67,6 +54,24 @@ def draw(board: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"scenes, {board['model']}", fontsize=10)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "leaderboard"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _label(axes: Any, ends: Mapping[str, tuple[float, str]], x: float) -> None:
+    """Write methods' names beside the ends of their lines (value and colour), where they do not overlap."""
+    low, high = axes.get_ylim()
+    ascending = sorted(ends.items(), key=lambda item: item[1][0])
+    heights = spaced([value for _, (value, _) in ascending], (high - low) * _GAP)
+    for (name, (value, color)), y in zip(ascending, heights, strict=True):
+        axes.annotate(
+            f"{name} {value:.1f}",
+            (x, value),
+            (x + 0.08, y),
+            va="center",
+            fontsize=9,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1},
+            annotation_clip=False,
+        )
 
 
 def spaced(values: Sequence[float], gap: float) -> list[float]:
