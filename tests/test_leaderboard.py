@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eval.__main__ import add_run_arguments
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
 from eval.leaderboard import default_methods
 from eval.leaderboard_plot import spaced
 from eval.methods import METHODS
+from llava.commands import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING
 
@@ -98,10 +100,17 @@ def test_labels_do_not_overlap():
     assert found == pytest.approx([48.1, 50.1, 52.1, 70])
 
 
-def test_a_config_as_flags(tmp_path: Path):
-    """What another process is given: it reads the same configuration from it."""
-    config = RunConfig("scenes", "model", tmp_path, method=("vanilla", "pool"), tokens=(4,), skip_bad=True, limit=3)
-    words = " ".join(config.flags())
-    assert re.search(r"--method vanilla pool --tokens 4 .*--limit 3 --skip-bad", words) and "--judge " not in words
-    unsized = RunConfig("scenes", "model", tmp_path, size_bias=False, positions="original")
-    assert unsized.flags()[-3:] == ["--positions", "original", "--no-size-bias"]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": ("vanilla", "pool"), "tokens": (4, 6), "skip_bad": True, "limit": 3},
+        {"positions": "original", "size_bias": False, "data": "set.parquet", "device": "cpu"},
+        {"dominant": 5, "contextual": 3, "load_8bit": True, "judge": "exact"},
+    ],
+)
+def test_another_process_reads_the_same_configuration(changes: dict[str, Any], tmp_path: Path):
+    config = RunConfig("scenes", "model", tmp_path / "out", **changes)
+    parser = parser_of("python -m eval run", add_run_arguments)
+    assert RunConfig.from_flags(parser.parse_args(["scenes", *config.flags()])) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.limit = 1
