@@ -176,6 +176,7 @@ def test_compiles_to_one_graph(name: str):
         own = EncoderRead(states, True, scores=scores, keys=states, projected=states[:, 1:], grid=(4, 4))
         return METHODS[name].choose(own, counts, config).tokens
 
+    torch.compiler.reset()  # the function is the same for all names, and its graphs are limited in number
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert torch.equal(compiled(read.hidden_states, read.scores), choose(read.hidden_states, read.scores))
 

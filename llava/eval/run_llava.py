@@ -15,9 +15,8 @@ from llava.arguments import (
 )
 from llava.commands import finite, parser_of, positive, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import new_conversation
+from llava.conversation import new_conversation, with_image_tokens
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.serve.chat import with_image_tokens
 
 
 def eval_model(args: Any) -> str:

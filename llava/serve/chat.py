@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, new_conversation
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, new_conversation, with_image_tokens
 from llava.mm_utils import tokenizer_image_token
 from llava.model.generation import REFUSED, Refused, check_settings
 from llava.model.prompts import Row, splice
@@ -57,34 +57,6 @@ class Turn:
             f"{self.fed_tokens} tokens in ({self.visual_tokens} visual), {self.cached_tokens} cached · {vision}"
             f"prefill {self.prefill_seconds * 1e3:.0f} ms · {self.new_tokens} tokens out{speed}"
         )
-
-
-def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
-    """A question with one ``<image>`` per image and per frame of a video: where the text has them, else in front.
-
-    Args:
-        text: the question.
-        counts: for each visual that it is about, 1 or a video's frames; these stand together.
-        config: the model's; with ``mm_use_im_start_end`` each is put between start and end markers.
-
-    Raises:
-        ValueError: the text has ``<image>``, but not as many.
-    """
-    marker = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
-    present = text.count(DEFAULT_IMAGE_TOKEN)
-    if present == 0:
-        groups = [marker * count for count in counts]
-        if groups and getattr(config, "mm_video_tower", None):  # Video-LLaVA has one line break, behind all of them
-            groups = ["".join(groups)]
-        return "".join(f"{group}\n" for group in groups) + text
-    if present != sum(counts):
-        raise ValueError(
-            f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {sum(counts)} images were given: give one each (a video "
-            "takes one for each of its frames)"
-        )
-    return text.replace(DEFAULT_IMAGE_TOKEN, marker)
 
 
 _ONE_CACHE = "a conversation has one cache, and one answer to a question: leave it out"
