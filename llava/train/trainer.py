@@ -61,7 +61,7 @@ class LlavaTrainer(SteadyTrainer):
             llava = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast():  # turns go where labels would: both follow the text around the image
                 prepared, _, token_sizes = llava.prepare(input_ids, None, mask, None, turns, images, sizes)
-            _, places, seen, _, embeds, turns = prepared
+            _, own_positions, seen, _, embeds, turns = prepared
             self._count(seen)
             expanded = torch.full_like(turns, IGNORE_INDEX)
             for row, own, text, places in zip(
@@ -69,7 +69,7 @@ class LlavaTrainer(SteadyTrainer):
             ):
                 row[places] = own[text][: int(places.sum())]
             turns = torch.where(turns >= 0, turns, seen.long() - 1)  # visual tokens are in the common start
-            seen, positions = attention_apart(turns, places)
+            seen, positions = attention_apart(turns, own_positions)
             inputs = {"inputs_embeds": embeds, "labels": expanded, "attention_mask": seen, "position_ids": positions}
             if token_sizes is not None:
                 inputs["token_sizes"] = token_sizes
