@@ -98,12 +98,12 @@ def test_a_decoding_loop_of_ones_own(name: str):
     family = FAMILIES[name]
     model = visionzip(family.build(), keep=0.4)
     inputs = batch(family, [["a", sized(family, 1, 3, 4), "b"]])
-    output = model(**inputs)
-    said = [output.logits[:, -1:].argmax(-1)]
+    output, said = model(**inputs), []
     while len(said) < 5:
+        said.append(output.logits[:, -1:, VIDEO + 1 :].argmax(-1) + VIDEO + 1)  # what generate may say
         output = model(input_ids=said[-1], past_key_values=output.past_key_values)
-        said.append(output.logits[:, -1:].argmax(-1))
-    assert torch.equal(torch.cat(said, dim=1), answers(model, inputs))
+    never = list(range(VIDEO + 1))
+    assert torch.equal(torch.cat(said, dim=1), answers(model, inputs, suppress_tokens=never))
 
 
 @each

@@ -80,6 +80,17 @@ class Encoded(NamedTuple):
         deepstack = self.deepstack and [pick(layer) for layer in self.deepstack]
         return Encoded(pick(self.tokens), pick(self.places), self.sizes and pick(self.sizes), self.hidden, deepstack)
 
+    def in_pieces(self, counts: list[int]) -> Encoded:
+        """The same tokens and deepstack, so many runs of them joined to one; other values are left out."""
+
+        def join(runs: list[Tensor]) -> list[Tensor]:
+            values = iter(runs)
+            return [torch.cat([next(values) for _ in range(count)]) for count in counts if count]
+
+        return Encoded(
+            join(self.tokens), [], hidden=self.hidden, deepstack=self.deepstack and list(map(join, self.deepstack))
+        )
+
 
 @dataclass(frozen=True)
 class Modality:
