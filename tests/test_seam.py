@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from hf_models import tokenizer
 from hf_plain import plain_select
-from seam_models import END, FAMILIES, IMAGE, START, VIDEO, Family, Part, Picture, batch
+from seam_models import FAMILIES, IMAGE, VIDEO, Family, Part, Picture, batch
 from test_seam_families import GREEDY, answers, mixed
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from checkpoints import picture
 from visionzip import visionzip
@@ -130,12 +130,6 @@ def test_a_token_is_made_of_the_patches_that_its_score_is(name: str):
     family = FAMILIES[name]
     model, inputs = family.build(), batch(family, [[Picture(7)]])
     encoder = model.model.vision_model if hasattr(model.model, "vision_model") else model.model.vision_tower
-    norm = next(
-        m
-        for m in reversed(list(encoder.modules()))
-        if isinstance(m, nn.LayerNorm | nn.Identity) or "Norm" in type(m).__name__
-    )
-    del norm
     states: list[Tensor] = []
 
     def leaf(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -231,7 +225,8 @@ def test_patches_and_text_keep_their_positions(name: str, side: str):
 def test_original_positions_and_a_size_bias_where_there_is_one_axis(name: str):
     family = FAMILIES[name]
     rows = mixed(family)
-    plus = visionzip(family.build(), keep=0.4, positions="original", size_bias=True)
+    setting = {"keep": 0.4, "positions": "original"}
+    plus = visionzip(family.build(), **setting, size_bias=True)
     inputs = batch(family, rows)
     seen: list[dict[str, Any]] = []
     family_of(plus).language_model(plus).register_forward_pre_hook(
@@ -246,7 +241,8 @@ def test_original_positions_and_a_size_bias_where_there_is_one_axis(name: str):
             assert seen[0]["position_ids"][row][-len(columns) :].tolist() == columns
             pictures = sum(isinstance(part, Picture) for part in parts)
             assert seen[0]["token_sizes"][row].sum() == seen[0]["token_sizes"].shape[1] + pictures * (16 - 6)
-    assert not torch.equal(visionzip(plus, size_bias=False)(**inputs).logits, plus(**inputs).logits) or True
+    biased = plus(**inputs).logits
+    assert not torch.allclose(biased, visionzip(plus, **setting)(**inputs).logits, atol=1e-3)
 
 
 @torch.no_grad()
@@ -312,17 +308,13 @@ class _ImagesAlone(Qwen2_5_VLProcessor):
 @torch.no_grad()
 def test_the_stock_processor():
     family = FAMILIES["qwen2_5_vl"]
-    text = tokenizer()
-    text.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]})
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=4096)
-    processor = _ImagesAlone(images, text)
-    model = family.build()
-    image_id = text.convert_tokens_to_ids("<|image_pad|>")
-    model.config.image_token_id = image_id
-    model.resize_token_embeddings(len(text))
+    processor, model = _ImagesAlone(images, tokenizer()), family.build()
+    model.config.image_token_id = image_id = processor.image_token_id
+    model.resize_token_embeddings(300)
     inputs = processor(
         images=[picture(0, (48, 32)), picture(1, (32, 32))],
-        text=["a<|image_pad|>b", "<|image_pad|> longer"],
+        text=["a<image>b", "<image> longer"],
         padding=True,
         return_tensors="pt",
     )
@@ -331,4 +323,3 @@ def test_the_stock_processor():
     output = visionzip(model)(**inputs)
     assert output.logits.shape[1] < inputs["input_ids"].shape[1]
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
-    assert AutoTokenizer is not None and START < END
