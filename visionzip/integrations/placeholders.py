@@ -155,7 +155,9 @@ class Held(NamedTuple):
     def followed(self, other: Held) -> Held:
         """The same of a cache that got ``other``'s prompts as well, which were given without these."""
         behind = torch.where(other.columns < 0, -1, other.columns + self.length)
-        both = None if self.after is None or other.after is None else torch.cat([self.after, other.after], dim=1)
+        both = None
+        if self.after is not None and other.after is not None:
+            both = torch.cat([self.after.to(other.after.device), other.after], dim=1)
         return Held(torch.cat([self.columns, behind], dim=1), self.length + other.length, both)
 
 
