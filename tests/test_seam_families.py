@@ -158,6 +158,30 @@ def test_training(name: str):
     assert any("lm_head" in key or "embed_tokens" in key for key in reached)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+def test_gradients_with_and_without_checkpointing_are_the_same(name: str):
+    family = FAMILIES[name]
+    inputs, gradients = batch(family, [["a", sized(family, 1, 3, 4), "bc"]]), []
+    for checkpointing in (False, True):
+        model = visionzip(family.build(), keep=0.4).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    torch.testing.assert_close(*gradients)
+
+
+@each
+@torch.no_grad()
+def test_bfloat16(name: str):
+    """Scores are float32; everything else keeps the model's type."""
+    family = FAMILIES[name]
+    model, inputs = visionzip(family.build().to(torch.bfloat16), keep=0.4), batch(family, mixed(family))
+    logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    assert answers(model, inputs).shape == (len(inputs["input_ids"]), 5)
+
+
 @each
 @torch.no_grad()
 def test_save_and_reload(name: str, tmp_path: Any):

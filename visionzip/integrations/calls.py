@@ -25,8 +25,9 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
+from visionzip.integrations.held import Held, original_positions
 from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
-from visionzip.integrations.placeholders import Held, Shortened, Visual, find_runs, original_positions, shorten
+from visionzip.integrations.placeholders import Shortened, Visual, find_runs, shorten
 
 SIZES = "token_sizes"  # in mm_encoder_outputs (B, L) and, as an argument, of a language model with a size bias
 

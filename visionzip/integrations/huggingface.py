@@ -47,7 +47,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.integrations.placeholders import Held, Run
+from visionzip.integrations.held import Held
+from visionzip.integrations.placeholders import Run
 from visionzip.methods import positions_of
 
 Arguments = Mapping[str, Any]

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from visionzip.compress import CompressedTokens, compress_alike
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
+from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes, stock_features
-from visionzip.integrations.placeholders import Held, Run
+from visionzip.integrations.placeholders import Run
 from visionzip.methods import EncoderRead, check_setting, has_size_bias, method_of, token_counts
 
 Size = tuple[int, int]
@@ -252,10 +253,9 @@ def _choose(
     for size in dict.fromkeys(sizes):
         which = [frame for frame, own in enumerate(sizes) if own == size]
         tokens = [batch(layer, which) for layer in layers]
-        if _is_whole(config, size):
-            everything = torch.arange(size[0] * size[1], device=tokens[0].device).expand(len(which), -1)
-            kept, group = everything, torch.ones_like(everything, dtype=torch.float32)
-        else:
+        kept = torch.arange(size[0] * size[1], device=tokens[0].device).expand(len(which), -1)
+        group = torch.ones_like(kept, dtype=torch.float32)
+        if not _is_whole(config, size):
             read = EncoderRead(
                 tokens[0],
                 False,
@@ -265,8 +265,7 @@ def _choose(
                 pixels=torch.stack([frames[frame] for frame in which]),
                 grid=size,
             )
-            chosen = choose_tokens(read, config)
-            tokens, kept, group = _in_raster_order(tokens, chosen, config)
+            tokens, kept, group = _in_raster_order(tokens, choose_tokens(read, config), config)
         for at, frame in enumerate(which):
             for layer, own in zip(found.layers, tokens, strict=True):
                 layer[frame] = own[at]
