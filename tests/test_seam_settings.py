@@ -59,3 +59,18 @@ def test_the_stock_processor():
     output = visionzip(model)(**inputs)
     assert output.logits.shape[1] < inputs["input_ids"].shape[1]
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+@torch.no_grad()
+def test_videos_that_look_like_images_are_refused():
+    """Of GLM-4V, in the first turn and behind a cache."""
+    family = FAMILIES["glm4v"]
+    model = visionzip(family.build(), keep=0.4)
+    inputs = batch(family, [["a", Picture(1), "b"]])
+    cache = model(**inputs).past_key_values
+    video = {"input_ids": inputs["input_ids"], "pixel_values_videos": inputs["pixel_values"]}
+    video["video_grid_thw"] = inputs["image_grid_thw"]
+    for call in (model, model.generate):
+        for past in ({}, {"past_key_values": cache}):
+            with pytest.raises(ValueError, match="videos of this family are not compressed: give their frames as"):
+                call(**video, **past)

@@ -22,6 +22,7 @@ from visionzip.integrations.checks import (
     pad_token,
     refuse_outputs,
     refuse_positions,
+    refuse_videos,
     renamed,
     visuals,
 )
@@ -104,6 +105,7 @@ def _as_text(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[s
     Raises:
         ValueError: a prompt has placeholders but no pixels, or the mask is one of a prompt that was not shortened.
     """
+    refuse_videos(zipped.family, given)
     held = held_by(given)  # corrects it before the cache grows again
     past = cached_length(given)
     if past == 0:

@@ -89,6 +89,7 @@ def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> li
     Raises:
         ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
     """
+    refuse_videos(zipped.family, arguments)
     found = []
     for name, modality in zipped.family.modalities.items():
         given = arguments.get(modality.pixels) is not None
@@ -105,6 +106,19 @@ def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None
             f"the prompts have {count} {visual.modality} placeholders (id {visual.token_id}), but no {pixels} were "
             "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
             "the whole conversation with all its images"
+        )
+
+
+def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Refuse videos of a family whose videos are not compressed: GLM-V's have the placeholders of images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if "video" not in family.modalities and arguments.get("pixel_values_videos") is not None:
+        raise ValueError(
+            "pixel_values_videos were given, but videos of this family are not compressed: give their frames as "
+            "images, or unzip(model) first"
         )
 
 
