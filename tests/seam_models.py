@@ -71,6 +71,29 @@ def glm4v() -> Any:
     return transformers.Glm4vConfig(text_config=text, vision_config=vision, **TOKENS, **tokens)
 
 
+def qwen3_5_moe() -> Any:
+    dense = qwen3_5()
+    text = {**dense.text_config.to_dict(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text |= {"shared_expert_intermediate_size": 16, "model_type": "qwen3_5_moe_text"}
+    vision = {**PACKED, "num_position_embeddings": 64}
+    return transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
+
+
+def glm46v() -> Any:
+    dense = glm4v()
+    tokens = {"image_start_token_id": START, "image_end_token_id": END}
+    text, vision = dense.text_config.to_dict(), dense.vision_config.to_dict()
+    return transformers.Glm46VConfig(text_config=text, vision_config=vision, **TOKENS, **tokens)
+
+
+def glm4v_moe() -> Any:
+    vision = {**PACKED, "image_size": 32}
+    text = {**TEXT, "head_dim": 8, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}
+    text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    tokens = {"image_start_token_id": START, "image_end_token_id": END}
+    return transformers.Glm4vMoeConfig(text_config=text, vision_config=vision, **TOKENS, **tokens)
+
+
 SQUARE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -143,7 +166,10 @@ FAMILIES = {
     "qwen3_vl": Family("Qwen3VL", qwen3_vl, timestamps=True),
     "qwen3_vl_moe": Family("Qwen3VLMoe", qwen3_vl_moe, timestamps=True),
     "qwen3_5": Family("Qwen3_5", qwen3_5, timestamps=True),
+    "qwen3_5_moe": Family("Qwen3_5Moe", qwen3_5_moe, timestamps=True),
     "glm4v": Family("Glm4v", glm4v, videos=False),
+    "glm4v_moe": Family("Glm4vMoe", glm4v_moe, videos=False),
+    "glm46v": Family("Glm46V", glm46v, videos=False),
     "internvl": Family("InternVL", internvl, grids=False, videos=False),
     "gemma3": Family("Gemma3", gemma3, grids=False, videos=False),
     "idefics3": Family("Idefics3", idefics3, grids=False, videos=False),

@@ -61,7 +61,7 @@ def our_calls(run: Any) -> list[str]:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_step_of_decoding_costs_three_calls(family: str):
-    """One check of the model, one of its base model; there were 28 calls when the base model's hook looked again."""
+    """At most: one check of the model, one of its base model. There were 28 when the base model's hook looked again."""
     make, processor = FAMILIES[family]
     model = visionzip(make(), K, M)
     inputs = processor()(images=IMAGES[:1], text="<image> one", return_tensors="pt")
@@ -69,6 +69,7 @@ def test_a_step_of_decoding_costs_three_calls(family: str):
     def answer(count: int) -> list[str]:
         return our_calls(lambda: model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False))
 
+    answer(1)  # signatures are looked up once
     ten, five = answer(10), answer(5)
     assert len(ten) - len(five) <= 5 * 3, ten[len(five) :]
     output = model(**inputs)

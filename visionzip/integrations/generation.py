@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionzip.integrations.calls import (
+from visionzip.integrations.calls import SIZES, prepare
+from visionzip.integrations.checks import (
     NO_IDS,
-    SIZES,
     cached_length,
     has_pixels,
     hold,
     mask_misfit,
-    prepare,
     refuse_outputs,
     renamed,
     visuals,

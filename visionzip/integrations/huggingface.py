@@ -48,7 +48,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations.encoders import Encoder
-from visionzip.integrations.placeholders import Held, Run
+from visionzip.integrations.held import Held
+from visionzip.integrations.placeholders import Run
 from visionzip.methods import positions_of
 
 Arguments = Mapping[str, Any]
@@ -80,6 +81,17 @@ class Encoded(NamedTuple):
 
         deepstack = self.deepstack and [pick(layer) for layer in self.deepstack]
         return Encoded(pick(self.tokens), pick(self.places), self.sizes and pick(self.sizes), self.hidden, deepstack)
+
+    def in_pieces(self, counts: list[int]) -> Encoded:
+        """The same tokens and deepstack, so many runs of them joined to one; other values are left out."""
+
+        def join(runs: list[Tensor]) -> list[Tensor]:
+            values = iter(runs)
+            return [torch.cat([next(values) for _ in range(count)]) for count in counts if count]
+
+        return Encoded(
+            join(self.tokens), [], hidden=self.hidden, deepstack=self.deepstack and list(map(join, self.deepstack))
+        )
 
 
 @dataclass(frozen=True)
