@@ -95,18 +95,28 @@ def test_prompts_and_pixels_are_llavas(both, options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tokens_and_answers_are_those_of_llavas_layout(both, options: dict[str, Any], zipped: bool):
+@pytest.mark.parametrize(
+    "setting",
+    [None, {"dominant": 5, "contextual": 2}, {"keep": 5, "method": "visionzip-plus"}],
+    ids=["vanilla", "visionzip", "plus"],
+)
+def test_tokens_and_answers_are_those_of_llavas_layout(both, options: dict[str, Any], setting: dict[str, Any] | None):
     (_, model, processor), (_, own, _) = loaded = both(**options)
-    if zipped:
+    if setting:
         for each in (model, own):
-            assert visionzip(each, dominant=5, contextual=2) is each
+            assert visionzip(each, **setting) is each
     expected, found = tokens_of(model, processor), tokens_of(own, loaded[1][2])
     assert [len(image) for image in found] == [len(image) for image in expected]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     for how in ({}, {"num_beams": 2}):
         assert ask(*loaded[0], **how) == ask(*loaded[1], **how)
+    prompt = tokenizer_image_token(QUESTIONS[0], loaded[0][0], return_tensors="pt")[None]
+    images, sizes = process_images(PICTURES[:1], processor, model.config), [PICTURES[0].size]
+    with torch.inference_mode():
+        one, other = (each(prompt, images=images, image_sizes=sizes).logits for each in (model, own))
+    one, other = (logits[..., : len(loaded[0][0])] for logits in (one, other))  # transformers' has rows more
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
@@ -146,11 +156,12 @@ def test_a_zipped_checkpoint_comes_zipped(both, tmp_path: Path):
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
-def test_chat_keeps_the_cache(both, options: dict[str, Any]):
+@pytest.mark.parametrize("setting", [{"dominant": 5, "contextual": 2}, {"keep": 7, "method": "visionzip-plus"}])
+def test_chat_keeps_the_cache(both, options: dict[str, Any], setting: dict[str, Any]):
     """Three turns, a new image in the last one: answers and numbers of tokens are those of LLaVA's layout."""
     turns = []
     for tokenizer, model, processor in both(**options):
-        visionzip(model, dominant=5, contextual=2)
+        visionzip(model, **setting)
         session = ChatSession(model, tokenizer, processor, max_new_tokens=6, min_new_tokens=3)
         asked = [session.ask("What?", [picture(0)]), session.ask("And behind it?"), session.ask("Here?", [picture(3)])]
         turns.append([(turn.text, turn.visual_tokens, turn.fed_tokens, turn.cached_tokens) for turn in asked])

@@ -39,6 +39,7 @@ from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, family_of, find_integration
+from visionzip.integrations.calls import SIZES
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.generation import logits_processors
 from visionzip.language.pruning import is_pruned
@@ -124,17 +125,21 @@ class _Language(nn.Module):
         super().__init__()
         self.native = native
 
-    def forward(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it."""
-        return self.native(**kwargs, **self._for_pruning(visual_mask))
+    def forward(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own forward.
 
-    def generate(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``; ``visual_mask`` as in :meth:`forward`."""
-        return self.native.generate(**kwargs, **self._for_pruning(visual_mask))
+        ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it; ``token_sizes`` (B, L) for a size bias.
+        """
+        return self.native(**kwargs, **self._for_hooks(visual_mask, token_sizes))
 
-    def _for_pruning(self, visual_mask: Tensor | None) -> dict[str, Tensor]:
-        """The mask as an argument of the model inside, which takes it only for the hooks of FastV and SparseVLM."""
-        return {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
+    def generate(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; ``visual_mask`` and ``token_sizes`` as in :meth:`forward`."""
+        return self.native.generate(**kwargs, **self._for_hooks(visual_mask, token_sizes))
+
+    def _for_hooks(self, visual_mask: Tensor | None, token_sizes: Tensor | None) -> dict[str, Any]:
+        """Both as arguments of the model inside, which takes them only for what hangs on it."""
+        masks = {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
+        return masks if token_sizes is None else {**masks, "mm_encoder_outputs": {SIZES: token_sizes}}
 
 
 class TransformersLlava(LlavaMetaForCausalLM, _Language):
@@ -202,8 +207,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         self._tower[0].visionzip = VisionZipConfig.from_dict(setting) if setting else None
         return self._tower[0]
 
-    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
-        """What the language model sees for each ``<image>``: (n, hidden_size) of an image, or of a video's frame.
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """What the language model sees for each ``<image>``: of an image, or of a video's frame.
 
         Args:
             images: as in :meth:`generate`, and videos from :meth:`video_pixels`. What is in a list several times is
@@ -218,16 +223,32 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         images = list(images)  # holds them: an object's id is its own only while it lives
         first = first_places(images, image_sizes)
         videos = [place for place in sorted(set(first)) if self._is_video(images[place])]
-        found = {place: self._frame_tokens(images[place], place) for place in videos}
+        found = {place: self._frames(images[place], place) for place in videos}
         if single := sorted(set(first) - set(videos)):
-            inputs = self.pixel_inputs(images, image_sizes, single)
-            features = self.native.model.get_image_features(**inputs).pooler_output
-            found |= {place: [tokens] for place, tokens in zip(single, features, strict=True)}
-        return [tokens for place in first for tokens in found[place]]
+            encoded = self._encoded("image", self.pixel_inputs(images, image_sizes, single))
+            found |= {place: [own] for place, own in zip(single, encoded, strict=True)}
+        return [own for place in first for own in found[place]]
 
-    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
-        """As :meth:`visual_tokens`."""
-        return [VisualTokens(tokens, len(tokens)) for tokens in self.visual_tokens(images, image_sizes)]
+    def _encoded(self, name: str, pixels: dict[str, Tensor]) -> list[VisualTokens]:
+        """Visual tokens of each image, or each video, whose pixels are given as the model inside takes them."""
+        base, zipped = self.native.model, getattr(self.native, "_visionzip", None)
+        if zipped is None:
+            output = getattr(base, f"get_{name}_features")(**pixels).pooler_output
+            if name == "video":  # (frames, n, hidden_size)
+                output = output.flatten(0, -2)[None]
+            return [VisualTokens(tokens, len(tokens)) for tokens in output]
+        modality = zipped.family.modalities[name]
+        encoded = modality.encode(base, zipped.config, pixels)
+        runs = modality.runs(base, zipped.config, pixels)
+        return [
+            VisualTokens(
+                tokens,
+                run.full if zipped.original else len(tokens),
+                places if zipped.original else None,
+                encoded.sizes[index] if encoded.sizes else None,
+            )
+            for index, (tokens, places, run) in enumerate(zip(encoded.tokens, encoded.places, runs, strict=True))
+        ]
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images and videos in a prompt: one for each frame."""
@@ -273,8 +294,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
     def _is_video(self, image: Any) -> bool:
         return self.takes_videos and isinstance(image, Tensor) and image.ndim == (5 if self.kind.tiles else 4)
 
-    def _frame_tokens(self, video: Tensor, index: int) -> list[Tensor]:
-        """Visual tokens of each frame; the last one's with OneVision's newline behind the video."""
+    def _frames(self, video: Tensor, index: int) -> list[VisualTokens]:
+        """Each frame of a video; the last one's with OneVision's newline behind the video."""
         tower = self.get_vision_tower()
         edge, tiled = tower.config.image_size, self.kind.tiles
         frames = video.flatten(0, 1) if tiled else video.transpose(0, 1)
@@ -285,10 +306,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
             )
         check_finite(frames, [0] * index + [len(frames)])
         pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
-        tokens = self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output
-        tokens = tokens.flatten(0, -2)
-        each, newlines = divmod(len(tokens), len(frames))
-        return list(tokens.split([each] * (len(frames) - 1) + [each + newlines]))
+        (whole,) = self._encoded("video", {"pixel_values_videos": pixels})
+        return whole.split(len(frames))
 
     def pixel_inputs(
         self, images: Sequence[Tensor], image_sizes: Sizes | None = None, wanted: Sequence[int] | None = None

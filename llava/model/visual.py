@@ -66,6 +66,22 @@ class VisualTokens:
     places: Tensor | None = None
     sizes: Tensor | None = None
 
+    def split(self, frames: int) -> list[VisualTokens]:
+        """Take a video apart into its frames, of n // ``frames`` tokens each; what is left over goes to the last."""
+        count, length = len(self.tokens) // frames, self.length // frames
+        counts = [count] * (frames - 1) + [len(self.tokens) - count * (frames - 1)]
+        places = [None] * frames if self.places is None else self.places.split(counts)
+        sizes = [None] * frames if self.sizes is None else self.sizes.split(counts)
+        return [
+            VisualTokens(
+                tokens,
+                length if number < frames - 1 else self.length - length * number,
+                None if own is None else own - length * number,
+                size,
+            )
+            for number, (tokens, own, size) in enumerate(zip(self.tokens.split(counts), places, sizes, strict=True))
+        ]
+
 
 def lay_out(
     encoded: EncodedImage, tower: VisionTower, layout: Layout | None = None, newline: Tensor | None = None

@@ -68,11 +68,12 @@ def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, 
             return None
         args, kwargs = alone
         outputs = kwargs["mm_encoder_outputs"]
-    ids, added = kwargs.get("input_ids"), {}
+    ids, embeds, added = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), {}
     if outputs.get(SIZES) is not None:
-        sizes = outputs[SIZES].to(ids.device).repeat_interleave(len(ids) // len(outputs[SIZES]), dim=0)
-        missing = ids.shape[1] - sizes.shape[1]  # without a cache, answers grow; with one, what it holds is not given
-        added[SIZES] = F.pad(sizes, (0, missing), value=1.0) if missing > 0 else sizes[:, -ids.shape[1] :]
+        given = ids if embeds is None else embeds
+        sizes = outputs[SIZES].to(given.device).repeat_interleave(len(given) // len(outputs[SIZES]), dim=0)
+        missing = given.shape[1] - sizes.shape[1]  # without a cache, answers grow; with one, what it holds is not given
+        added[SIZES] = F.pad(sizes, (0, missing), value=1.0) if missing > 0 else sizes[:, -given.shape[1] :]
     if zipped.original and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
         # Without either, transformers takes positions that jump for several prompts packed into one row.
         added["attention_mask"] = None if ids is None else torch.ones_like(ids)
