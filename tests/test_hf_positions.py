@@ -270,3 +270,10 @@ def test_encoder_outputs_beside_pixels_are_refused():
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="mm_encoder_outputs were given beside pixels"):
             call(**inputs, mm_encoder_outputs={})
+
+
+def test_flash_attention_takes_gaps_for_packed_prompts():
+    model = llava()
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes for the start of another"):
+        visionzip(model, **KEPT, positions="original")

@@ -13,9 +13,10 @@ from visionzip.config import VisionZipConfig
 from visionzip.integrations import calls, generation
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import TESTED, Family, Zipped
+from visionzip.language.positions import check_positions
 from visionzip.language.pruning import refuse_size_bias
 from visionzip.language.size_bias import attach_size_bias, check_attention
-from visionzip.methods import has_size_bias
+from visionzip.methods import has_size_bias, positions_of
 
 
 def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
@@ -36,6 +37,8 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
             stacklevel=4,
         )
     family.check(model, config)
+    if positions_of(config) == "original" and not family.rotary:
+        check_positions(family.language_model(model).config)
     if has_size_bias(config):
         check_attention(family.language_model(model).config)
         refuse_size_bias(model)

@@ -132,9 +132,11 @@ class Family:
     Attributes:
         modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
             ``get_<name>_features``.
+        rotary: positions have three axes (M-RoPE).
     """
 
     modalities: Mapping[str, Modality]
+    rotary: bool = False
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
         """Check that this is a model as the family's functions know it, and that the setting fits it.

@@ -69,12 +69,10 @@ class SeamFamily(Family):
 
     Attributes:
         encoder: how its encoder is read.
-        rotary: positions have three axes (M-RoPE).
         backbone: attribute of the base model that has the language model.
     """
 
     encoder: Encoder | None = None
-    rotary: bool = False
     backbone: str = "language_model"
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
