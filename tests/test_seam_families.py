@@ -8,6 +8,7 @@ import pytest
 import torch
 from seam_models import END, FAMILIES, IMAGE, START, VIDEO, Family, Part, Picture, batch
 from torch import Tensor
+from transformers import DynamicCache
 
 from visionzip import unzip, visionzip
 
@@ -90,6 +91,22 @@ def test_cached_decoding_is_recomputation(name: str, options: dict[str, Any]):
     cached, anew = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, anew.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(anew.logits), atol=1e-4, rtol=1e-4)
+
+
+@each
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["prompt_lookup_num_tokens", "static cache", "prefill_chunk_size"])
+def test_ways_to_generate_that_change_no_answer(name: str, way: str):
+    family = FAMILIES[name]
+    model, inputs = visionzip(family.build(), keep=0.4), batch(family, mixed(family)[:1])
+    if name.startswith("qwen3_5") and way == "prompt_lookup_num_tokens":
+        with pytest.raises(ValueError, match="stateful"):  # linear attention: transformers refuses by itself
+            answers(model, inputs, **{way: 3})
+        return
+    options = {"cache_implementation": "static"} if way == "static cache" else {way: 7}
+    if way == "prefill_chunk_size":
+        options["past_key_values"] = DynamicCache(config=model.config)
+    assert torch.equal(answers(model, inputs, **options), answers(model, inputs))
 
 
 @each

@@ -56,6 +56,13 @@ Arguments = Mapping[str, Any]
 _STOCK: ContextVar[bool] = ContextVar("stock", default=False)
 
 
+@dataclass
+class DeepstackOutput(BaseModelOutputWithPooling):
+    """As each of transformers' families with deepstack has one: ``deepstack_features`` of each layer that gets some."""
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
 class Encoded(NamedTuple):
     """The chosen visual tokens of all images, or all videos, of a call: T of each run of placeholders.
 
@@ -119,10 +126,11 @@ class Modality:
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
         """What the base model's own ``get_image_features`` would return of these tokens."""
         tokens = torch.stack(encoded.tokens) if self.stacked and encoded.tokens else encoded.tokens
-        output = BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
-        if encoded.deepstack is not None:
-            output.deepstack_features = encoded.deepstack
-        return output
+        if encoded.deepstack is None:
+            return BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
+        return DeepstackOutput(
+            last_hidden_state=encoded.hidden, pooler_output=tokens, deepstack_features=encoded.deepstack
+        )
 
 
 @dataclass(frozen=True)

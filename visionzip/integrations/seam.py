@@ -229,8 +229,7 @@ def _choose(
     """Choose among the tokens of each frame; frames of one size are one batch.
 
     Args:
-        layers: (n, D) tokens of all frames, one behind the other, for the language model's input, and for each of its
-            layers that gets some.
+        layers: (n, D) tokens of all frames in order, for the language model's input and its layers that get some.
         sizes: of the frames.
         scores: (n,) of the tokens, if the method reads them.
         keys: (n, Dk) of the tokens, likewise.
