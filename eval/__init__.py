@@ -1,4 +1,4 @@
-"""Benchmarks: ``visionzip eval list | prepare | run | score | table``, at the repository's root ``python -m eval``.
+"""Benchmarks: ``visionzip eval list | methods | prepare | run | leaderboard | …``, at the root ``python -m eval``.
 
 A benchmark is data, prompt and score, in one file that the registry names; one runner and one table serve all of them.
 Installed, the package is ``visionzip_eval`` (setup.py says why), so that its modules name each other relatively.

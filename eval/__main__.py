@@ -8,16 +8,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava.arguments import add_frames_argument, add_model_arguments, add_tokens_argument
+from llava.arguments import (
+    add_device_argument,
+    add_frames_argument,
+    add_language_arguments,
+    add_model_arguments,
+    add_tokens_argument,
+)
 from llava.commands import Commands, positive, run_commands
+from llava.conversation import conv_templates
 from llava.files import write_atomically
 from llava.methods import METHODS
 from llava.screen import print_table
 
 from . import COMMAND
 from .answers import read_answers
+from .config import RunConfig
 from .data import data_of, judge_of
 from .judge import ATTEMPTS
+from .leaderboard import TOKENS, default_methods, leaderboard
 from .matching import shortfalls
 from .paper import paper_table
 from .prepare import prepare
@@ -25,11 +34,22 @@ from .registry import BENCHMARKS
 from .runner import run, unscored
 from .table import write_table
 
+GOES_ON = "interrupted: the same command goes on from here"
+
 
 def show_list(args: argparse.Namespace) -> None:
-    """Print the benchmarks and the methods."""
-    for title, entries in (("benchmarks", BENCHMARKS), ("methods", METHODS)):
-        print_table(title, ("", ""), [(name, entry.summary) for name, entry in entries.items()])
+    """Print the benchmarks."""
+    print_table("benchmarks", ("", ""), [(name, entry.summary) for name, entry in BENCHMARKS.items()])
+
+
+def show_methods(args: argparse.Namespace) -> None:
+    """Print the methods that ``--method`` takes, with one line about each and the paper it is from."""
+    print_table("methods", ("", "", ""), [(name, each.summary, each.paper) for name, each in METHODS.items()])
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Answer a benchmark's questions with each method at each budget, and write a table of scores and cost."""
+    run(RunConfig.from_flags(args))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -86,6 +106,11 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=show_list)
 
 
+def add_methods_arguments(parser: argparse.ArgumentParser) -> None:
+    """``eval methods`` has no flags."""
+    parser.set_defaults(run=show_methods)
+
+
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``eval prepare``."""
     parser.add_argument("benchmarks", nargs="+", choices=[*sorted(BENCHMARKS), "all"], help="what to look for")
@@ -100,6 +125,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", nargs="+", choices=list(METHODS), default=["vanilla", "visionzip"], help="ways to compare"
     )
+    add_language_arguments(parser)
     add_tokens_argument(parser, "tile", "--dominant and --contextual, else the checkpoint's own")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at a time")
@@ -113,7 +139,46 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data_arguments(parser, own_folder=True)
     _add_judge_argument(parser)
-    parser.set_defaults(run=run, interrupted="interrupted: the same command goes on from here")
+    parser.set_defaults(run=answer, interrupted=GOES_ON)
+
+
+def add_leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``eval leaderboard``."""
+    parser.add_argument("--model-path", default="checkpoints/llava-mini", help="checkpoint: folder or hub name")
+    parser.add_argument(
+        "--model-base", help="of a projector or LoRA checkpoint, the model it completes (default: none)"
+    )
+    parser.add_argument(
+        "--conv-mode", choices=sorted(conv_templates), help="prompt template (default: by the model's name)"
+    )
+    add_device_argument(parser)
+    add_language_arguments(parser)
+    parser.add_argument(
+        "--method", nargs="+", choices=list(METHODS), default=default_methods(), help="ways to compare (default: all)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=list(TOKENS),
+        metavar="T",
+        help="visual tokens to keep per tile, CLS included",
+    )
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, for the method random")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first so many questions (default: all)")
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="that share the questions (default: one for each GPU; without any, two)",
+    )
+    parser.add_argument("--output", default="docs", metavar="FOLDER", help="where leaderboard.md, .json and .svg go")
+    parser.add_argument(
+        "--runs",
+        metavar="FOLDER",
+        help="where the answers go; a killed command goes on there (default: results/leaderboard/MODEL)",
+    )
+    parser.set_defaults(run=leaderboard, benchmark="scenes", interrupted=GOES_ON)
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,9 +242,11 @@ def _add_judge_argument(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: Commands = {
-    "list": (add_list_arguments, "show benchmarks and methods"),
+    "list": (add_list_arguments, "show the benchmarks"),
+    "methods": (add_methods_arguments, "show the methods and their papers"),
     "prepare": (add_prepare_arguments, "check or fetch the data"),
     "run": (add_run_arguments, "answer, score and time"),
+    "leaderboard": (add_leaderboard_arguments, "all methods on the scenes: table and plot"),
     "score": (add_score_arguments, "score an answers file"),
     "table": (add_table_arguments, "write a table"),
 }

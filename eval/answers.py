@@ -20,7 +20,7 @@ from typing import Any
 from llava.files import append, writing
 from llava.lock import lock
 
-from .benchmark import Answer, Question
+from .records import Answer, Question
 
 GO_ON = "The answers that there are stay: the same command goes on from there"  # whatever cannot be written of a run
 

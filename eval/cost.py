@@ -4,53 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llava.measure.timing import time_interleaved
-from llava.methods import detach
 from visionzip.flops import llama_module_flops, prefill_flops
 
 from .answers import Given
-from .methods import Run, attach, by_row
-from .results import prefill_name, prompt_length, visual_tokens
+from .methods import Run, by_row
+from .models.base import Loaded, Model
+from .results import prompt_length, visual_tokens
 
 ROUNDS = 15
 
 Answers = Mapping[Run, Mapping[int, Given]]
 
 
-def measure_cost(
-    model: Any, text_tokens: int, image: tuple[Tensor, tuple[int, int]] | None, answers: Answers
-) -> dict[str, Any]:
+def measure_cost(model: Model, text_tokens: int, image: Loaded | None, answers: Answers) -> dict[str, Any]:
     """Time the prefill for each number of visual tokens, and the vision tower with each method, interleaved.
 
     Args:
         model: with no method on it.
         text_tokens: of the mean question.
-        image: an image as the model gets it, with its (width, height); None where there are only texts.
+        image: an image as the model gets it; None where there are only texts.
         answers: of each run, with the visual tokens that were counted.
 
     Returns:
-        Ready for JSON. ``text_tokens``. ``prefill``: by :func:`eval.results.prefill_name`, ``seconds`` of each round
-        for one prompt, ``lengths`` (the tokens that each layer sees), ``flops`` and ``paper_flops``.
+        Ready for JSON. ``text_tokens``. ``prefill``: by a prompt's length, or by the run's name where its method is at
+        work in the language model (FastV, SparseVLM, a size bias), ``seconds`` of each round for one prompt,
+        ``lengths`` (the tokens that each layer sees), ``flops`` and ``paper_flops``.
         ``vision_seconds``: by the name of a row's first run, seconds of each round for one image, from its pixels to
         its visual tokens.
     """
     prefill = _measure_prefill(model, text_tokens, answers)
     vision: dict[str, list[float]] = {}
-    if image is not None:
+    if image is not None and (once := model.vision(image)) is not None:
         runs = {own[0].name: own[0] for own in by_row(answers).values()}
-        once = partial(model.visual_tokens, [image[0]], [image[1]])
-        measured = time_interleaved(
-            dict.fromkeys(runs, once), model.device, ROUNDS, "time, vision", lambda name: attach(model, runs[name])
+        timed = time_interleaved(
+            dict.fromkeys(runs, once), model.device, ROUNDS, "time, vision", lambda name: model.attach(runs[name])
         )
-        vision = {name: own.total for name, own in measured.items()}
-        detach(model)
+        model.attach(None)
+        vision = {name: own.total for name, own in timed.items()}
     return {"text_tokens": text_tokens, "prefill": prefill, "vision_seconds": vision}
 
 
@@ -65,32 +61,29 @@ def read_cost(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
 
 def covers(cost: dict[str, Any], answers: Answers) -> bool:
     """Whether every row of the table finds its timings."""
-    prefills = _prefills(cost["text_tokens"], answers)
-    names = [own[0].name for own in by_row(answers).values()] if cost["vision_seconds"] else []
-    timed = all("lengths" in cost["prefill"].get(name, {}) for name in prefills)
-    return timed and all(name in cost["vision_seconds"] for name in names)
+    rows, timed = _rows(cost["text_tokens"], answers), cost["prefill"]
+    if not all(run.name in timed or (not run.inside and str(length) in timed) for run, length in rows):
+        return False
+    return not cost["vision_seconds"] or all(run.name in cost["vision_seconds"] for run, _ in rows)
 
 
 @torch.inference_mode()
-def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str, dict[str, Any]]:
+def _measure_prefill(model: Model, text_tokens: int, answers: Answers) -> dict[str, dict[str, Any]]:
     """From a prompt's embeddings to the logits of its last position, with the KV cache filled, interleaved.
 
     The vision tower is not in it (it was not in the paper's figures either). The embeddings are random, on which the
-    time hardly depends; a method that prunes inside the language model is on it while its own prefill is timed.
+    time hardly depends; a method that is at work inside the language model is on it while its own prefill is timed.
     """
-    config, weight = model.config, model.get_input_embeddings().weight
-    prefills = _prefills(text_tokens, answers)
-    ways = {}
-    for name, (_, length) in prefills.items():
-        prompt = torch.randn(1, length, config.hidden_size, device=weight.device, dtype=weight.dtype)
-        visual = torch.arange(length, device=weight.device)[None] < length - text_tokens
-        ways[name] = partial(model, inputs_embeds=prompt, visual_mask=visual, use_cache=True, logits_to_keep=1)
+    config, ways, on = model.config, {}, {}
+    for run, length in sorted(_rows(text_tokens, answers), key=lambda row: -row[1]):
+        prefill, is_own = model.prefill(length, text_tokens, run)
+        name = run.name if is_own else str(length)
+        ways[name], on[name] = prefill, run if run.inside else None
 
     def before(name: str) -> None:
-        run, _ = prefills[name]
-        detach(model) if run is None else attach(model, run)
+        model.attach(on[name])
 
-    measured = time_interleaved(ways, weight.device, ROUNDS, "time, prefill", before)
+    measured = time_interleaved(ways, model.device, ROUNDS, "time, prefill", before)
     found = {}
     for name, prefill in ways.items():
         before(name)
@@ -104,14 +97,11 @@ def _measure_prefill(model: Any, text_tokens: int, answers: Answers) -> dict[str
                 prefill_flops(length, 1, config.hidden_size, config.intermediate_size) for length in lengths
             ),
         }
-    detach(model)
+    model.attach(None)
     return found
 
 
-def _prefills(text_tokens: int, answers: Answers) -> dict[str, tuple[Run | None, int]]:
-    """Of all rows, by name: the run whose method is on the model (None: none needs to be) and the prompt's length."""
-    rows = [(own[0], prompt_length(text_tokens, visual_tokens(answers, own))) for own in by_row(answers).values()]
-    return {
-        prefill_name(run, length): (run if run.inside else None, length)
-        for run, length in sorted(rows, key=lambda row: -row[1])
-    }
+def _rows(text_tokens: int, answers: Answers) -> list[tuple[Run, int]]:
+    """The first run of each row of the table, and the length of the prompt whose prefill stands for it."""
+    rows = by_row(answers).values()
+    return [(own[0], prompt_length(text_tokens, visual_tokens(answers, own))) for own in rows]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from . import COMMAND
-from .benchmark import Benchmark, Question
+from .benchmark import Benchmark
 from .judge import ATTEMPTS, EXACT, Judge, api_judge, exact_judge
+from .records import Question
 from .sources import Tables
 
 _HERE = Path(__file__).resolve().parent

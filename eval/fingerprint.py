@@ -10,12 +10,10 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llava.fingerprint import checksum
 
-if TYPE_CHECKING:
-    from .benchmark import Question, Visual
+from .records import Question, Visual
 
 # Of larger files than the first, samples are read, so far apart, and so long (bytes).
 _IMAGES = (64 << 10, 64 << 10, 4 << 10)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from llava.video import FRAMES, read_frames
 
 from . import COMMAND
-from .benchmark import Question, Visual
+from .records import Question, Visual
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .asking import Prompt
     from .methods import Run
+    from .models.base import Prompt
 
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")  # Video-LLaVA looks for the first four, in this order
 

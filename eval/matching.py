@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .benchmark import Answer
+from .records import Answer
 
 Id = TypeVar("Id", bound=Hashable)
 Gold = TypeVar("Gold")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llava.methods import METHODS, detach, patches_of
 from visionzip import visionzip
+from visionzip.config import Positions
 from visionzip.methods.visionzip import split
 
 
@@ -18,19 +18,24 @@ class Run:
 
     Attributes:
         split: K and M where they are not the paper's share of T.
+        positions, size_bias: how the language model takes the tokens, where it is not the method's own way.
     """
 
     method: str
     tokens: int | None = None
     seed: int | None = None
     split: tuple[int, int] | None = None
+    positions: Positions | None = None
+    size_bias: bool | None = None
 
     @property
     def name(self) -> str:
-        """Of its answers' file: ``vanilla``, ``visionzip-48``, ``visionzip-17-15+2``, ``random-48-seed0``."""
+        """Of its answers' file: ``vanilla``, ``visionzip-17-15+2``, ``random-48-seed0``, ``norm-48-original-sized``."""
         parts = [self.method, *(str(part) for part in (self.tokens,) if part is not None)]
         parts += [f"{self.split[0]}+{self.split[1]}"] if self.split else []
-        return "-".join(parts + ([] if self.seed is None else [f"seed{self.seed}"]))
+        parts += [] if self.seed is None else [f"seed{self.seed}"]
+        parts += [] if self.positions is None else [self.positions]
+        return "-".join(parts + ([] if self.size_bias is None else ["sized" if self.size_bias else "unsized"]))
 
     @property
     def inside(self) -> bool:
@@ -45,7 +50,12 @@ class Run:
 
 
 def plan(
-    methods: Sequence[str], tokens: Sequence[int], seeds: int, explicit: tuple[int, int] | None = None
+    methods: Sequence[str],
+    tokens: Sequence[int],
+    seeds: int,
+    explicit: tuple[int, int] | None = None,
+    positions: Positions | None = None,
+    size_bias: bool | None = None,
 ) -> list[Run]:
     """The runs of some methods at some budgets: vanilla once, the others once per budget, random with each seed.
 
@@ -54,9 +64,11 @@ def plan(
         tokens: T, visual tokens per image.
         seeds: how many seeds, from 0.
         explicit: K and M of another budget, of T = K + M.
+        positions: of the methods that choose before the language model; None is their own.
+        size_bias: the same.
 
     Raises:
-        ValueError: a method needs a budget and there is none.
+        ValueError: a method needs a budget and there is none, or none of them takes positions or a size bias.
     """
     methods, tokens = list(dict.fromkeys(methods)), list(dict.fromkeys(tokens))
     splits: dict[int, tuple[int, int] | None] = dict.fromkeys(tokens)
@@ -68,8 +80,20 @@ def plan(
             f"--method {at_a_budget[0]} needs a budget: give --tokens, visual tokens to keep per tile, or "
             "--dominant and --contextual"
         )
+    language = {"positions": positions, "size_bias": size_bias}
+    if language != dict.fromkeys(language) and all(METHODS[method].left for method in at_a_budget):
+        raise ValueError(
+            f"--method {' '.join(methods)}: --positions and --size-bias are for tokens that are chosen before the "
+            "language model: add such a method, or leave the flags out"
+        )
     return [Run("vanilla")] * ("vanilla" in methods) + [
-        Run(method, budget, seed, own if method == "visionzip" else None)
+        Run(
+            method,
+            budget,
+            seed,
+            own if method == "visionzip" else None,
+            **({} if METHODS[method].left else language),
+        )
         for budget, own in splits.items()
         for method in at_a_budget
         for seed in (range(seeds) if METHODS[method].seeded else [None])
@@ -82,16 +106,6 @@ def by_row(runs: Iterable[Run]) -> dict[tuple[str, int | None], list[Run]]:
     for run in runs:
         rows.setdefault((run.method, run.tokens), []).append(run)
     return rows
-
-
-@contextmanager
-def attached(model: Any, run: Run) -> Iterator[None]:
-    """The model with a run's method on it; as it was without any afterwards."""
-    try:
-        attach(model, run)
-        yield
-    finally:
-        detach(model)
 
 
 def attach(model: Any, run: Run) -> None:
@@ -110,3 +124,6 @@ def attach(model: Any, run: Run) -> None:
         visionzip(model, *run.split)
     else:
         METHODS[run.method].attach(model, run.tokens, run.seed or 0)
+    language = {"positions": run.positions, "size_bias": run.size_bias}
+    if language != dict.fromkeys(language):
+        visionzip(model, **{**model.config.visionzip, **language})

@@ -6,8 +6,8 @@ import string
 from collections.abc import Iterable
 from pathlib import Path
 
-from .benchmark import Question
-from .sources import need, picture, read_jsonl, refuse_repeated
+from .records import Question
+from .sources import need, picture, read_jsonl, read_once, refuse_repeated
 
 EVAL_ZIP = (
     "LLaVA's eval.zip (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy/view?usp=sharing): unpack it "
@@ -17,6 +17,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
+@read_once
 def read_questions(path: Path, images: Path, repeated: bool = False) -> list[Question]:
     """The questions of a file with a json object on each line: question_id, image, text, and mostly category.
 

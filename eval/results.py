@@ -12,8 +12,8 @@ from llava.measure.report import spread
 from llava.methods import METHODS
 
 from .answers import Given
-from .benchmark import Score
 from .methods import Run, by_row
+from .records import Score
 
 RESAMPLES = 1000  # of the bootstrap; the standard error's own error is then 2 %
 
@@ -52,7 +52,7 @@ def summarize(
         visual = visual_tokens(answers, own)
         length = prompt_length(cost["text_tokens"], visual)
         # of the prompt whose prefill was timed
-        seen = [n - cost["text_tokens"] for n in cost["prefill"][prefill_name(own[0], length)]["lengths"]]
+        seen = [n - cost["text_tokens"] for n in prefill_of(own[0], length, cost)["lengths"]]
         entry: dict[str, Any] = {
             "method": row[0],
             "tokens": row[1],
@@ -125,14 +125,14 @@ def prompt_length(text_tokens: int, visual: float) -> int:
     return text_tokens + round(visual)
 
 
-def prefill_name(run: Run, length: int) -> str:
-    """Of the prefill that is timed for a row: its prompt's length, or its run if that prunes inside the model."""
-    return run.name if run.inside else str(length)
+def prefill_of(run: Run, length: int, cost: dict[str, Any]) -> dict[str, Any]:
+    """The prefill that was timed for a row: with its run's method, or any of that length."""
+    return cost["prefill"].get(run.name) or cost["prefill"][str(length)]
 
 
 def _cost_of(run: Run, length: int, answers: Mapping[Run, Mapping[int, Given]], cost: dict[str, Any]) -> dict[str, Any]:
     """Of one row: FLOPs, and seconds with the speed-up over vanilla in the same rounds."""
-    prefill, vision = cost["prefill"][prefill_name(run, length)], cost["vision_seconds"].get(run.name)
+    prefill, vision = prefill_of(run, length, cost), cost["vision_seconds"].get(run.name)
     found: dict[str, Any] = {
         "prompt_tokens": length,
         "flops": prefill["flops"],

@@ -8,48 +8,51 @@ batches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import visionzip
-from llava.arguments import device_of, load_from_arguments
+from llava.arguments import device_of
 from llava.conversation import conv_mode_for
 from llava.files import write_atomically
 from llava.fingerprint import fingerprint
 from llava.images import AS_STORED
 from llava.measure.report import environment
-from llava.methods import ON_TRANSFORMERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import TOWER_FIELDS
 from llava.model.loading import checkpoint_path, find_file
-from llava.model.transformers_llava import is_transformers
 
 from .answers import GO_ON, Given, Part, answers_file, as_answers, open_part, part_path
-from .asking import Asked, Pixels, answer_all, prepare, prompt_of, world
-from .benchmark import Answer, Benchmark, Question, Score, UnscoredError
-from .cost import covers, read_cost
+from .asking import World, answer_all, in_order, world
+from .benchmark import Benchmark
+from .config import RunConfig
+from .cost import covers, measure_cost, read_cost
 from .data import CLONE, check_files, data_of, judge_of
 from .fingerprint import checksum_of_bytes, contents_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .matching import asked, shortfalls
-from .methods import Run, attached, plan
+from .methods import Run, plan
+from .models import kind_of
+from .models.base import Model, Prompt
+from .records import Answer, Question, Score, UnscoredError
 from .registry import BENCHMARKS
 from .results import summarize
 from .table import write_table
 
 
-def run(args: argparse.Namespace) -> None:
+def run(config: RunConfig) -> None:
     """Answer a benchmark's questions with each method at each budget, and write a table of scores and cost.
 
     Raises:
@@ -57,34 +60,34 @@ def run(args: argparse.Namespace) -> None:
             setting. Whatever can be known before the model is loaded is said before.
         OSError: a file is missing or damaged.
     """
-    benchmark, own = BENCHMARKS[args.benchmark], world()
-    device, config = device_of(args), config_of(args.model_path)
-    runs = _plan(args, config)
-    data = data_of(benchmark, args)
-    every = with_frames(data.questions(), args.frames)
-    questions = every[: args.limit]
-    if not args.skip_bad:
+    benchmark, own, checkpoint = BENCHMARKS[config.benchmark], world(), config_of(config.model_path)
+    kind = kind_of(checkpoint)
+    config = _completed(config, benchmark, own, kind)
+    budget = explicit_budget(config, checkpoint)
+    runs = plan(config.method, config.tokens, config.seeds, budget, config.positions, config.size_bias)
+    data = data_of(benchmark, config)
+    every = with_frames(data.questions(), config.frames)
+    questions = every[: config.limit]
+    if not config.skip_bad:
         check_files(questions)
-    args.conv_mode = args.conv_mode or template_for(args.model_path, benchmark)
-    if own.size > 1 and args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    folder, facts = Path(args.output), {**environment(device), "git_commit": git_commit()}
-    judge = judge_of(benchmark, args.judge, folder / "judged", args.judge_attempts)
+    folder, facts = config.output, {**environment(config.device), "git_commit": git_commit()}
+    judge = judge_of(benchmark, config.judge, folder / "judged", config.judge_attempts)
     truth = data.truth() if benchmark.submit or not unscored(benchmark, judge) else None
-    setting = setting_of(args, benchmark, config, every)
+    setting = setting_of(config, benchmark, checkpoint, kind, every)
     contents = contents_of(questions)
     with ExitStack() as stack:
         parts = {}
         for each in runs:
             its = {"method": each.method, "tokens": each.tokens, "budget": each.budget, "seed": each.seed}
+            its |= {"positions": each.positions, "size_bias": each.size_bias}
             path = part_path(folder, each.name, own.rank)
-            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, args.skip_bad, contents))
+            parts[each] = stack.enter_context(open_part(path, {**setting, **its}, facts, config.skip_bad, contents))
         if own.rank == 0:
             _report_other_code(folder, parts, facts)
             _report_asked_again(parts, len(questions))
-        load = _Loader(args, questions, runs)
+        load = _Loader(kind, config, questions, runs)
         if not all(place in part.given for part in parts.values() for place in range(len(questions))):
-            answer_all(load(), benchmark, parts, args.batch_size, own)
+            answer_all(*load(), benchmark, parts, config.batch_size, own)
         own.wait()
         if own.rank > 0:
             return
@@ -93,10 +96,10 @@ def run(args: argparse.Namespace) -> None:
         given = {each: {place: part.given[place] for place in range(len(questions))} for each, part in parts.items()}
         cost = read_cost(folder / "cost.json", setting)
         if cost is None or not covers(cost, given):
-            cost = load().measure(given)
+            cost = _measure(*load(), given)
             write_atomically(folder / "cost.json", json.dumps({"setting": setting, **cost}, indent=1), GO_ON)
         made = {each.name: part.made for each, part in parts.items()}
-    model_name = get_model_name_from_path(args.model_path)
+    model_name = get_model_name_from_path(config.model_path)
     answers = {each: as_answers(questions, found) for each, found in given.items()}
     limited = len(questions) < len(every)
     for each, found in answers.items():
@@ -110,18 +113,20 @@ def run(args: argparse.Namespace) -> None:
     results = {
         "benchmark": benchmark.name,
         "model": model_name,
-        "model_path": str(args.model_path),
-        "model_base": args.model_base,
-        "tuned": getattr(config, "visionzip", None) is not None,
+        "model_path": config.model_path,
+        "model_base": config.model_base,
+        "tuned": getattr(checkpoint, "visionzip", None) is not None,
         "data": data.name,
         "questions": len(questions),
         "of_questions": len(every),
         "limited": limited,
         "incomplete": incomplete,
         "not_asked": errors,
-        "conv_mode": args.conv_mode,
+        "conv_mode": config.conv_mode,
         "images": AS_STORED,
-        "batch_size": args.batch_size,
+        "positions": config.positions,
+        "size_bias": config.size_bias,
+        "batch_size": config.batch_size,
         "processes": own.size,
         "judge": None if judge is None else judge.model,
         "setting": setting,
@@ -135,37 +140,48 @@ def run(args: argparse.Namespace) -> None:
     write_table(folder)
 
 
-def _plan(args: argparse.Namespace, config: Any) -> list[Run]:
-    """The runs, of methods that are for the model's layout."""
-    others = [method for method in args.method if method not in ON_TRANSFORMERS]
-    if others and is_transformers(vars(config)):
+def _completed(config: RunConfig, benchmark: Benchmark, own: World, kind: type[Model]) -> RunConfig:
+    """The same with what was left open: the template that goes with the model's name, and this process's device."""
+    device = device_of(config)
+    if own.size > 1 and config.device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    conv_mode = config.conv_mode
+    if kind.takes_templates:
+        conv_mode = conv_mode or template_for(config.model_path, benchmark)
+    elif conv_mode is not None:
         raise ValueError(
-            f"--method {' '.join(others)}: {args.model_path} is a model of transformers, on which there are "
-            f"{', '.join(ON_TRANSFORMERS)}. For the others convert it, if it is a LLaVA-1.5 or LLaVA-NeXT: `visionzip "
-            "convert SRC DST --to original`"
+            f"--conv-mode {conv_mode}: {config.model_path} has a chat template of its own, so leave the flag out"
         )
-    return plan(args.method, args.tokens, args.seeds, explicit_budget(args, config))
+    return replace(config, device=device, conv_mode=conv_mode)
 
 
 class _Loader:
-    """Loads the model when it is asked for the first time."""
+    """Loads the model and makes the prompts when they are asked for the first time."""
 
-    def __init__(self, args: argparse.Namespace, questions: Sequence[Question], runs: Sequence[Run]) -> None:
-        self._arguments = args, questions, runs
-        self._ready: Asked | None = None
+    def __init__(
+        self, kind: type[Model], config: RunConfig, questions: Sequence[Question], runs: Sequence[Run]
+    ) -> None:
+        self._arguments = kind, config, questions, runs
+        self._ready: tuple[Model, list[Prompt]] | None = None
 
-    def __call__(self) -> Asked:
-        args, questions, runs = self._arguments
+    def __call__(self) -> tuple[Model, list[Prompt]]:
+        kind, config, questions, runs = self._arguments
         if self._ready is None:
-            plain = argparse.Namespace(**{**vars(args), "dominant": None, "contextual": None})  # they are in the runs
-            tokenizer, model, image_processor, _ = load_from_arguments(plain, vanilla=True)
+            model = kind.load(config)
             for each in runs:  # what a method refuses, it refuses before the long work
-                with attached(model, each):
+                with model.attached(each):
                     pass
-            prompts = prepare(questions, tokenizer, model.config, args.conv_mode)
-            check_context(model, prompts, runs)
-            self._ready = Asked(model, tokenizer, prompts, Pixels(image_processor, model, args.skip_bad))
+            prompts = in_order(model.prepare(questions))
+            check_context(model.inner, prompts, runs)
+            self._ready = model, prompts
         return self._ready
+
+
+def _measure(model: Model, prompts: Sequence[Prompt], given: Mapping[Run, Mapping[int, Given]]) -> dict[str, Any]:
+    """What the visual tokens of some answers cost, timed on the first image that can be read."""
+    loaded = (next(iter(model.visuals_of([prompt]).values()), None) for prompt in prompts)
+    image = next((one for one in loaded if one is not None and one.images), None)
+    return measure_cost(model, round(fmean(prompt.text_tokens for prompt in prompts)), image, given)
 
 
 def unscored(benchmark: Benchmark, judge: Judge | None) -> str | None:
@@ -243,33 +259,33 @@ def score_all(
     return scores
 
 
-def explicit_budget(args: argparse.Namespace, config: Any) -> tuple[int, int] | None:
+def explicit_budget(config: RunConfig, checkpoint: Any) -> tuple[int, int] | None:
     """K and M of ``--dominant`` and ``--contextual``, else, without ``--tokens``, the checkpoint's own.
 
     Raises:
         ValueError: only one of the two is given, no method that has a budget, or the checkpoint's own setting has no K
             and M.
     """
-    given = args.dominant, args.contextual
+    given = config.dominant, config.contextual
     if given != (None, None):
         if None in given:
             raise ValueError(
                 f"--dominant {given[0]} --contextual {given[1]}: give both, or --tokens for the paper's split"
             )
-        if args.method == ["vanilla"]:
+        if set(config.method) == {"vanilla"}:
             raise ValueError(
                 f"--method vanilla keeps all visual tokens, but --dominant {given[0]} --contextual {given[1]} were "
                 "given too: choose one"
             )
         visionzip.VisionZipConfig(*given)  # checks them
         return given
-    own = getattr(config, "visionzip", None)
-    if not own or args.tokens or set(args.method) == {"vanilla"}:
+    own = getattr(checkpoint, "visionzip", None)
+    if not own or config.tokens or set(config.method) == {"vanilla"}:
         return None
     setting = visionzip.VisionZipConfig.from_dict(own)
     if setting.keep is not None:
         raise ValueError(
-            f"{args.model_path} has the setting method={setting.method!r} {setting} of its own: say what to run with "
+            f"{config.model_path} has the setting method={setting.method!r} {setting} of its own: say what to run with "
             f"--method {setting.method} and --tokens, a number"
         )
     return setting.dominant, setting.contextual
@@ -297,19 +313,19 @@ def config_of(model_path: str) -> Any:
 
 
 def setting_of(
-    args: argparse.Namespace, benchmark: Benchmark, config: Any, questions: Sequence[Question]
+    config: RunConfig, benchmark: Benchmark, checkpoint: Any, kind: type[Model], questions: Sequence[Question]
 ) -> dict[str, Any]:
     """Everything that decides the answers of all runs; it is written into their files and must not change in them."""
-    towers = [getattr(config, field, None) for field in TOWER_FIELDS]
+    towers = [getattr(checkpoint, field, None) for field in TOWER_FIELDS]
     # Where a tower has no folder, its weights are in the checkpoint, or its name (in the config) says enough.
-    parts = [args.model_path, args.model_base, *(tower for tower in towers if tower and Path(tower).is_dir())]
+    parts = [config.model_path, config.model_base, *(tower for tower in towers if tower and Path(tower).is_dir())]
     return {
         "benchmark": benchmark.name,
         "model": fingerprint(*filter(None, parts)),
-        "bits": 8 if args.load_8bit else 4 if args.load_4bit else None,
-        "device": device_of(args).split(":")[0],
+        "bits": 8 if config.load_8bit else 4 if config.load_4bit else None,
+        "device": config.device.split(":")[0],
         "frames": frames_of(questions),
-        "first_prompt": prompt_of(questions[0], config, args.conv_mode),
+        "first_prompt": kind.first_prompt(questions[0], config, checkpoint),
         "max_new_tokens": benchmark.max_new_tokens,
         "data": checksum_of(questions),
     }

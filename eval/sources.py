@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -17,8 +18,10 @@ from llava.fingerprint import checksum
 from llava.images import load_image
 
 from . import COMMAND
-from .benchmark import Table, Visual
 from .fingerprint import checksum_of_bytes
+from .records import Table, Visual
+
+Found = TypeVar("Found")
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +65,29 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): fetch it again") from error
+
+
+def read_once(read: Callable[..., Found]) -> Callable[..., Found]:
+    """Let a reader of a file give again what it gave last, as long as the file is the same: not to be changed.
+
+    A run needs some files twice, for its questions and for their truth.
+
+    Args:
+        read: is called with the file's path, and whatever else it needs.
+    """
+    last: list[tuple[Any, Found]] = []
+
+    @functools.wraps(read)
+    def read_or_remember(path: Path, *args: Any, **kwargs: Any) -> Found:
+        if not path.is_file():  # it says so itself
+            return read(path, *args, **kwargs)
+        stat = path.stat()
+        known = (path.resolve(), stat.st_mtime_ns, stat.st_size, args, tuple(kwargs.items()))
+        if not last or last[0][0] != known:
+            last[:] = [(known, read(path, *args, **kwargs))]
+        return last[0][1]
+
+    return read_or_remember
 
 
 def need(row: Mapping[str, Any], name: str, where: str) -> Any:

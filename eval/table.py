@@ -57,7 +57,7 @@ def main_table(results: dict[str, Any]) -> list[list[str]]:
     for row in results["rows"]:
         budget = "" if row["dominant"] is None else f" {row['dominant']}+{row['contextual']}"
         means = [row.get("parts", {}).get(category) for category in categories]
-        score = _MISSING if "score" not in row else _with_error(row["score"], row["standard_error"])
+        score = _MISSING if "score" not in row else with_error(row["score"], row["standard_error"])
         score += "*" if shortfalls(row.get("details", {}), "") else ""
         of_vanilla = row.get("of_vanilla")
         speed_up = f" ({row['prefill_speed_up']['median']:.1f}x)" if "prefill_speed_up" in row else ""
@@ -83,7 +83,7 @@ def differences_table(results: dict[str, Any]) -> list[list[str]]:
     lines = [["visual tokens", *others]]
     for tokens in budgets:
         entries = [found[tokens, minus] for minus in others]
-        lines.append([str(tokens), *(_with_error(e["difference"], e["standard_error"], "+") for e in entries)])
+        lines.append([str(tokens), *(with_error(e["difference"], e["standard_error"], "+") for e in entries)])
     return lines
 
 
@@ -138,5 +138,6 @@ def _metrics(rows: list[dict[str, Any]]) -> str:
     return next(iter(named), "not scored here")
 
 
-def _with_error(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """A figure with its standard error, if it has one; ``sign`` may be ``"+"``."""
+    return f"{round(value, 1) + 0.0:{sign}.1f}" + ("" if error is None else f" ± {error:.1f}")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .benchmark import Answer, Score
 from .judge import Request, marked, normalized_match
 from .matching import match, unreadable
+from .records import Answer, Score
 from .sources import read_json
 
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava.video import FRAMES, read_frames
 
-from .benchmark import Benchmark, File, Question, Table, Visual
+from .benchmark import Benchmark
 from .fingerprint import checksum_of_image
 from .frames import EXTENSIONS, clip, videos_below
+from .records import File, Question, Table, Visual
 from .sources import Rows, Tables, need, read_json
 from .video_judge import Item, graded, score
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from llava.files import write_atomically
 
-from .benchmark import Score
 from .matching import Id, Matched, percent, unreadable
+from .records import Score
 
 HUMANS = 10  # answers to each question
 

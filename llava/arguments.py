@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -15,6 +15,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.loading import check_device, checkpoint_path
 from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.config import Positions
+from visionzip.methods import METHODS, method_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -75,6 +77,58 @@ def add_budget_arguments(
         metavar="M",
         help=f"VisionZip: tokens per tile to merge the rest into{note}",
     )
+
+
+def add_language_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of how the language model takes a setting's tokens, for :func:`setting_of`."""
+    parser.add_argument(
+        "--positions",
+        choices=get_args(Positions),
+        help="VisionZip: where kept tokens stand in the language model; original: where they would be if all were "
+        "there (default: the method's own)",
+    )
+    parser.add_argument(
+        "--size-bias",
+        action=argparse.BooleanOptionalAction,
+        help="VisionZip: a kept token's attention grows with the patches it stands for (default: the method's own)",
+    )
+
+
+def setting_of(args: Any) -> dict[str, Any]:
+    """What the flags of a budget, a method and of how the language model takes it say, for ``visionzip``; checked.
+
+    Raises:
+        ValueError: a count is below its limit, ``--keep`` stands beside counts, or the method is unknown.
+    """
+    names = ("dominant", "contextual", "keep", "positions", "size_bias")
+    setting = {name: getattr(args, name, None) for name in names} | {"method": getattr(args, "choose_by", None)}
+    given = {name: value for name, value in setting.items() if value is not None}
+    if "keep" in given and given.keys() & {"dominant", "contextual"}:
+        raise ValueError(f"--keep {given['keep']} was given with --dominant or --contextual: give one or the other")
+    method_of(VisionZipConfig(**given))  # checks both
+    return given
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """How visual tokens are chosen (:data:`visionzip.methods.METHODS`), and how many; beside a model's flags."""
+    parser.add_argument(
+        "--method",
+        dest="choose_by",  # commands that compare methods have a list of them as "method"
+        metavar="NAME",
+        help=f"how tokens are chosen: {', '.join(METHODS)} (default: visionzip)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=count_or_share,
+        metavar="T",
+        help="tokens to keep per tile in all, or their share of the patches (0.25), in the place of --dominant and "
+        "--contextual",
+    )
+
+
+def count_or_share(text: str) -> int | float:
+    """A flag's number of tokens (64) or share of the patches (0.25); argparse reports the error."""
+    return int(text) if text.lstrip("-").isdigit() else finite(text)
 
 
 def add_image_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
@@ -179,13 +233,11 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     name = get_model_name_from_path(args.model_path)
     conv_mode = args.conv_mode or conv_mode_for(name)
     new_conversation(conv_mode)  # checks it
-    budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
-    given = {key: value for key, value in budget.items() if value is not None}
-    VisionZipConfig(**given)
+    given = setting_of(args)
     device = device_of(args)
     checkpoint_path(args.model_path, "--model-path")
     if vanilla and given:
-        raise ValueError(f"--vanilla keeps all visual tokens, but a budget was given too ({given}): choose one")
+        raise ValueError(f"--vanilla keeps all visual tokens, but a setting was given too ({given}): choose one")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,

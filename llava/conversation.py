@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
 
 class SeparatorStyle(Enum):
@@ -205,3 +209,31 @@ def conv_mode_for(model_name: str) -> str:
         if part in name:
             return mode
     return "vicuna_v1"
+
+
+def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
+    """A question with one ``<image>`` per image and per frame of a video: where the text has them, else in front.
+
+    Args:
+        text: the question.
+        counts: for each visual that it is about, 1 or a video's frames; these stand together.
+        config: the model's; with ``mm_use_im_start_end`` each is put between start and end markers.
+
+    Raises:
+        ValueError: the text has ``<image>``, but not as many.
+    """
+    marker = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
+    present = text.count(DEFAULT_IMAGE_TOKEN)
+    if present == 0:
+        groups = [marker * count for count in counts]
+        if groups and getattr(config, "mm_video_tower", None):  # Video-LLaVA has one line break, behind all of them
+            groups = ["".join(groups)]
+        return "".join(f"{group}\n" for group in groups) + text
+    if present != sum(counts):
+        raise ValueError(
+            f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {sum(counts)} images were given: give one each (a video "
+            "takes one for each of its frames)"
+        )
+    return text.replace(DEFAULT_IMAGE_TOKEN, marker)

@@ -91,21 +91,24 @@ def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
     sparsevlm(model, published[tokens / patches], LAYERS)
 
 
-def _before(method: Choosing) -> Method:
-    """A method that chooses before the language model, as it is put on one."""
+def _before(method: Choosing, summary: str | None = None, **setting: Any) -> Method:
+    """A method that chooses before the language model, as it is put on one; with another ``setting`` than its own."""
 
     def put(model: Any, tokens: int, seed: int) -> None:
-        visionzip(model, keep=tokens, method=method.name, seed=seed)
+        visionzip(model, keep=tokens, method=method.name, seed=seed, **setting)
 
     split = method.split if "keys" in method.reads else None  # who merges by keys has K and M: VisionZip, its ablations
-    return Method(method.summary, put, method.paper, split, method.seeded)
+    return Method(summary or method.summary, put, method.paper, split, method.seeded)
 
 
+PLUS = CHOOSING["visionzip-plus"]
 FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"
 
 METHODS: dict[str, Method] = {
     "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
     **{name: _before(method) for name, method in CHOOSING.items()},
+    "plus-choice": _before(PLUS, "visionzip-plus: its choice alone", positions="consecutive", size_bias=False),
+    "plus-positions": _before(PLUS, "visionzip-plus without its size bias", size_bias=False),
     "fastv": Method("T tokens are left after the cut", _fastv, FASTV, left=lambda seen: seen[-1]),
     "fastv-average": Method("T tokens on average over the layers", _fastv_average, FASTV, left=fmean),
     "sparsevlm": Method("pruning once: T tokens are left", _sparsevlm, SPARSEVLM, left=lambda seen: seen[-1]),
@@ -113,8 +116,6 @@ METHODS: dict[str, Method] = {
         "published layers and numbers: T tokens on average over 32 layers", _sparsevlm_average, SPARSEVLM, left=fmean
     ),
 }
-# FastV and SparseVLM hook into LLaVA's own classes.
-ON_TRANSFORMERS = ("vanilla", *CHOOSING)
 
 
 def per_tile(tokens: int, tiles: int) -> int:

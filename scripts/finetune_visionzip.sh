@@ -15,6 +15,7 @@
 #   IMAGE_FOLDER   what the json's image names are relative to (playground/data)
 #   DATA_FRACTION, DATA_SEED     share of the data, drawn at random (0.1, 42); run.json has the ids
 #   DOMINANT, CONTEXTUAL         visual tokens of an image (54, 10)
+#   METHOD         another method of choosing than VisionZip's, of as many tokens in all (visionzip-plus, cen-prune, …)
 #   VERSION        prompt template (v1)
 #   LEARNING_RATE  (2e-5)
 #   OUTPUT         the result: mm_projector.safetensors and .bin, config.json, run.json (checkpoints/<model>-visionzip-<tokens>)

@@ -113,6 +113,7 @@ train() {
         --model_name_or_path "$MODEL_PATH" \
         --visionzip_dominant "$DOMINANT" \
         --visionzip_contextual "$CONTEXTUAL" \
+        ${METHOD:+--visionzip_method "$METHOD"} \
         --data_seed "${DATA_SEED:-42}" \
         --output_dir "$OUTPUT" \
         --per_device_train_batch_size "$MICRO_BATCH" \

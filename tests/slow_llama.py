@@ -1,11 +1,11 @@
-"""FastV and SparseVLM the obvious way, to check the fast one by: one prompt, full attention matrices, no cache.
+"""Language models the obvious way, to check fast ones by: one prompt, full attention matrices, no cache.
 
 Everything is computed again from the prompt's embeddings and the tokens generated so far, layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +26,37 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
-def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """One decoder layer on (L, D): its output, and its attention matrix (H, L, L)."""
+def windowed(config: Any, layer: int) -> bool:
+    """Of a model with a sliding window: all layers, if it does not say which."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or kinds[layer] == "sliding_attention"
+
+
+def layer_forward(
+    layer: Any, config: Any, x: Tensor, positions: Tensor, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer on (L, D): its output, and its attention matrix (H, L, L).
+
+    Of counts (L, L), each query counts each key so many times (0: it does not see it); None is causal.
+    """
     attention, length = layer.self_attn, len(x)
     base = config.rope_parameters["rope_theta"]
     groups = config.num_attention_heads // config.num_key_value_heads
     h = norm(layer.input_layernorm, x)
     q, k, v = (
-        (h @ projection.weight.T).view(length, -1, attention.head_dim).transpose(0, 1)
+        torch.nn.functional.linear(h, projection.weight, projection.bias)
+        .view(length, -1, attention.head_dim)
+        .transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = rotate(q, positions, base), rotate(k, positions, base)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     logits = q @ k.transpose(1, 2) / attention.head_dim**0.5
-    logits[:, torch.ones(length, length).triu(1).bool()] = -torch.inf
-    weights = logits.softmax(-1)
+    counts = torch.ones(length, length).tril() if counts is None else counts
+    if (window := getattr(config, "sliding_window", None)) and windowed(config, attention.layer_idx):
+        counts = counts * torch.ones(length, length).triu(1 - window)
+    weights = logits.exp() * counts
+    weights = weights / weights.sum(-1, keepdim=True)
     x = x + (weights @ v).transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
     h = norm(layer.post_attention_layernorm, x)
     mlp = layer.mlp
@@ -49,8 +65,21 @@ def layer_forward(layer: Any, config: Any, x: Tensor, positions: Tensor) -> tupl
     ), weights
 
 
+def slow_sized(backbone: Any, embeds: Tensor, sizes: Tensor, places: Tensor, visible: Tensor) -> Tensor:
+    """Hidden states of one prompt (L, D) whose tokens stand at places and count s times each in attention."""
+    x = embeds
+    for layer in backbone.layers:
+        x, _ = layer_forward(layer, backbone.config, x, places, sizes * visible)
+    return norm(backbone.norm, x)
+
+
 def slow_forward(
-    model: Any, prompt: Tensor, visual: Tensor, answer: list[int], prune: Callable[..., Any]
+    model: Any,
+    prompt: Tensor,
+    visual: Tensor,
+    answer: list[int],
+    prune: Callable[..., Any],
+    positions: Sequence[int] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Logits of the next token, and the positions in the prompt that are kept after each cut (-1: a recycled token).
 
@@ -61,19 +90,20 @@ def slow_forward(
         prune: called after each layer with its number, its attention matrix (H, S, S) without the answer's tokens, the
             state of the prompt (a list of dictionaries with ``x``, ``visual``, ``place``, ``position``) and the
             prompt's embeddings and visual mask; returns the state for the next layer, None if nothing is pruned there.
+        positions: of the prompt's L tokens, ascending; consecutive from 0 if None.
     """
     backbone, config = model.get_model(), model.config
     later = backbone.embed_tokens(torch.tensor(answer, dtype=torch.long))
     state = [
-        {"x": x, "visual": bool(v), "place": place, "position": place}
-        for place, (x, v) in enumerate(zip(prompt, visual, strict=True))
+        {"x": x, "visual": bool(v), "place": place, "position": position}
+        for place, (x, v, position) in enumerate(zip(prompt, visual, positions or range(len(prompt)), strict=True))
     ]
     kept = []
     for number, layer in enumerate(backbone.layers):
         start = state[-1]["position"] + 1
-        positions = torch.tensor([token["position"] for token in state] + [start + i for i in range(len(later))])
+        now = torch.tensor([token["position"] for token in state] + [start + i for i in range(len(later))])
         x = torch.cat([torch.stack([token["x"] for token in state]), later])
-        x, weights = layer_forward(layer, config, x, positions)
+        x, weights = layer_forward(layer, config, x, now)
         size = len(state)
         later = x[size:]
         state = [{**token, "x": row} for token, row in zip(state, x[:size], strict=True)]

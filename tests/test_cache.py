@@ -29,6 +29,7 @@ from visionzip import visionzip
 
 SIZES = [(90, 60), (60, 90), (70, 70), (130, 40), (56, 56), (64, 100)]
 ZIPPED = {"visionzip_dominant": 3, "visionzip_contextual": 2}
+PLACED = {"dominant": 3, "contextual": 2, "positions": "original", "size_bias": True}  # in a checkpoint's config
 TRAINER = {
     "tune_mm_mlp_adapter": True,
     "max_steps": 4,
@@ -110,6 +111,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zipped tiles": (NEXT, {**ZIPPED, "bf16": True}),
     "lora, turns apart": ({}, {**ZIPPED, "tune_mm_mlp_adapter": False, "lora_enable": True, "turns_apart": True}),
     "all": ({}, {**ZIPPED, "tune_mm_mlp_adapter": False}),
+    "original positions and size bias": ({"visionzip": PLACED}, {}),
+    "original positions and size bias, turns apart": ({"visionzip": PLACED}, {"turns_apart": True}),
 }
 
 
@@ -131,9 +134,11 @@ def test_the_losses_are_the_same(case: str, tune, make_checkpoint, tmp_path: Pat
     assert len(before) == 1
     assert len(lines(tmp_path / "cache")) == len(SIZES)  # each image once, although one is in two records
     size = sum(map(len, before.values()))
-    tiles = 27 if overrides else len(SIZES)
-    tokens, kept = (5, 3) if ZIPPED.items() <= flags.items() else (16, 0)
-    assert size == tiles * (tokens * 32 * (2 if flags.get("bf16") else 4) + 4 * kept)
+    tiles = 27 if overrides == NEXT else len(SIZES)
+    zipped, placed = ZIPPED.items() <= flags.items(), "visionzip" in overrides
+    tokens = 5 if zipped or placed else 16
+    facts = zipped + 2 * placed  # of each token: which it is, and its size
+    assert size == tiles * tokens * (32 * (2 if flags.get("bf16") else 4) + 4 * facts)
 
 
 def test_what_tokens_depend_on_has_a_folder_of_its_own(tune, make_checkpoint, copied, tmp_path: Path):
@@ -291,13 +296,13 @@ def test_processes_do_not_disturb_each_other(tmp_path: Path):
     with Writer(tmp_path, {}) as one, Writer(tmp_path, {}) as other:
         for number in range(4):
             for name, writer in (("one", one), ("other", other)):
-                entry = writer.add_tokens(f"{name}{number}", (1, 2), tokens + number, None)
+                entry = writer.add_tokens(f"{name}{number}", (1, 2), EncodedImage(tokens + number))
                 if (name, number) != ("other", 3):
                     writer.add_line(f"{name}{number}", stamp_of(str(image)), entry)
     index = Index(tmp_path, torch.float32)
     assert sorted(index.by_digest) == ["one0", "one1", "one2", "one3", "other0", "other1", "other2"]
     entries = {path: entry for (path, _), entry in index.by_path.items()}
-    images = CachedImages(tmp_path, torch.float32, entries, {}, (5, 8, 0))
+    images = CachedImages(tmp_path, torch.float32, entries, {}, EncodedImage(tokens))
     for name in entries:
         assert torch.equal(images.sample(name)[0].tokens, tokens + int(name[-1]))
     assert torch.equal(pickle.loads(pickle.dumps(images)).sample("one2")[0].tokens, tokens + 2)
@@ -353,7 +358,7 @@ def test_a_model_takes_encoded_images(load, merge_type: str, setting: tuple[int,
     tower = model.get_vision_tower()
     pixels = [process_images([picture(index, size)], processor, model.config)[0] for index, size in enumerate(SIZES)]
     pixels[4] = pixels[4][:1]
-    encoded = [EncodedImage(*tower.encode(image)) for image in pixels]
+    encoded = [tower.encode(image) for image in pixels]
     with torch.no_grad():
         expected = model.visual_tokens(pixels, SIZES)
         for image, tokens in zip(model.visual_tokens(encoded, SIZES), expected, strict=True):

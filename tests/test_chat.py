@@ -11,8 +11,9 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from checkpoints import NEXT, picture
+from llava.conversation import with_image_tokens
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.serve.chat import ChatSession, with_image_tokens
+from llava.serve.chat import ChatSession
 from visionzip import visionzip
 
 GENERATE = {"max_new_tokens": 8, "min_new_tokens": 3}

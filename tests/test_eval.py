@@ -21,7 +21,8 @@ from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
 from eval.answers import read_answers
 from eval.benchmarks import scenes
-from eval.methods import METHODS, plan
+from eval.methods import METHODS, Run, plan
+from eval.models.llava import LlavaModel
 from eval.registry import BENCHMARKS
 from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
@@ -50,7 +51,18 @@ def results_of(folder: Path) -> dict[str, Any]:
 def test_list(capsys):
     assert eval_command(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*BENCHMARKS, *METHODS))
+    assert all(name in printed for name in BENCHMARKS)
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_methods_have_one_line_and_their_paper(columns: int, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A table where the terminal is wide enough for it, else a few lines for each method; nothing is cut off."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert eval_command(["methods"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, method in METHODS.items():
+        assert name in printed and method.summary in printed and method.paper in printed
+    assert "arXiv 2412.04467" in printed and "arXiv 2403.06764" in printed
 
 
 def test_run_and_table(run, scenes_data: Path, tmp_path: Path, capsys):
@@ -96,7 +108,9 @@ def test_a_finished_run_is_not_done_again(run, tmp_path: Path, monkeypatch: pyte
     command = run("--method", "vanilla", "uniform", "--tokens", "4", limit=8)
     assert eval_command(command) == 0
     before = results_of(tmp_path / "out")
-    monkeypatch.setattr("eval.runner.load_from_arguments", lambda *args, **kwargs: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "eval.models.llava.load_from_arguments", lambda *args, **kwargs: pytest.fail("the model is loaded")
+    )
     assert eval_command(command) == 0
     after = results_of(tmp_path / "out")
     assert after["rows"] == before["rows"] and after["cost"] == before["cost"]
@@ -242,6 +256,32 @@ def test_a_budget_of_ones_own(run, copied, tmp_path: Path, capsys):
     out = tmp_path / "tuned"
     assert eval_command(run("--method", "visionzip", "--output", str(out), model=folder, limit=4)) == 0
     assert (results_of(out)["rows"][0]["visual_tokens"], results_of(out)["tuned"]) == (5, True)
+
+
+def test_positions_and_size_bias(run, tmp_path: Path, capsys):
+    """They are options of any method that chooses before the language model, and other answers: in name and setting."""
+    flags = ["--method", "norm", "fastv", "--tokens", "4"]
+    assert eval_command(run(*flags, limit=4)) == 0
+    assert eval_command(run(*flags, "--positions", "original", "--size-bias", limit=4)) == 0
+    parts = tmp_path / "out" / "answers" / "parts"
+    names = {"norm-4", "fastv-4", "norm-4-original-sized"}
+    assert {file.name.removesuffix(".0.jsonl") for file in parts.iterdir()} == names
+    header = json.loads((parts / "norm-4-original-sized.0.jsonl").read_text().splitlines()[0])
+    assert (header["setting"]["positions"], header["setting"]["size_bias"]) == ("original", True)
+    results = results_of(tmp_path / "out")
+    assert (results["positions"], results["size_bias"]) == ("original", True)
+    assert all(row["prefill_seconds"]["median"] > 0 for row in results["rows"])
+    assert eval_command(run("--method", "vanilla", "fastv", "--tokens", "4", "--no-size-bias")) == 2
+    assert "--size-bias are for tokens that are chosen before the language model" in capsys.readouterr().err
+
+
+def test_a_runs_options_are_on_the_model(load: Callable[..., tuple[Any, ...]]):
+    tokenizer, model, image_processor, _ = load()
+    asked = LlavaModel(model, tokenizer, image_processor, "vicuna_v1")
+    with asked.attached(Run("norm", 4, positions="original", size_bias=False)):
+        assert model.config.visionzip["method"] == "norm" and model.config.visionzip["keep"] == 4
+        assert model.config.visionzip["positions"] == "original" and model.config.visionzip["size_bias"] is False
+    assert not hasattr(model.config, "visionzip")
 
 
 def test_images_that_cannot_be_read(run, scenes_data: Path, tmp_path: Path, capsys):

@@ -15,11 +15,12 @@ import torch
 from checkpoints import CLIP
 from eval.__main__ import main as eval_command
 from eval.answers import Given, read_answers
-from eval.benchmark import Answer, Score, Table
 from eval.benchmarks import scenes
 from eval.data import copy_of
 from eval.judge import marked
-from eval.methods import METHODS, Run, attach, attached, plan, split
+from eval.methods import METHODS, Run, attach, plan, split
+from eval.models.llava import LlavaModel
+from eval.records import Answer, Score, Table
 from eval.registry import BENCHMARKS
 from eval.results import bootstrap, summarize
 from eval.sources import Tables
@@ -126,15 +127,16 @@ def test_tables_of_a_local_copy(tmp_path: Path):
 
 
 def test_methods(load):
-    _, model, _, _ = load(vision={**CLIP, "image_size": 112})  # 8 x 8 patches
+    tokenizer, model, image_processor, _ = load(vision={**CLIP, "image_size": 112})  # 8 x 8 patches
+    asked = LlavaModel(model, tokenizer, image_processor, "vicuna_v1")
     images = [torch.randn(3, 112, 112)]
     everything = model.visual_tokens(images)[0]
     for run in plan(IN_TWO_LAYERS, [32, 4], 2):
-        with attached(model, run):
+        with asked.attached(run):
             expected = 64 if run.inside else run.tokens or 64
             assert len(model.visual_tokens(images)[0]) == expected, run.name
         assert torch.equal(model.visual_tokens(images)[0], everything)
-    with attached(model, Run("visionzip", 32)):
+    with asked.attached(Run("visionzip", 32)):
         expected = model.visual_tokens(images)[0]
     torch.testing.assert_close(visionzip(model, 27, 5).visual_tokens(images)[0], expected)
     attach(model, Run("no-cls", 32))  # in the place of what is on it

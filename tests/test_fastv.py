@@ -12,8 +12,8 @@ from torch import Tensor
 from slow_llama import slow_fastv, slow_forward, slow_sparsevlm
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
-from visionzip.language.pruning import seen_of_prompt
 from visionzip.language.selection import keep_top
+from visionzip.language.stages import seen_of_prompt
 
 TEXTS = ([1, 7, -200, 20, 21, 22, 23, 24], [1, -200, 30, 31], [1, 9, 8, 7, 6, -200, 40, 41, 42])
 METHODS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.fixture(params=["llava_llama", "llava_mistral"])
+@pytest.fixture(params=["llava_llama", "llava_mistral", "llava_qwen"])
 def model(request, load) -> Any:
     return load(model_type=request.param, num_hidden_layers=4)[1].float().eval()  # 4 x 4 patches
 
@@ -74,6 +74,21 @@ def test_equals_the_slow_reference(name: str, model):
         for mine, expected in zip(stages, kept, strict=True):
             own = mine.kept[row][mine.real[row]]
             assert torch.where(own < 0, own, own - (width - len(prompt))).tolist() == expected
+
+
+@pytest.mark.parametrize("backbone", ["llava_mistral", "llava_qwen"])
+@torch.no_grad()
+def test_sliding_windows(load, backbone: str):
+    """Answers longer than the window: all of Mistral's layers have one, of Qwen2's here the last."""
+    qwen = {"use_sliding_window": True, "max_window_layers": 3} if backbone == "llava_qwen" else {}
+    model = load(model_type=backbone, num_hidden_layers=4, sliding_window=26, **qwen)[1].float().eval()
+    images = pixels(3)
+    for attach, prune in METHODS.values():
+        result = generate(attach(model), TEXTS, images)
+        for row, (text, image) in enumerate(zip(TEXTS, images, strict=True)):
+            prompt, visual = embedded(model, text, image)
+            logits, _ = slow_forward(model, prompt, visual, result.sequences[row, :19].tolist(), prune)
+            torch.testing.assert_close(result.logits[19][row], logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attach", [lambda m: fastv(m, 1, 1.0), lambda m: sparsevlm(m, (1.0, 16), (0, 2))])
@@ -179,6 +194,30 @@ def test_text_that_follows_a_cache(model, name: str):
             visual_mask=visual[None],
             past_key_values=first.past_key_values,
         )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_positions_with_gaps(name: str, model):
+    """As of an image whose tokens keep the places of their patches; decoding continues the prompt's last position."""
+    attach, prune = METHODS[name]
+    attach(model)
+    prompt, visual = embedded(model, TEXTS[0], pixels(1)[0])
+    positions = (torch.arange(len(prompt)) + 3 * visual.cumsum(0)).tolist()
+    given = torch.tensor([positions])
+    cache = model(
+        inputs_embeds=prompt[None], visual_mask=visual[None], position_ids=given, use_cache=True
+    ).past_key_values
+    mine = model(input_ids=torch.tensor([[50]]), past_key_values=cache, position_ids=given[:, -1:] + 1).logits[0, -1]
+    logits, _ = slow_forward(model, prompt, visual, [50], prune, positions)
+    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_answer_to_embeddings_always_has_a_cache(model):
+    """Transformers does not do without for these prompts, so that tokens are chosen once."""
+    fastv(model, 2, 5)
+    expected = generate(model, TEXTS, pixels(3)).sequences
+    assert torch.equal(generate(model, TEXTS, pixels(3), use_cache=False).sequences, expected)
 
 
 def test_forward_with_images_prunes_too(model):

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from checkpoints import picture
 from eval.__main__ import main as eval_command
 from eval.answers import answers_file, read_answers
-from eval.benchmark import Answer, Table
 from eval.judge import Request, api_judge
+from eval.records import Answer, Table
 from eval.sources import Tables
 from llava.cli import main as visionzip_command
 from llava.commands import run_command

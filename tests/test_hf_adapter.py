@@ -24,8 +24,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.transformers_llava import TransformersLlava
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
-from visionzip.language import fastv
-from visionzip.visualize import inspect_tokens
+from visionzip.language import fastv, remove_pruning, sparsevlm
+from visionzip.language.pruning import is_pruned
 
 LAYOUTS = [pytest.param({}, id="1.5"), pytest.param(NEXT, id="next")]
 QUESTIONS = [
@@ -95,18 +95,28 @@ def test_prompts_and_pixels_are_llavas(both, options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tokens_and_answers_are_those_of_llavas_layout(both, options: dict[str, Any], zipped: bool):
+@pytest.mark.parametrize(
+    "setting",
+    [None, {"dominant": 5, "contextual": 2}, {"keep": 5, "method": "visionzip-plus"}],
+    ids=["vanilla", "visionzip", "plus"],
+)
+def test_tokens_and_answers_are_those_of_llavas_layout(both, options: dict[str, Any], setting: dict[str, Any] | None):
     (_, model, processor), (_, own, _) = loaded = both(**options)
-    if zipped:
+    if setting:
         for each in (model, own):
-            assert visionzip(each, dominant=5, contextual=2) is each
+            assert visionzip(each, **setting) is each
     expected, found = tokens_of(model, processor), tokens_of(own, loaded[1][2])
     assert [len(image) for image in found] == [len(image) for image in expected]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     for how in ({}, {"num_beams": 2}):
         assert ask(*loaded[0], **how) == ask(*loaded[1], **how)
+    prompt = tokenizer_image_token(QUESTIONS[0], loaded[0][0], return_tensors="pt")[None]
+    images, sizes = process_images(PICTURES[:1], processor, model.config), [PICTURES[0].size]
+    with torch.inference_mode():
+        one, other = (each(prompt, images=images, image_sizes=sizes).logits for each in (model, own))
+    one, other = (logits[..., : len(loaded[0][0])] for logits in (one, other))  # transformers' has rows more
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
@@ -146,11 +156,12 @@ def test_a_zipped_checkpoint_comes_zipped(both, tmp_path: Path):
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
-def test_chat_keeps_the_cache(both, options: dict[str, Any]):
+@pytest.mark.parametrize("setting", [{"dominant": 5, "contextual": 2}, {"keep": 7, "method": "visionzip-plus"}])
+def test_chat_keeps_the_cache(both, options: dict[str, Any], setting: dict[str, Any]):
     """Three turns, a new image in the last one: answers and numbers of tokens are those of LLaVA's layout."""
     turns = []
     for tokenizer, model, processor in both(**options):
-        visionzip(model, dominant=5, contextual=2)
+        visionzip(model, **setting)
         session = ChatSession(model, tokenizer, processor, max_new_tokens=6, min_new_tokens=3)
         asked = [session.ask("What?", [picture(0)]), session.ask("And behind it?"), session.ask("Here?", [picture(3)])]
         turns.append([(turn.text, turn.visual_tokens, turn.fed_tokens, turn.cached_tokens) for turn in asked])
@@ -178,12 +189,14 @@ def test_commands(converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
     times = ["--tokens", "8", "--rounds", "1", "--output", str(output)]
     assert main(["benchmark", "generate", *model, *times, "--max-new-tokens", "3", "--batch-size", "2"]) == 0
-    vanilla, zipped = json.loads(output.read_text())["results"]
+    vanilla, zipped, fastv, sparsevlm = json.loads(output.read_text())["results"]
     assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (16, 8)
     assert vanilla["layer_tokens"] == [76] * 2 and zipped["layer_tokens"] == [68] * 2
+    assert fastv["layer_tokens"] == sparsevlm["layer_tokens"] == [76, 68]  # from the cut on
     decode = zipped["seconds"]["decode"]["median"]
     assert zipped["tokens_per_second"]["median"] == pytest.approx(2 * 2 / decode)
-    assert main(["benchmark", "memory", *model, "--tokens", "8", "--output", str(output)]) == 0
+    ways = ["--tokens", "8", "--method", "vanilla", "visionzip"]
+    assert main(["benchmark", "memory", *model, *ways, "--output", str(output)]) == 0
     vanilla, zipped = json.loads(output.read_text())["results"]
     assert zipped["kv_cache_ratio"] == pytest.approx(68 / 76)
 
@@ -193,8 +206,10 @@ def test_benchmark_of_a_shape(tmp_path: Path):
     output = tmp_path / "prefill.json"
     shape = ["--shape", "llava-next-tiny", "--transformers", "--device", "cpu", "--tokens", "20", "--rounds", "2"]
     assert main(["benchmark", "prefill", *shape, "--output", str(output)]) == 0
-    vanilla, zipped = json.loads(output.read_text())["results"]
+    vanilla, zipped, *inside = json.loads(output.read_text())["results"]
     assert (vanilla["way"], zipped["way"]) == ("vanilla", "visionzip-20")
+    assert [each["way"] for each in inside] == ["fastv-20", "sparsevlm-20"]
+    assert all(each["flops"]["vision"] == vanilla["flops"]["vision"] for each in inside)
     assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (64 + 16 * 17, 20)
     assert vanilla["of_bare"]["median"] == 1 and zipped["of_bare"]["median"] > 0
     assert zipped["flops"]["vision"] < vanilla["flops"]["vision"]
@@ -209,7 +224,8 @@ def test_eval_gives_the_answers_of_llavas_layout(
     for name, model in (("llava", make_checkpoint(**options)), ("transformers", converted(**options))):
         out = tmp_path / name
         places = ["--model-path", str(model), "--data", str(scenes_data), "--output", str(out), "--device", "cpu"]
-        methods = ["--method", "vanilla", "visionzip", "dominant-only", "--tokens", "6", "--conv-mode", "vicuna_v1"]
+        methods = ["--method", "vanilla", "visionzip", "dominant-only", "fastv", "fastv-average", "sparsevlm"]
+        methods += ["--tokens", "9", "--conv-mode", "vicuna_v1"]
         command = ["run", "scenes", *places, *methods, "--batch-size", "8", "--limit", "16"]
         assert eval_command(command) == 0
         rows = json.loads((out / "results.json").read_text())["rows"]
@@ -217,7 +233,7 @@ def test_eval_gives_the_answers_of_llavas_layout(
         files = sorted((out / "answers").glob("*.jsonl"))
         answers.append({file.name: [json.loads(line)["text"] for line in file.open()] for file in files})
         assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
-    assert answers[0] == answers[1] and len(answers[1]) == 3
+    assert answers[0] == answers[1] and len(answers[1]) == 6
     assert tokens[0] == tokens[1]
 
 
@@ -250,32 +266,33 @@ def test_quantised(bits: int, converted):
     assert ask(*loaded) == before
 
 
-def test_what_is_not_for_these_models_is_refused(
-    converted, scenes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_a_checkpoint_says_its_own_layout(converted, monkeypatch: pytest.MonkeyPatch, capsys):
     """Before the model is loaded."""
     monkeypatch.setattr("llava.model.builder.load_transformers_model", None)
-    model = ["--model-path", str(converted()), "--device", "cpu"]
-    run = ["run", "scenes", "--data", str(scenes_data), *model, "--limit", "2", "--output", str(tmp_path / "out")]
-    convert = "llava-1.5-tiny-hf is a model of transformers.*visionzip convert SRC DST --to original"
-    for command, arguments, message in (
-        (eval_command, [*run, "--method", "fastv", "--tokens", "6"], convert),
-        (eval_command, [*run, "--method", "sparsevlm-average", "--tokens", "6"], convert),
-        (main, ["benchmark", "prefill", *model, "--tokens", "6", "--method", "vanilla", "fastv"], "--method fastv"),
-        (main, ["benchmark", "prefill", *model, "--tokens", "6", "--transformers"], "leave it out"),
-    ):
-        assert command(arguments) == 2
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(capsys.readouterr().err)
+    model = ["--model-path", str(converted()), "--device", "cpu", "--tokens", "6"]
+    assert main(["benchmark", "prefill", *model, "--transformers"]) == 2
+    assert "leave it out" in capsys.readouterr().err
 
 
-def test_a_model_without_the_interface_is_refused(both):
-    """Transformers' own object, as ``from_pretrained`` gives it."""
-    native = both()[1][1].native
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration is a model of transformers"):
-        fastv(native, layer=1, keep=4)
-    with pytest.raises(ValueError, match=r"no vision tower of LLaVA's kind .*load_pretrained_model"):
-        inspect_tokens(native, torch.zeros(1, 3, 56, 56))
+@pytest.mark.parametrize("options", LAYOUTS)
+@pytest.mark.parametrize("attach", [lambda model: fastv(model, 1, 0.3), lambda model: sparsevlm(model, (5,), (0,))])
+def test_pruned_answers_are_those_of_llavas_layout(both, options: dict[str, Any], attach: Callable[[Any], Any]):
+    """On the model in our commands as on the one inside it; a prompt without image in the batch."""
+    loaded = both(**options)
+    (_, model, processor), (_, own, _) = loaded
+    plain = ask(*loaded[0])
+    attach(model)
+    expected = [ask(*loaded[0], **how) for how in ({}, {"num_beams": 2})]
+    assert expected[0] != plain
+    for each in (own, own.native):
+        assert attach(each) is each and is_pruned(own) and is_pruned(own.native)
+        assert [ask(*loaded[1], **how) for how in ({}, {"num_beams": 2})] == expected
+    with torch.no_grad():
+        one = [torch.tensor([[1, 7, -200, 20, 21]]), process_images(PICTURES[:1], processor, model.config)]
+        logits = [each(one[0], images=one[1], image_sizes=[PICTURES[0].size]).logits[0, -1] for each in (model, own)]
+    torch.testing.assert_close(logits[1][: len(logits[0])], logits[0], atol=1e-4, rtol=1e-4)
+    remove_pruning(own)
+    assert not is_pruned(own.native) and ask(*loaded[1]) == plain
 
 
 @pytest.fixture

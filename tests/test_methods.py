@@ -18,7 +18,7 @@ from visionzip.methods import METHODS, EncoderRead, scope, token_counts
 from visionzip.methods.agile import HIGHEST, MEAN_RANK, STEP, effective_rank
 from visionzip.methods.controls import pooled_grid
 
-CHOOSERS = ["random", "uniform", "cen-prune", "divprune", "scope", "agile", "norm"]
+CHOOSERS = ["random", "uniform", "cen-prune", "divprune", "scope", "agile", "norm", "visionzip-plus"]
 
 
 # --- slow references: one image, plain loops over what the papers say ---
@@ -28,10 +28,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(F.normalize(a, dim=0) @ F.normalize(b, dim=0))
 
 
-def slow_farthest_first(x: Tensor, count: int, weight: list[float]) -> list[int]:
+def slow_farthest_first(x: Tensor, count: int, weight: list[float], first: int | None = None) -> list[int]:
     numbers = range(len(x))
     distance = [[1 - cosine(x[i], x[j]) for j in numbers] for i in numbers]
-    chosen = [max(numbers, key=lambda i: min(distance[i][j] for j in numbers if j != i))]
+    loneliest = max(numbers, key=lambda i: min(distance[i][j] for j in numbers if j != i))
+    chosen = [loneliest if first is None else first]
     while len(chosen) < count:
         rest = [i for i in numbers if i not in chosen]
         chosen.append(max(rest, key=lambda i: weight[i] * min(distance[i][s] for s in chosen)))
@@ -47,6 +48,12 @@ def slow_cen_prune(x: Tensor, a: Tensor, count: int) -> list[int]:
     g = [-sum(cosine(x[i], x[j]) for j in numbers if j != i) / (len(x) - 1) for i in numbers]
     weight = [(value - min(g)) / (max(g) - min(g)) for value in g]
     return slow_farthest_first(x - x.mean(dim=0), count, weight)
+
+
+def slow_plus(x: Tensor, a: Tensor, count: int) -> list[int]:
+    attention = a.tolist()
+    weight = [(value / max(attention)) ** 0.25 for value in attention]
+    return slow_farthest_first(x - x.mean(dim=0), count, weight, first=attention.index(max(attention)))
 
 
 def slow_scope(x: Tensor, a: Tensor, count: int) -> list[int]:
@@ -87,6 +94,7 @@ def slow_norm(x: Tensor, a: Tensor, count: int) -> list[int]:
 SLOW = {
     "divprune": slow_divprune,
     "cen-prune": slow_cen_prune,
+    "visionzip-plus": slow_plus,
     "scope": slow_scope,
     "agile": slow_agile,
     "norm": slow_norm,
@@ -149,7 +157,7 @@ def test_a_batch_is_its_images(name: str):
     assert torch.equal(whole.flip(0), chosen_of(name, read_of(x.flip(0), a.flip(0)), 6))
 
 
-@pytest.mark.parametrize("name", ["scope", "agile", "norm"])  # the others begin with one of a pair
+@pytest.mark.parametrize("name", ["scope", "agile", "norm", "visionzip-plus"])  # the others begin with one of a pair
 def test_the_order_of_patches_does_not_matter(name: str):
     x, a = torch.randn(1, 16, 8), torch.rand(1, 16)
     order = torch.randperm(16)
@@ -157,7 +165,9 @@ def test_the_order_of_patches_does_not_matter(name: str):
     assert sorted(order[other].tolist()) == one.tolist()
 
 
-@pytest.mark.parametrize("name", ["visionzip", "no-cls", "cen-prune", "divprune", "scope", "agile", "norm", "uniform"])
+@pytest.mark.parametrize(
+    "name", ["visionzip", "no-cls", "cen-prune", "divprune", "scope", "agile", "norm", "visionzip-plus", "uniform"]
+)
 def test_compiles_to_one_graph(name: str):
     read, config = read_of(torch.randn(2, 16, 8), torch.rand(2, 16)), VisionZipConfig(keep=5, method=name)
     counts = token_counts(config, 16, True)
@@ -166,6 +176,7 @@ def test_compiles_to_one_graph(name: str):
         own = EncoderRead(states, True, scores=scores, keys=states, projected=states[:, 1:], grid=(4, 4))
         return METHODS[name].choose(own, counts, config).tokens
 
+    torch.compiler.reset()  # the function is the same for all names, and its graphs are limited in number
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert torch.equal(compiled(read.hidden_states, read.scores), choose(read.hidden_states, read.scores))
 

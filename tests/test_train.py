@@ -217,6 +217,15 @@ def test_training_with_visionzip(world: Path, llava, tuned: Path, dataset, tmp_p
     assert record["records"] != [sampled["id"] for sampled in dataset(fraction=0.5).records]
 
 
+def test_training_with_another_method(llava, tuned: Path, tmp_path: Path):
+    """Its tokens are those of both counts together, and the result says how they were chosen."""
+    zipped = {"visionzip_dominant": 3, "visionzip_contextual": 2, "visionzip_method": "visionzip-plus"}
+    flags = {"tune_mm_mlp_adapter": True, "max_steps": 1, "save_strategy": "no"}
+    assert llava(tmp_path, model_name_or_path=tuned, **zipped, **flags) == 0
+    _, model, _, _ = load_pretrained_model(str(tmp_path), str(tuned), device="cpu")
+    assert model.get_vision_tower().visionzip == VisionZipConfig(keep=5, method="visionzip-plus")
+
+
 def test_a_llava_goes_on_with_another_tower(llava, tuned: Path, tmp_path: Path):
     """At another resolution, as the embedded model does: projector and language model stay."""
     larger = {**CLIP, "image_size": 84}
@@ -306,6 +315,7 @@ def test_bad_input_is_known_before_weights_are_read(llava, make_checkpoint, tmp_
     good = {"model_name_or_path": make_checkpoint(), "tune_mm_mlp_adapter": True}
     for flags, message in (
         ({"visionzip_dominant": 0}, "dominant=0 is below 1"),
+        ({"visionzip_dominant": 3, "visionzip_method": "visionzip-pluss"}, "did you mean 'visionzip-plus'"),
         ({"visionzip_dominant": 3, "visionzip_contextual": -1}, "contextual=-1 is below 0"),
         ({"image_aspect_ratio": "crop"}, "image_aspect_ratio='crop' is not pad, square or anyres"),
         ({"model_max_length": -5}, "model_max_length=-5 is below 1"),

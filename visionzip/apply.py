@@ -39,7 +39,8 @@ def visionzip(
         dominant: tokens to keep by attention, CLS included (default: 54; Video-LLaVA: 15 per frame).
         contextual: tokens to merge the rest into (default: 10; Video-LLaVA: 2 per frame).
         keep: tokens to keep in all, in the place of these two: a number, which VisionZip splits 27 : 5, or a share of
-            the patches of each image, tile or frame (0.25).
+            the patches of each image, tile or frame (0.25). Default of Qwen-VL and the other families whose merged
+            tokens are chosen among: 0.5; there a number is a cap, and small images keep all they have.
         method: how they are chosen (default: ``"visionzip"``): a name of :data:`visionzip.methods.METHODS`. All but
             VisionZip take ``keep``.
         layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
@@ -72,6 +73,8 @@ def visionzip(
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
     setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
     given = {name: value for name, value in setting.items() if value is not None}
+    if given.keys() & {"dominant", "contextual"}:
+        given["keep"] = None  # of a family whose default is a share
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     if stored and not given:
         config = VisionZipConfig.from_dict(stored)

@@ -7,6 +7,7 @@ projections, so that all layers keep their kernel.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
 _SEPARATE, _FUSED = ("q_proj", "k_proj"), ("qkv_proj",)  # transformers' layers have these, vLLM's that
+_NORMS = ("q_norm", "k_norm")  # behind these, in layers that have them (InternVL's)
 
 
 class QueriesKeys(NamedTuple):
@@ -31,9 +33,9 @@ class QueriesKeys(NamedTuple):
 class AttentionReader(Generic[T]):
     """Filled while the attention layer runs inside :func:`read_attention`."""
 
-    def __init__(self, attention: nn.Module, projections: tuple[str, ...], reduce: Callable[[QueriesKeys], T]) -> None:
+    def __init__(self, attention: nn.Module, names: tuple[str, ...], reduce: Callable[[QueriesKeys], T]) -> None:
         self._attention = attention
-        self._projections = projections
+        self._names = names
         self._reduce = reduce
         self._captured: dict[str, Tensor] = {}
         self._result: T | None = None
@@ -46,8 +48,8 @@ class AttentionReader(Generic[T]):
         # Scores and keys only choose tokens: no gradient flows through them, and with gradient checkpointing there must
         # be nothing here for it to save.
         self._captured[name] = (output[0] if isinstance(output, tuple) else output).detach()
-        if len(self._captured) == len(self._projections):
-            outputs = [self._captured.pop(name) for name in self._projections]
+        if len(self._captured) == len(self._names):
+            outputs = [self._captured.pop(name) for name in self._names]
             pair = outputs if len(outputs) == 2 else outputs[0].chunk(3, dim=-1)[:2]
             split = [each.unflatten(-1, (self._attention.num_heads, -1)).transpose(1, 2) for each in pair]
             self._result = self._reduce(QueriesKeys(*split, scale=self._attention.scale))
@@ -79,7 +81,8 @@ def read_attention(
 
     Args:
         attention: module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``, as transformers' CLIP and SigLIP
-            attention layers have; or with ``qkv_proj`` in the place of the two, as vLLM's have.
+            attention layers have; where it normalises what these return, by ``q_norm`` and ``k_norm``, that is read.
+            Or with ``qkv_proj`` in the place of the two, as vLLM's have.
         reduce: applied at once, inside the layer, so that the queries and keys need not outlive it; as they are if not
             given.
 
@@ -93,7 +96,8 @@ def read_attention(
     needed = (*projections, "num_heads", "scale")
     if missing := [name for name in needed if not hasattr(attention, name)]:
         raise TypeError(f"{type(attention).__name__} is not an attention layer that can be read: it has no {missing}")
-    reader = AttentionReader(attention, projections, reduce)
+    names = _NORMS if projections == _SEPARATE and all(hasattr(attention, name) for name in _NORMS) else projections
+    reader = AttentionReader(attention, names, reduce)
     thread = threading.get_ident()
 
     def listen(name: str) -> RemovableHandle:
@@ -103,9 +107,52 @@ def read_attention(
 
         return getattr(attention, name).register_forward_hook(hook)
 
-    handles = [listen(name) for name in projections]
+    handles = [listen(name) for name in names]
     try:
         yield reader
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record what patches of packed images receive in one attention layer with rotary positions, as Qwen-VL's have.
+
+    The hooks are as those of :func:`read_attention`. Images lie one behind the other in one sequence of S patches and
+    attend within ``cu_seqlens``; each is scored alone, in blocks of queries.
+
+    Args:
+        attention: module with ``qkv``, ``num_heads`` and ``scaling``, called with ``cu_seqlens`` and
+            ``position_embeddings``; its rotation is ``apply_rotary_pos_emb_vision`` beside its class.
+
+    Yields:
+        A list that gets (S,) float32, attention received, summed over heads, mean over the image's queries; and
+        (S, Dh) float32, keys before rotation (what a patch is like, not where it is), mean over heads.
+    """
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
+    thread, found, given = threading.get_ident(), [], {}
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == thread:
+            given.update(kwargs)
+
+    def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if threading.get_ident() != thread:
+            return
+        queries, keys, _ = output.detach().unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # (S, H, Dh)
+        turned = rotate(queries, keys, *given["position_embeddings"])
+        lengths = given["cu_seqlens"].diff().tolist()
+        images = zip(*(values.transpose(0, 1)[None].split(lengths, dim=2) for values in turned), strict=True)
+        scores = [patch_scores(QueriesKeys(*image, attention.scaling), cls_token=False)[0] for image in images]
+        found.append((torch.cat(scores), keys.float().mean(dim=1)))
+
+    handles = [
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        attention.qkv.register_forward_hook(behind),
+    ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -106,6 +106,23 @@ def compress_tokens(
     return CompressedTokens(torch.cat([kept, merged], dim=1), dominant_indices, target_indices, assignment)
 
 
+def compress_alike(hidden_states: Tensor, chosen: CompressedTokens, merge: MergeRule) -> Tensor:
+    """Keep and merge another layer's tokens as those of one were.
+
+    Args:
+        hidden_states: (B, S, D) of the same S tokens.
+        chosen: what was kept and merged.
+        merge: see :class:`VisionZipConfig`.
+
+    Returns:
+        (B, K+M, D), in the order of ``chosen.tokens``.
+    """
+    kept = _gather_tokens(hidden_states, chosen.dominant_indices)
+    if not chosen.target_indices.shape[1]:
+        return kept
+    return torch.cat([kept, _merge(hidden_states, chosen.assignment, chosen.target_indices, merge)], dim=1)
+
+
 def group_sizes(keys: Tensor, kept: Tensor, cls_token: bool) -> Tensor:
     """Count the patches that each kept token stands for: itself, and the dropped ones that are most like it.
 

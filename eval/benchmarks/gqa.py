@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..matching import match, percent
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Tables, need, read_json, refuse_repeated
 
 _QUESTIONS = "llava_gqa_testdev_balanced.jsonl"

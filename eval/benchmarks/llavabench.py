@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..judge import Judge, Request, marked
 from ..matching import match, unreadable
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Tables, need, picture, read_jsonl, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0314"

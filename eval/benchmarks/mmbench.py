@@ -30,10 +30,11 @@ from llava.files import write_atomically
 from llava.images import load_image
 
 from .. import COMMAND
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..benchmark import Benchmark
 from ..fingerprint import checksum_of_bytes
 from ..matching import match, percent, percent_by
 from ..questions import LETTER, lettered, listed
+from ..records import Answer, File, Question, Score, Table, Visual
 from ..sources import Tables, need, refuse_repeated
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .. import COMMAND
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..benchmark import Benchmark
 from ..matching import asked, match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..records import Answer, File, Question, Score, Table, Visual
 from ..sources import Tables, refuse_repeated
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

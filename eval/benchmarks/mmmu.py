@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..matching import match, percent, percent_by, unreadable
 from ..questions import LETTER, SHORT_ANSWER, lettered
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
 
 if TYPE_CHECKING:

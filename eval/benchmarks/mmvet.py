@@ -24,10 +24,11 @@ import numpy as np
 
 from llava.files import write_atomically
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..judge import Judge, Request, marked, normalized_match
 from ..matching import asked, match, unreadable
 from ..questions import EVAL_ZIP, read_questions
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Tables, need, read_json, refuse_repeated
 
 JUDGE_MODEL = "gpt-4-0613"

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table, Visual
+from ..benchmark import Benchmark
 from ..matching import match, unreadable
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..records import Answer, File, Question, Score, Table, Visual
 from ..sources import Tables, need, read_jsonl
 
 _QUESTIONS = "llava_pope_test.jsonl"

@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score
+from ..benchmark import Benchmark
 from ..judge import Judge
 from ..matching import match, percent, percent_by
-from ..sources import picture_of, refuse_repeated
+from ..records import Answer, File, Question, Score
+from ..sources import picture_of, read_once, refuse_repeated
 
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
 _TYPES = ("presence", "color", "shape", "count", "reading", "position", "background")
@@ -24,11 +25,15 @@ _HOME = "playground/data/eval/scenes/test.parquet"
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
+    return _read(folder if folder.suffix == ".parquet" else folder / _FILE)
+
+
+@read_once
+def _read(path: Path) -> list[dict[str, Any]]:
     # Not through `datasets`: importing that takes longer than reading the file.
     import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; listing benchmarks does without
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    path = folder if folder.suffix == ".parquet" else folder / _FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}: give one by --data. A clone of the repository has {_HOME}, and makes others "

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..matching import match, percent, percent_by
 from ..questions import EVAL_ZIP, LETTER, listed, read_questions
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Tables, need, read_json, refuse_repeated
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table, UnscoredError
+from ..benchmark import Benchmark
 from ..matching import match, percent
 from ..questions import EVAL_ZIP, LETTER, listed
+from ..records import Answer, File, Question, Score, Table, UnscoredError
 from ..sources import Tables, need, picture, read_json, refuse_repeated
 
 if TYPE_CHECKING:

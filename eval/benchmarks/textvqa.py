@@ -18,9 +18,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, Table
+from ..benchmark import Benchmark
 from ..matching import asked, match, percent, unreadable
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..records import Answer, File, Question, Score, Table
 from ..sources import Tables, need, read_json
 from ..vqa import ten, textvqa_accuracy
 

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..benchmark import Answer, Benchmark, File, Question, Score, ScoredByServerError, Table
+from ..benchmark import Benchmark
 from ..matching import asked, match
 from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..records import Answer, File, Question, Score, ScoredByServerError, Table
 from ..sources import Tables, need, read_json, read_jsonl, refuse_repeated
 from ..vqa import Annotation, normalise, score_uploaded, ten, write_submission
 

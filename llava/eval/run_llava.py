@@ -6,12 +6,17 @@ import argparse
 import sys
 from typing import Any
 
-from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
+from llava.arguments import (
+    add_generation_arguments,
+    add_language_arguments,
+    add_model_arguments,
+    load_from_arguments,
+    sampling,
+)
 from llava.commands import finite, parser_of, positive, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import new_conversation
+from llava.conversation import new_conversation, with_image_tokens
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.serve.chat import with_image_tokens
 
 
 def eval_model(args: Any) -> str:
@@ -63,6 +68,7 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     """LLaVA's flags of its command for one question, and VisionZip's two."""
     parser.description = "Ask a model one question about some images, and print the answer."
     add_model_arguments(parser, unzipped="the model is left as the checkpoint has it")
+    add_language_arguments(parser)
     parser.add_argument(
         "--image", "--image-file", dest="image_file", required=True, help="files or addresses, separated by --sep"
     )

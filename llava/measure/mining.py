@@ -93,12 +93,13 @@ def mining_of(way: str, model: MGMLlamaForCausalLM, images: Tensor, budget: tupl
     """The mining that ``way`` (a key of :data:`MINING`) stands for; both towers have run before."""
     if way == "kept":
         visionzip(model, *budget)
-    tokens, patches = model.read_tiles(model.whole_images(images))
+    tower = model.get_vision_tower()
+    encoded = tower.encode(model.whole_images(images).to(device=tower.device, dtype=tower.dtype), model._project)
     unzip(model)
     maps = model.get_vision_tower_aux()(images)
     if way == "released":
-        return partial(released_mining, model, tokens, maps)
-    return partial(model.look_closer, tokens, patches, maps)
+        return partial(released_mining, model, encoded.tokens, maps)
+    return partial(model.look_closer, encoded, maps)
 
 
 def benchmark_mining(args: argparse.Namespace) -> None:

@@ -12,9 +12,8 @@ from llava.commands import positive
 from llava.measure.report import check_request
 from llava.measure.runner import Way
 from llava.measure.shapes import SHAPES, build_model
-from llava.methods import METHODS, ON_TRANSFORMERS, detach, per_tile
+from llava.methods import METHODS, detach, per_tile
 from llava.model.builder import config_values, load_pretrained_model
-from llava.model.transformers_llava import is_transformers
 
 TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --method says nothing
 
@@ -33,7 +32,9 @@ def check_ways(args: argparse.Namespace) -> list[Way]:
             f"--model-path {args.model_path} is a Mini-Gemini, whose second tower and mining are no phases of these "
             "commands: use `visionzip benchmark mining`"
         )
-    args.methods = _methods(args)
+    if args.transformers and args.model_path:
+        raise ValueError("--transformers is about --shape: a checkpoint's own layout decides, so leave it out")
+    args.methods = args.methods or list(TIMED)
     if args.shape:
         shape = SHAPES[args.shape]
         tokens = tokens or [32 * shape.tiles if shape.tiles > 1 else 64]
@@ -50,18 +51,6 @@ def check_ways(args: argparse.Namespace) -> list[Way]:
             raise ValueError("--compile compiles VisionZip's prefill: have visionzip among --method")
         ways += [Way("visionzip", number, compiled=True) for number in tokens]
     return list(dict.fromkeys(ways))
-
-
-def _methods(args: argparse.Namespace) -> list[str]:
-    """Those that are asked for, or all that can be on the model."""
-    if args.transformers and args.model_path:
-        raise ValueError("--transformers is about --shape: a checkpoint's own layout decides, so leave it out")
-    stock = args.transformers or (args.model_path and is_transformers(config_values(args.model_path)))
-    able = ON_TRANSFORMERS if stock else tuple(METHODS)
-    asked = args.methods or [name for name in TIMED if name in able]
-    if refused := [name for name in asked if name not in able]:
-        raise ValueError(f"--method {' '.join(refused)}: on transformers' own models there are {', '.join(able)}")
-    return asked
 
 
 def model_of(args: argparse.Namespace) -> Any:
@@ -98,7 +87,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, rounds: int | None) -
         dest="methods",
         nargs="+",
         choices=list(METHODS),
-        help=f"ways to compare (default: {', '.join(TIMED)}; on transformers' models those of them that run there)",
+        help=f"ways to compare (default: {', '.join(TIMED)})",
     )
     add_tokens_argument(parser, "image, all its tiles together", "160 of a LLaVA-NeXT, else 64")
     parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")

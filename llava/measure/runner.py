@@ -1,8 +1,4 @@
-"""Timing of one model with one method after the other: phases of ``generate``, FLOPs, and the KV cache.
-
-What is timed is ``model.generate`` as users call it, from pixels and token ids to new tokens; hooks that wait for the
-device mark where its phases begin and end. Everything that is compared takes turns in the same rounds.
-"""
+"""Timing of ``model.generate`` as users call it, with one method after the other; hooks mark where its phases end."""
 
 from __future__ import annotations
 
@@ -219,12 +215,7 @@ def encoder_layers(model: Any, tower: Any = None) -> int:
 
 
 def processor_inputs(model: TransformersLlava, prompt: Prompt) -> dict[str, Tensor]:
-    """A prompt as transformers' processor makes it: as many placeholders as the model, not zipped, has visual tokens.
-
-    Args:
-        model: with nothing on it.
-        prompt: all of whose images are of one size.
-    """
+    """Make a prompt as transformers' processor does: as many placeholders as the unzipped model has visual tokens."""
     sizes = [prompt.size] * len(prompt.images)
     with torch.inference_mode():
         run = len(model.visual_tokens(prompt.images[:1], sizes[:1])[0])

@@ -6,21 +6,21 @@ The classes here are mixed in before a backbone's own (``class LlavaLlamaModel(L
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.backbone import LlavaMetaModel
 from llava.model.generation import REFUSED, check_settings, own_memory, padding_id, with_row_lengths
 from llava.model.loading import CheckedLoading
-from llava.model.multimodal_encoder.builder import build_towers
 from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
-from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompts import (
+    Padded,
     as_tiles,
     check_images,
     check_mask,
@@ -30,14 +30,15 @@ from llava.model.prompts import (
     images_per_row,
     pad_rows,
     padding_mask,
+    refuse_images_at_the_end,
     refuse_sentinels_without_images,
     splice,
-    visual_positions,
 )
-from llava.model.tiles import Layout, lay_out_tiles, tile_layouts, unpad_image
+from llava.model.tiles import Layout, tile_layouts, unpad_image
+from llava.model.visual import VisualTokens, check_embeds, lay_out
 from visionzip.encoder import check_finite
 from visionzip.integrations.generation import refuse_drafts_behind_a_cache, with_mask_of_ids
-from visionzip.tiles import join_tiles
+from visionzip.language.positions import next_positions
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -46,38 +47,6 @@ logger = logging.get_logger(__name__)
 Images = Tensor | Sequence[Tensor] | Sequence[EncodedImage]
 Sizes = Sequence[tuple[int, int]]
 Prepared = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
-
-
-class LlavaMetaModel:
-    """Backbone with a vision tower, a projector and, for unpadded grids, a newline vector."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        if not (towers := build_towers(config, delay_load=True)):
-            return
-        for name, tower in towers.items():
-            setattr(self, name, tower)
-        self.mm_projector = build_vision_projector(config)
-        # Also where a checkpoint has one that its merge type does not use: what was loaded is saved again.
-        if "unpad" in getattr(config, "mm_patch_merge_type", "flat") or getattr(config, "mm_image_newline", False):
-            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
-        # device_map="auto" goes by this order, and offloads what does not fit: the end of the language model, not a
-        # tower, which it keeps in one piece.
-        first = ("embed_tokens", *towers, "mm_projector")
-        self._modules = {name: self._modules[name] for name in dict.fromkeys((*first, *self._modules))}
-        self._no_split_modules = {*self._no_split_modules, *(type(tower).__name__ for tower in towers.values())}
-
-    def get_vision_tower(self) -> VisionTower | None:
-        """The vision tower, None for a model without one."""
-        return getattr(self, "vision_tower", None)
-
-    def forward(self, *args: Any, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The backbone's own forward, to which visual tokens are tokens like others.
-
-        ``visual_mask`` (B, L), true where they are, is for what listens to this module: the baselines that prune them
-        inside the language model (:mod:`visionzip.language`).
-        """
-        return super().forward(*args, **kwargs)
 
 
 class LlavaMetaForCausalLM(CheckedLoading):
@@ -123,21 +92,27 @@ class LlavaMetaForCausalLM(CheckedLoading):
         image_sizes: Sizes | None = None,
         visual_mask: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward, with its arguments in LLaVA's order.
 
-        ``images`` and ``image_sizes`` are as in :meth:`generate`, and so is what is raised; ``visual_mask`` (B, L)
-        says where ``inputs_embeds`` has visual tokens (only FastV and SparseVLM ask); the others as in transformers.
+        ``images`` and ``image_sizes`` are as in :meth:`generate`, and so is what is raised. Of ``inputs_embeds``,
+        ``visual_mask`` (B, L) says where the visual tokens are (only FastV and SparseVLM ask), and ``token_sizes``
+        (B, L) how many patches each stands for, 1 for text (with a size bias). The others are as in transformers.
         """
         # logits_to_keep is by name because transformers' generate looks for it: else it asks for every token's logits.
         flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         kwargs |= {name: value for name, value in (flags | {"use_cache": use_cache}).items() if value is not None}
         if inputs_embeds is None and (images is not None or past_key_values is None):
-            prepared, visual_mask = self._prepare(
+            prepared, visual_mask, token_sizes = self.prepare(
                 input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
             )
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
+        elif inputs_embeds is None:  # generate gives the sizes of the whole prompt with every step
+            token_sizes = None
+        if token_sizes is not None:
+            kwargs["token_sizes"] = token_sizes[:, -inputs_embeds.shape[1] :]
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -181,16 +156,19 @@ class LlavaMetaForCausalLM(CheckedLoading):
         check_settings(REFUSED, self, kwargs)
         refuse_drafts_behind_a_cache(self, kwargs.get("generation_config"), kwargs)
         if kwargs.get("inputs_embeds") is not None:
+            check_embeds(self.get_vision_tower(), kwargs)
             return super().generate(**with_row_lengths(self, kwargs))
         check_prompts(inputs)
         kwargs.pop("position_ids", None)  # follow from the mask
         mask = kwargs.pop("attention_mask", None)
         if mask is None and len(inputs) > 1 and (pad := padding_id(self, kwargs)) is not None:
             mask = padding_mask(inputs, pad)
-        rows, _, visual = self._embed_prompts(inputs, mask, None, images, image_sizes)
-        embeds, mask, _, _ = pad_rows(rows, None, side="left")
-        where = pad_sequence(visual, batch_first=True, padding_side="left").to(mask.device)
-        kwargs |= {"inputs_embeds": embeds, "attention_mask": mask.long(), "visual_mask": where}
+        padded, original = self._embed_prompts(inputs, mask, None, images, image_sizes, side="left")
+        kwargs |= {"inputs_embeds": padded.embeds, "attention_mask": padded.mask.long(), "visual_mask": padded.visual}
+        if original:
+            kwargs["position_ids"] = padded.positions
+        if padded.sizes is not None:
+            kwargs["token_sizes"] = padded.sizes
         return super().generate(**with_row_lengths(self, kwargs))
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +182,7 @@ class LlavaMetaForCausalLM(CheckedLoading):
         """
         check_finite(images, [1] * len(images))
         tower = self.get_vision_tower()
-        return self._project(tower.encode(images.to(tower.dtype), self._project)[0])
+        return self._project(tower.encode(images.to(tower.dtype), self._project).tokens)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -229,17 +207,26 @@ class LlavaMetaForCausalLM(CheckedLoading):
 
         Returns:
             LLaVA's six values: None, position_ids, attention_mask, past_key_values, inputs_embeds (B, L', hidden_size)
-            and labels (visual positions ignored); those that were None are None again. Rows are padded on
-            ``config.tokenizer_padding_side`` and cut at ``config.tokenizer_model_max_length``. Without images the
-            arguments come back as they are, with None for the embeddings.
+            and labels (visual positions ignored); those that were None are None again, but for position_ids and the
+            mask with ``positions="original"``. Rows are padded on ``config.tokenizer_padding_side`` and cut at
+            ``config.tokenizer_model_max_length`` positions. Without images the arguments come back as they are, with
+            None for the embeddings.
 
         Raises:
-            ValueError: the prompts and images do not fit together, or a pixel is not finite.
+            ValueError: the prompts and images do not fit together, a pixel is not finite, or the setting has a size
+                bias, for which six values have no place (:meth:`prepare` has).
             TypeError: the images are not tensors.
         """
-        return self._prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)[0]
+        arguments = (input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
+        prepared, _, sizes = self.prepare(*arguments)
+        if sizes is not None:
+            raise ValueError(
+                "LLaVA's six values have no place for token_sizes, which this model's size bias needs: call "
+                "model.prepare, which returns them besides, or set size_bias=False"
+            )
+        return prepared
 
-    def _prepare(
+    def prepare(
         self,
         input_ids: Tensor | None,
         position_ids: Tensor | None,
@@ -247,31 +234,45 @@ class LlavaMetaForCausalLM(CheckedLoading):
         past_key_values: Any,
         labels: Tensor | None,
         images: Images | None,
-        image_sizes: Sizes | None,
-    ) -> tuple[Prepared, Tensor | None]:
-        """LLaVA's six values, and where the embeddings have visual tokens: (B, L') bool, None without embeddings."""
+        image_sizes: Sizes | None = None,
+    ) -> tuple[Prepared, Tensor | None, Tensor | None]:
+        """Put visual tokens where the prompts have the image sentinel, and say what they are.
+
+        Arguments and errors are those of :meth:`prepare_inputs_labels_for_multimodal`, but for the size bias.
+
+        Returns:
+            LLaVA's six values; ``visual_mask`` (B, L') bool, None without embeddings; and ``token_sizes`` (B, L')
+            float32, None without a size bias.
+        """
         check_prompts(input_ids)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         decoding = past > 0 and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
-            return (input_ids, position_ids, attention_mask, past_key_values, None, labels), None
+            return (input_ids, position_ids, attention_mask, past_key_values, None, labels), None, None
         past_mask = None
         if attention_mask is not None:
             past_mask, attention_mask = attention_mask[:, :past], attention_mask[:, past:]
-        rows, row_labels, visual = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes)
         side = getattr(self.config, "tokenizer_padding_side", "right")
-        embeds, mask, positions, new_labels = pad_rows(rows, row_labels, side)
+        padded, original = self._embed_prompts(input_ids, attention_mask, labels, images, image_sizes, side)
+        positions = None if position_ids is None else padded.positions
+        if original:
+            before = next_positions(past_key_values, len(input_ids))
+            if before is None:
+                before = past if past_mask is None else past_mask.long().sum(dim=1, keepdim=True)
+            positions = torch.where(padded.mask, padded.positions + before, 0)
+            if past_mask is None:  # without a mask, transformers would take each jump for a prompt of its own
+                past_mask = padded.mask.new_ones(len(input_ids), past)
         prepared = (
             None,
-            None if position_ids is None else positions,
-            None if past_mask is None else torch.cat([past_mask, mask.to(past_mask)], dim=1),
+            positions,
+            None if past_mask is None else torch.cat([past_mask, padded.mask.to(past_mask)], dim=1),
             past_key_values,
-            embeds,
-            new_labels,
+            padded.embeds,
+            padded.labels,
         )
-        return prepared, pad_sequence(visual, batch_first=True, padding_side=side).to(mask.device)
+        return prepared, padded.visual, padded.sizes
 
     def _embed_prompts(
         self,
@@ -280,8 +281,9 @@ class LlavaMetaForCausalLM(CheckedLoading):
         labels: Tensor | None,
         images: Images | None,
         image_sizes: Sizes | None,
-    ) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
-        """Of each prompt, without padding: embeddings (L', D), labels (L',), and where visual tokens are (L',) bool."""
+        side: str,
+    ) -> tuple[Padded, bool]:
+        """The prompts as the language model gets them, and whether they have original positions."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_mask(input_ids, keep)
         check_vocabulary(input_ids, keep, self.get_model().embed_tokens.num_embeddings)
@@ -291,27 +293,28 @@ class LlavaMetaForCausalLM(CheckedLoading):
         none = images is None or (isinstance(images, Tensor | Sequence) and len(images) == 0)
         if none or self.get_vision_tower() is None:
             refuse_sentinels_without_images(input_ids)
-            visual: list[Tensor] = []
+            visual: list[VisualTokens] = []
             takes = [0] * len(prompts)
         else:
             check_images(images)
             takes = images_per_row(markers, self.count_markers(images), training=labels is not None)
-            visual = self.visual_tokens(images, image_sizes)
+            visual = self.placed_tokens(images, image_sizes)
+        original = any(image.places is not None for image in visual)
+        if original and labels is None:
+            refuse_images_at_the_end(prompts)
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         remaining = iter(visual)
-        rows, new_labels, where = [], [], []
+        rows = []
         for index, prompt in enumerate(prompts):
             own = [next(remaining) for _ in range(takes[index])]
-            row, expanded = splice(prompt, own, embed, None if row_labels is None else row_labels[index])
-            if limit is not None and len(row) > limit:
+            row = splice(prompt, own, embed, None if row_labels is None else row_labels[index])
+            if limit is not None and row.end > limit:
                 logger.warning_once(
-                    f"a prompt of {len(row)} tokens was cut at tokenizer_model_max_length={limit}; its end is lost"
+                    f"a prompt of {row.end} tokens was cut at tokenizer_model_max_length={limit}; its end is lost"
                 )
-            rows.append(row[:limit])
-            new_labels.append(None if expanded is None else expanded[:limit])
-            where.append(visual_positions(prompt, own)[:limit])
-        return rows, None if labels is None else new_labels, where
+            rows.append(row.cut(limit))
+        return pad_rows(rows, side), original
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images in a prompt."""
@@ -323,7 +326,11 @@ class LlavaMetaForCausalLM(CheckedLoading):
         return self.get_vision_tower().num_patches
 
     def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
-        """What the language model sees of each image: (n, hidden_size), all tiles encoded in one batch.
+        """What the language model sees of each image: (n, hidden_size); see :meth:`placed_tokens`."""
+        return [image.tokens for image in self.placed_tokens(images, image_sizes)]
+
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """What the language model sees of each image, with positions and sizes; all tiles are encoded in one batch.
 
         Args:
             images: as in :meth:`generate`, or a list of what the tower has made of each (:class:`EncodedImage`), with
@@ -335,9 +342,12 @@ class LlavaMetaForCausalLM(CheckedLoading):
             TypeError: the images are not tensors.
         """
         check_images(images)
-        if isinstance(images, Tensor) and images.ndim == 4:
-            return list(self.encode_images(images))
         tower = self.get_vision_tower()
+        if isinstance(images, Tensor) and images.ndim == 4:
+            check_finite(images, [1] * len(images))
+            encoded = tower.encode(images.to(tower.dtype), self._project)
+            encoded = replace(encoded, tokens=self._project(encoded.tokens))
+            return [lay_out(image, tower) for image in encoded.split([1] * len(images))]
         images = list(images)  # holds them: an object's id is its own only while it lives
         encoded = [image for image in images if isinstance(image, EncodedImage)]
         if encoded and len(encoded) < len(images):
@@ -351,18 +361,17 @@ class LlavaMetaForCausalLM(CheckedLoading):
         counts = [len(image) if first[index] == index else 0 for index, image in enumerate(tiles)]
         used = [index for index, count in enumerate(counts) if count]
         if encoded:
-            tokens = torch.cat([tiles[index] for index in used])
-            zipped = encoded[0].dominant_indices is not None
-            indices = torch.cat([encoded[index].dominant_indices for index in used]) if zipped else None
+            whole = EncodedImage.join([encoded[index] for index in used])
         else:
             batch = torch.cat([tiles[index].to(tower.device) for index in used])
             check_finite(batch, counts)
-            tokens, indices = tower.encode(batch.to(tower.dtype), self._project)  # it returns the type that it is given
-        tokens = self._project(tokens)
-        kept: Sequence[Tensor | None] = [None] * len(tiles) if indices is None else indices.split(counts)
+            whole = tower.encode(batch.to(tower.dtype), self._project)  # it returns the type that it is given
+        whole = replace(whole, tokens=self._project(whole.tokens))
+        unpads = getattr(self.config, "mm_patch_merge_type", "flat") == "spatial_unpad"
+        newline = self.get_model().image_newline if unpads else None
         merged = {
-            index: self._merge_tiles(image, indices, layout)
-            for index, (image, indices, layout) in enumerate(zip(tokens.split(counts), kept, layouts, strict=True))
+            index: lay_out(image, tower, layout, newline)
+            for index, (image, layout) in enumerate(zip(whole.split(counts), layouts, strict=True))
             if counts[index]
         }
         return [merged[place] for place in first]
@@ -383,17 +392,3 @@ class LlavaMetaForCausalLM(CheckedLoading):
         projector = self.get_model().mm_projector
         dtype = next((parameter.dtype for parameter in projector.parameters()), self.dtype)
         return projector(tokens.to(dtype))
-
-    def _merge_tiles(self, tokens: Tensor, dominant_indices: Tensor | None, layout: Layout | None) -> Tensor:
-        """One image's sequence (n, D) from its tiles (T, N, D), by ``config.mm_patch_merge_type``."""
-        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
-        if merge_type == "flat":
-            return tokens.flatten(0, 1)
-        newline = self.get_model().image_newline if merge_type == "spatial_unpad" else None
-        if layout is None:
-            return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
-        tower = self.get_vision_tower()
-        if dominant_indices is None:
-            return lay_out_tiles(tokens, layout, tower.num_patches_per_side, newline)
-        cls = {"cls_token": tower.cls_token, "keeps_cls": tower.counts.cls_token}
-        return join_tiles(tokens, dominant_indices, layout.grid, tower.num_patches_per_side, **cls)

@@ -17,6 +17,7 @@ no figures of -HD.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.mining import average_patches, mine, sub_patches
 from llava.model.multimodal_encoder.openclip_encoder import STRIDE, OpenCLIPVisionTower
-from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.model.prompts import check_images, first_places
+from llava.model.visual import VisualTokens, lay_out
 from visionzip.encoder import check_finite
 
 __all__ = ["MGMMetaForCausalLM", "MGMMetaModel"]
@@ -99,6 +101,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         image_sizes: Sizes | None = None,
         visual_mask: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """LLaVA's, with Mini-Gemini's ``images_aux`` where that has it."""
@@ -116,6 +119,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
             image_sizes,
             visual_mask,
             logits_to_keep,
+            token_sizes,
             **kwargs,
         )
 
@@ -155,8 +159,8 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         """
         return torch.stack(self.visual_tokens(_paired(images, images_aux)))
 
-    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
-        """What the language model sees of each image: (n, hidden_size), all encoded in one batch.
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """What the language model sees of each image, with positions and sizes; all are encoded in one batch.
 
         Args:
             images: (B, 3, a, a), or a list of (3, a, a). What is in a list several times (questions about one image)
@@ -181,10 +185,13 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         for pixels in (high[:, None], tiles):  # 0 for an image that came before: the messages count all of them
             own = [pixels.shape[1] * (place == index) for index, place in enumerate(first)]
             check_finite(pixels.flatten(0, 1), own)
-        tokens, patches = self.read_tiles(tiles.flatten(0, 1))
-        tokens = tokens + self.look_closer(tokens, patches, self.get_vision_tower_aux()(high))
-        merged = dict(zip(used, self._project(tokens).unflatten(0, tiles.shape[:2]).flatten(1, 2), strict=True))
-        return [merged[place] for place in first]
+        tower = self.get_vision_tower()
+        batch = tiles.flatten(0, 1).to(device=tower.device, dtype=tower.dtype)
+        encoded = tower.encode(batch, self._project)
+        tokens = encoded.tokens + self.look_closer(encoded, self.get_vision_tower_aux()(high))
+        encoded = replace(encoded, tokens=self._project(tokens))
+        merged = dict(zip(used, encoded.split([tiles.shape[1]] * len(used)), strict=True))
+        return [lay_out(merged[place], tower) for place in first]
 
     def whole_images(self, images: Tensor) -> Tensor:
         """What the CLIP tower sees of whole images (B, 3, a, a): (B, 3, e, e), for figures of its attention."""
@@ -224,33 +231,22 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         low = torch.cat([_resized(large, edge), cells]) if has_whole else cells
         return ImagePair(low.to(high.dtype), high)
 
-    def read_tiles(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """What the CLIP tower makes of tiles (B, 3, e, e), and where it stands in the image.
-
-        Returns:
-            Tokens (B, N, D) and the numbers (B, n) of their patches: of all, or when zipped of all but the first token
-            where that is CLS.
-        """
-        tower = self.get_vision_tower()
-        batch = tiles.to(device=tower.device, dtype=tower.dtype)
-        if tower.visionzip is None:
-            tokens = tower(batch)
-            return tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        compressed = tower.compress(batch, self._project)
-        return compressed.tokens, compressed.kept[:, int(tower.counts.cls_token) :] - int(tower.cls_token)
-
-    def look_closer(self, tokens: Tensor, patches: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    def look_closer(self, encoded: EncodedImage, maps: Sequence[Tensor]) -> Tensor:
         """Patch info mining: what is added to each token.
 
         Args:
-            tokens: (B * T, N, D) of T tiles of each of B images.
-            patches: (B * T, n) as from :meth:`read_tiles`; where n < N, the first token is CLS.
+            encoded: (B * T, N, D), what the CLIP tower makes of T tiles of each of B images.
             maps: the high-resolution tower's, of the B images.
 
         Returns:
             (B * T, N, D).
         """
-        side, (grid, has_whole) = self.get_vision_tower().num_patches_per_side, _grid(self.config)
+        tower, tokens = self.get_vision_tower(), encoded.tokens
+        if encoded.kept is None:
+            patches = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        else:  # of all but the first token, where that is CLS
+            patches = encoded.kept[:, int(tower.counts.cls_token) :] - int(tower.cls_token)
+        side, (grid, has_whole) = tower.num_patches_per_side, _grid(self.config)
         size = maps[0].shape[-1] // (grid * side)  # positions along an edge of a patch
         tiles, places = (values.unflatten(0, (len(maps[0]), -1)) for values in (tokens, patches.to(maps[0].device)))
         corners = torch.stack([places // side, places % side], dim=-1) * size

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.visual import VisualTokens
 
 
 def check_prompts(input_ids: Tensor | None) -> None:
@@ -70,6 +71,20 @@ def refuse_sentinels_without_images(input_ids: Tensor | None) -> None:
         raise ValueError(
             f"the prompts have {markers} <image> but no images were given: pass images=, or leave <image> out"
         )
+
+
+def refuse_images_at_the_end(prompts: Sequence[Tensor]) -> None:
+    """Check that prompts (L,) with original positions do not end with an image.
+
+    Raises:
+        ValueError: one does; what follows would take the last kept token's place for the image's end.
+    """
+    for row, prompt in enumerate(prompts):
+        if prompt[-1] == IMAGE_TOKEN_INDEX:
+            raise ValueError(
+                f"prompt {row} ends with an image, behind which positions='original' has no token to go on from: put "
+                "text behind it (a line break will do), or set positions='consecutive'"
+            )
 
 
 def images_per_row(markers: list[int], images: int, training: bool) -> list[int]:
@@ -158,73 +173,120 @@ def as_tiles(image: Any, index: int, edge: int) -> Tensor:
     return image[None] if image.ndim == 3 else image
 
 
-def splice(
-    prompt: Tensor, visual: list[Tensor], embed: nn.Module, labels: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings and labels of one prompt, with visual tokens in the place of the sentinels.
+class Row(NamedTuple):
+    """One prompt as the language model gets it, without padding: L' tokens.
+
+    Attributes:
+        embeds: (L', D).
+        labels: (L',), visual tokens ignored; None if there are none.
+        visual: (L',) bool, where the visual tokens are.
+        positions: (L',) int64, from 0.
+        sizes: (L',) float32, patches that each visual token stands for in attention, else 1; None without a size bias.
+        end: the position behind the last token.
+    """
+
+    embeds: Tensor
+    labels: Tensor | None
+    visual: Tensor
+    positions: Tensor
+    sizes: Tensor | None
+    end: int
+
+    def cut(self, limit: int | None) -> Row:
+        """The prompt without what stands at positions from ``limit`` on."""
+        if limit is None or self.end <= limit:
+            return self
+        first = int((self.positions >= limit).int().argmax())
+        parts = (None if part is None else part[:first] for part in self[:5])
+        return Row(*parts, limit)
+
+
+def splice(prompt: Tensor, visual: list[VisualTokens], embed: nn.Module, labels: Tensor | None) -> Row:
+    """Put visual tokens in the place of one prompt's sentinels.
 
     A text-only prompt's dummy image adds nothing but its (empty) slice, which ties the projector to the loss: under
     ZeRO and DDP every rank must use every parameter.
 
     Args:
         prompt: (L,) token ids, without padding.
-        visual: visual tokens (n, D) for each sentinel, in order.
+        visual: for each sentinel, in order; of a text-only prompt, its dummy image.
         embed: the language model's embedding of token ids.
         labels: (L,) or None.
-
-    Returns:
-        (L', D) and labels (L',), visual positions ignored.
     """
     is_image = prompt == IMAGE_TOKEN_INDEX
     text = embed(prompt[~is_image])
-    positions = is_image.nonzero().flatten().tolist()
-    if not positions:
-        return torch.cat([text, *(tokens[:0].to(text) for tokens in visual)]), labels
-    lengths = [end - start - 1 for start, end in zip([-1, *positions], [*positions, len(prompt)], strict=True)]
-    pieces, label_pieces = [], []
-    label_texts = None if labels is None else labels[~is_image].split(lengths)
-    for number, piece in enumerate(text.split(lengths)):
-        pieces.append(piece)
-        if label_texts is not None:
-            label_pieces.append(label_texts[number])
+    markers = is_image.nonzero().flatten().tolist()
+    if not markers:
+        embeds = torch.cat([text, *(image.tokens[:0].to(text) for image in visual)])
+        return Row(embeds, labels, is_image, torch.arange(len(text), device=text.device), None, len(text))
+    lengths = [end - start - 1 for start, end in zip([-1, *markers], [*markers, len(prompt)], strict=True)]
+    label_texts = [None] * len(lengths) if labels is None else labels[~is_image].split(lengths)
+    pieces: list[Row] = []
+    start = 0
+    for number, (piece, label) in enumerate(zip(text.split(lengths), label_texts, strict=True)):
+        pieces.append(_piece(piece, label, start, None))
+        start = pieces[-1].end
         if number < len(visual):
-            pieces.append(visual[number].to(text))
-            if label_texts is not None:
-                label_pieces.append(labels.new_full((len(visual[number]),), IGNORE_INDEX))
-    return torch.cat(pieces), None if labels is None else torch.cat(label_pieces)
+            ignored = None if labels is None else labels.new_full((len(visual[number].tokens),), IGNORE_INDEX)
+            pieces.append(_piece(visual[number].tokens.to(text), ignored, start, visual[number]))
+            start = pieces[-1].end
+    embeds, label_pieces, is_visual, positions, sizes, _ = zip(*pieces, strict=True)
+    has_sizes = any(image.sizes is not None for image in visual)
+    return Row(
+        torch.cat(embeds),
+        None if labels is None else torch.cat(label_pieces),
+        torch.cat(is_visual),
+        torch.cat(positions),
+        torch.cat(sizes) if has_sizes else None,
+        start,
+    )
 
 
-def visual_positions(prompt: Tensor, visual: list[Tensor]) -> Tensor:
-    """Where :func:`splice` puts visual tokens: (L',) bool.
+def _piece(embeds: Tensor, labels: Tensor | None, start: int, image: VisualTokens | None) -> Row:
+    """Text, or an image's tokens, from position ``start`` on."""
+    places = torch.arange(len(embeds), device=embeds.device)
+    sizes = torch.ones(len(embeds), device=embeds.device)
+    end = len(embeds)
+    if image is not None:
+        places = places if image.places is None else image.places.to(embeds.device)
+        sizes = sizes if image.sizes is None else image.sizes.to(sizes)
+        end = image.length
+    visual = torch.full((len(embeds),), image is not None, device=embeds.device)
+    return Row(embeds, labels, visual, start + places, sizes, start + end)
 
-    Args:
-        prompt: (L,) token ids, without padding.
-        visual: visual tokens (n, D) for each sentinel, in order.
+
+class Padded(NamedTuple):
+    """Prompts of a batch: the fields of :class:`Row` as (B, L, …), and a mask (B, L) bool, False for padding.
+
+    Padding has position 0 and size 1.
     """
-    is_image = prompt == IMAGE_TOKEN_INDEX
-    repeats = torch.ones_like(prompt)
-    if is_image.any():
-        repeats[is_image] = torch.tensor([len(tokens) for tokens in visual], device=prompt.device)
-    return is_image.repeat_interleave(repeats)
+
+    embeds: Tensor
+    mask: Tensor
+    labels: Tensor | None
+    visual: Tensor
+    positions: Tensor
+    sizes: Tensor | None
 
 
-def pad_rows(
-    rows: list[Tensor], labels: list[Tensor] | None, side: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Stack prompts of different lengths.
+def pad_rows(rows: list[Row], side: str) -> Padded:
+    """Stack prompts of different lengths, with padding on the ``side`` ``"left"`` or ``"right"``."""
 
-    Args:
-        rows: embeddings (L_i, D) of each prompt.
-        labels: (L_i,) of each, or None.
-        side: ``"left"`` or ``"right"``: where padding goes.
+    def pad(name: str, value: float) -> Tensor:
+        own = [getattr(row, name) for row in rows]
+        return pad_sequence(own, batch_first=True, padding_value=value, padding_side=side)
 
-    Returns:
-        embeddings (B, L, D), mask (B, L) bool, positions (B, L) and labels (B, L) or None.
-    """
-
-    def pad(tensors: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-    ranges = [torch.arange(len(row), device=row.device) for row in rows]
-    mask = pad([torch.ones_like(positions, dtype=torch.bool) for positions in ranges], False)
-    return pad(rows, 0.0), mask, pad(ranges, 0), None if labels is None else pad(labels, IGNORE_INDEX)
+    if any(row.sizes is not None for row in rows):
+        rows = [
+            row._replace(sizes=torch.ones_like(row.positions, dtype=torch.float32)) if row.sizes is None else row
+            for row in rows
+        ]
+    ones = [torch.ones_like(row.visual) for row in rows]
+    return Padded(
+        pad("embeds", 0.0),
+        pad_sequence(ones, batch_first=True, padding_side=side),
+        None if rows[0].labels is None else pad("labels", IGNORE_INDEX),
+        pad("visual", False),
+        pad("positions", 0),
+        None if rows[0].sizes is None else pad("sizes", 1.0),
+    )

@@ -4,8 +4,8 @@ Prompts, tiles and images are LLaVA's, as its evaluation has them: texts are tok
 LLaVA-1.5's images are padded to a square, LLaVA-NeXT's cut into tiles. (Transformers' processors tokenize the whole
 text at once and crop where LLaVA pads.) What answers is the model as transformers loads it, zipped or not.
 
-OneVision's images are all cut into tiles; its stock processor gives those that share
-a prompt with others one tile each. FastV and SparseVLM hook into LLaVA's own classes: convert to these.
+OneVision's images are all cut into tiles; its stock processor gives those that share a prompt with others one tile
+each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_images, first_places
 from llava.model.tiles import tile_layouts
 from llava.model.tokenizer import load_tokenizer
+from llava.model.visual import VisualTokens
 from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
-from visionzip.integrations import REGISTRY, Integration, find_integration
+from visionzip.integrations import REGISTRY, Integration, family_of, find_integration
+from visionzip.integrations.calls import SIZES
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.generation import logits_processors
+from visionzip.language.pruning import is_pruned
 
 
 def is_transformers(values: dict[str, Any]) -> bool:
@@ -121,13 +125,21 @@ class _Language(nn.Module):
         super().__init__()
         self.native = native
 
-    def forward(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; ``visual_mask`` is for the baselines, which are not for these models."""
-        return self.native(**kwargs)
+    def forward(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own forward.
 
-    def generate(self, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``."""
-        return self.native.generate(**kwargs)
+        ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it; ``token_sizes`` (B, L) for a size bias.
+        """
+        return self.native(**kwargs, **self._for_hooks(visual_mask, token_sizes))
+
+    def generate(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own ``generate``; ``visual_mask`` and ``token_sizes`` as in :meth:`forward`."""
+        return self.native.generate(**kwargs, **self._for_hooks(visual_mask, token_sizes))
+
+    def _for_hooks(self, visual_mask: Tensor | None, token_sizes: Tensor | None) -> dict[str, Any]:
+        """Both as arguments of the model inside, which takes them only for what hangs on it."""
+        masks = {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
+        return masks if token_sizes is None else {**masks, "mm_encoder_outputs": {SIZES: token_sizes}}
 
 
 class TransformersLlava(LlavaMetaForCausalLM, _Language):
@@ -195,8 +207,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         self._tower[0].visionzip = VisionZipConfig.from_dict(setting) if setting else None
         return self._tower[0]
 
-    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
-        """What the language model sees for each ``<image>``: (n, hidden_size) of an image, or of a video's frame.
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """What the language model sees for each ``<image>``: of an image, or of a video's frame.
 
         Args:
             images: as in :meth:`generate`, and videos from :meth:`video_pixels`. What is in a list several times is
@@ -211,12 +223,32 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         images = list(images)  # holds them: an object's id is its own only while it lives
         first = first_places(images, image_sizes)
         videos = [place for place in sorted(set(first)) if self._is_video(images[place])]
-        found = {place: self._frame_tokens(images[place], place) for place in videos}
+        found = {place: self._frames(images[place], place) for place in videos}
         if single := sorted(set(first) - set(videos)):
-            inputs = self.pixel_inputs(images, image_sizes, single)
-            features = self.native.model.get_image_features(**inputs).pooler_output
-            found |= {place: [tokens] for place, tokens in zip(single, features, strict=True)}
-        return [tokens for place in first for tokens in found[place]]
+            encoded = self._encoded("image", self.pixel_inputs(images, image_sizes, single))
+            found |= {place: [own] for place, own in zip(single, encoded, strict=True)}
+        return [own for place in first for own in found[place]]
+
+    def _encoded(self, name: str, pixels: dict[str, Tensor]) -> list[VisualTokens]:
+        """Visual tokens of each image, or each video, whose pixels are given as the model inside takes them."""
+        base, zipped = self.native.model, getattr(self.native, "_visionzip", None)
+        if zipped is None:
+            output = getattr(base, f"get_{name}_features")(**pixels).pooler_output
+            if name == "video":  # (frames, n, hidden_size)
+                output = output.flatten(0, -2)[None]
+            return [VisualTokens(tokens, len(tokens)) for tokens in output]
+        modality = zipped.family.modalities[name]
+        encoded = modality.encode(base, zipped.config, pixels)
+        runs = modality.runs(base, zipped.config, pixels)
+        return [
+            VisualTokens(
+                tokens,
+                run.full if zipped.original else len(tokens),
+                places if zipped.original else None,
+                encoded.sizes[index] if encoded.sizes else None,
+            )
+            for index, (tokens, places, run) in enumerate(zip(encoded.tokens, encoded.places, runs, strict=True))
+        ]
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images and videos in a prompt: one for each frame."""
@@ -232,7 +264,7 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         """Visual tokens of one frame of a video, not zipped, and without OneVision's newline behind the last one."""
         if not self.takes_videos:  # frames are images to it
             return super().frame_length
-        video = import_module(f"visionzip.integrations.hf_{self.native.config.model_type}").FAMILY.modalities["video"]
+        video = family_of(self.native).modalities["video"]
         edge = self.get_vision_tower().config.image_size
         pixels = (torch.empty(1, frames, 3, edge, edge, device="meta") for frames in (1, 2))
         one, two = (video.runs(self.native.model, VisionZipConfig(), {video.pixels: each})[0].full for each in pixels)
@@ -262,8 +294,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
     def _is_video(self, image: Any) -> bool:
         return self.takes_videos and isinstance(image, Tensor) and image.ndim == (5 if self.kind.tiles else 4)
 
-    def _frame_tokens(self, video: Tensor, index: int) -> list[Tensor]:
-        """Visual tokens of each frame; the last one's with OneVision's newline behind the video."""
+    def _frames(self, video: Tensor, index: int) -> list[VisualTokens]:
+        """Each frame of a video; the last one's with OneVision's newline behind the video."""
         tower = self.get_vision_tower()
         edge, tiled = tower.config.image_size, self.kind.tiles
         frames = video.flatten(0, 1) if tiled else video.transpose(0, 1)
@@ -274,10 +306,8 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
             )
         check_finite(frames, [0] * index + [len(frames)])
         pixels = frames[None].to(device=tower.device, dtype=tower.dtype)
-        tokens = self.native.model.get_video_features(pixel_values_videos=pixels).pooler_output
-        tokens = tokens.flatten(0, -2)
-        each, newlines = divmod(len(tokens), len(frames))
-        return list(tokens.split([each] * (len(frames) - 1) + [each + newlines]))
+        (whole,) = self._encoded("video", {"pixel_values_videos": pixels})
+        return whole.split(len(frames))
 
     def pixel_inputs(
         self, images: Sequence[Tensor], image_sizes: Sizes | None = None, wanted: Sequence[int] | None = None
@@ -335,10 +365,21 @@ def _detach(model: TransformersLlava) -> None:
     vars(model.config).pop("visionzip", None)
 
 
+def _encoders(model: TransformersLlava) -> dict[str, Encoder]:
+    """Those of the model inside, with the image processor; videos are as :meth:`TransformersLlava.video_pixels`."""
+    found = find_integration(model.native).encoders(model.native)
+    processor = functools.partial(getattr, model.get_vision_tower(), "image_processor")
+    found = {name: replace(encoder, processor=processor) for name, encoder in found.items()}
+    if "video" in found and not model.kind.tiles:
+        frames = found["video"].inputs
+        found["video"] = replace(found["video"], inputs=lambda videos: frames(videos.transpose(1, 2)))
+    return found
+
+
 def _default(model: TransformersLlava) -> VisionZipConfig:
     return find_integration(model.native).default(model.native)
 
 
 REGISTRY[f"{__name__}.{TransformersLlava.__qualname__}"] = Integration(
-    "transformers' models in LLaVA's commands", _attach, _detach, TransformersLlava.get_vision_tower, _default
+    "transformers' models in LLaVA's commands", _attach, _detach, _encoders, _default, generating_module
 )

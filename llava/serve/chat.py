@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle, new_conversation
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, new_conversation, with_image_tokens
 from llava.mm_utils import tokenizer_image_token
 from llava.model.generation import REFUSED, Refused, check_settings
+from llava.model.prompts import Row, splice
+from llava.model.visual import VisualTokens
 from llava.video import Visual, process_visuals
 
 
@@ -57,34 +59,6 @@ class Turn:
         )
 
 
-def with_image_tokens(text: str, counts: Sequence[int], config: Any) -> str:
-    """A question with one ``<image>`` per image and per frame of a video: where the text has them, else in front.
-
-    Args:
-        text: the question.
-        counts: for each visual that it is about, 1 or a video's frames; these stand together.
-        config: the model's; with ``mm_use_im_start_end`` each is put between start and end markers.
-
-    Raises:
-        ValueError: the text has ``<image>``, but not as many.
-    """
-    marker = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        marker = DEFAULT_IM_START_TOKEN + marker + DEFAULT_IM_END_TOKEN
-    present = text.count(DEFAULT_IMAGE_TOKEN)
-    if present == 0:
-        groups = [marker * count for count in counts]
-        if groups and getattr(config, "mm_video_tower", None):  # Video-LLaVA has one line break, behind all of them
-            groups = ["".join(groups)]
-        return "".join(f"{group}\n" for group in groups) + text
-    if present != sum(counts):
-        raise ValueError(
-            f"the text has {present} {DEFAULT_IMAGE_TOKEN} but {sum(counts)} images were given: give one each (a video "
-            "takes one for each of its frames)"
-        )
-    return text.replace(DEFAULT_IMAGE_TOKEN, marker)
-
-
 _ONE_CACHE = "a conversation has one cache, and one answer to a question: leave it out"
 _REFUSED = REFUSED | {
     "num_beams": Refused(_ONE_CACHE, (1,)),
@@ -96,7 +70,7 @@ _REFUSED = REFUSED | {
     "return_dict_in_generate": Refused("a session returns a Turn: leave it out", (False,)),
 }
 _OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "streamer", "images"}
-_OWN |= {"image_sizes", "generation_config"}
+_OWN |= {"image_sizes", "generation_config", "position_ids", "token_sizes"}
 
 
 class ChatSession:
@@ -135,13 +109,13 @@ class ChatSession:
     def reset(self) -> None:
         """Forget everything said and seen."""
         self.conversation = new_conversation(self.conv_mode)
-        self._visual: list[Tensor] = []  # (n, D) of each image and frame, in order
+        self._visual: list[VisualTokens] = []  # of each image and frame, in order
         self._forget_cache()
 
     def _forget_cache(self) -> None:
         # Without the model's config, which would give sliding windows a cache that cannot be cropped.
         self._cache = DynamicCache()
-        self._cached: list[int] = []  # what each position of the cache holds; see _positions
+        self._cached: list[int] = []  # what each place of the cache holds; see _prompt
 
     @torch.no_grad()
     def ask(self, text: str, images: Sequence[Visual] = (), streamer: BaseStreamer | None = None) -> Turn:
@@ -170,16 +144,19 @@ class ChatSession:
         user, assistant = conversation.roles
         conversation.append_message(user, question)
         conversation.append_message(assistant, None)
-        positions, embeds = self._positions(conversation.get_prompt(), self._visual + visual)
+        positions, row = self._prompt(conversation.get_prompt(), self._visual + visual)
         known = self._reuse(positions)
 
         clock = _Clock(streamer)
-        room = self.model.config.max_position_embeddings - len(positions)
+        room = self.model.config.max_position_embeddings - row.end
+        sizes = {} if row.sizes is None else {"token_sizes": row.sizes[None]}
         try:
             new_ids = self.model.generate(
-                inputs_embeds=embeds[None],  # the whole prompt: generate slices away what is cached
-                attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=embeds.device),
+                inputs_embeds=row.embeds[None],  # the whole prompt: generate slices away what is cached
+                attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=row.embeds.device),
+                position_ids=row.positions[None],
                 past_key_values=self._cache,
+                **sizes,
                 streamer=clock,
                 **self.generate_kwargs | {"max_new_tokens": min(self.generate_kwargs["max_new_tokens"], room)},
             )[0].tolist()
@@ -195,7 +172,7 @@ class ChatSession:
         self.conversation = conversation
         return Turn(
             text=answer,
-            visual_tokens=sum(len(tokens) for tokens in visual),
+            visual_tokens=sum(len(image.tokens) for image in visual),
             fed_tokens=len(positions) - known,
             cached_tokens=known,
             new_tokens=len(new_ids),
@@ -217,40 +194,38 @@ class ChatSession:
                 "again: the next turn fills a new cache"
             )
 
-    def _encode(self, images: Sequence[Visual]) -> list[Tensor]:
+    def _encode(self, images: Sequence[Visual]) -> list[VisualTokens]:
         if not images:
             return []
-        tokens = self.model.visual_tokens(*process_visuals(images, self.image_processor, self.model))
-        if tokens[0].is_cuda:
+        visual = self.model.placed_tokens(*process_visuals(images, self.image_processor, self.model))
+        if visual[0].tokens.is_cuda:
             torch.cuda.synchronize()
-        return tokens
+        return visual
 
-    def _positions(self, prompt: str, visual: list[Tensor]) -> tuple[list[int], Tensor]:
-        """What stands at each position of a prompt, to compare with the cache, and its embeddings (L, D).
+    def _prompt(self, prompt: str, visual: list[VisualTokens]) -> tuple[list[int], Row]:
+        """What stands at each place of a prompt, to compare with the cache, and the prompt as the model gets it.
 
         A text token stands as its id; all of image number i as -1 - i.
         """
         ids = tokenizer_image_token(prompt, self.tokenizer)
         remaining = iter(enumerate(visual))
-        positions: list[int] = []
+        standing: list[int] = []
         for token in ids:
             if token == IMAGE_TOKEN_INDEX:
-                number, tokens = next(remaining)
-                positions += [-1 - number] * len(tokens)
+                number, image = next(remaining)
+                standing += [-1 - number] * len(image.tokens)
             else:
-                positions.append(token)
+                standing.append(token)
+        embed = self.model.get_input_embeddings()
+        row = splice(torch.tensor(ids, device=embed.weight.device), visual, embed, None)
         limit = self.model.config.max_position_embeddings
-        if len(positions) >= limit:
+        if row.end >= limit:
+            has = f"{len(standing)} tokens" + (f" at {row.end} positions" if row.end > len(standing) else "")
             raise ValueError(
-                f"the conversation has {len(positions)} tokens but the model's context is {limit}: reset it, or use "
-                "smaller VisionZip budgets"
+                f"the conversation has {has} but the model's context is {limit}: reset it, or use smaller VisionZip "
+                "budgets" + (" with positions='consecutive'" if row.end > len(standing) else "")
             )
-        device = self.model.get_input_embeddings().weight.device
-        here = torch.tensor(positions, device=device)
-        embeds = self.model.get_input_embeddings()(here.clamp(min=0))
-        if visual:
-            embeds[here < 0] = torch.cat(visual).to(embeds)
-        return positions, embeds
+        return standing, row
 
     def _reuse(self, positions: list[int]) -> int:
         """Crop the cache to what it shares with the prompt; how many positions that is.

@@ -18,6 +18,7 @@ from llava.arguments import (
     add_frames_argument,
     add_generation_arguments,
     add_image_argument,
+    add_language_arguments,
     add_model_arguments,
     load_from_arguments,
     sampling,
@@ -156,6 +157,7 @@ def add_zipped_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser, unzipped: str) -> None:
     add_model_arguments(parser, unzipped)
+    add_language_arguments(parser)
     add_image_argument(parser, "images that the first question is about")
     parser.add_argument(
         "--video", nargs="+", action="extend", metavar="VIDEO", help="videos that the first question is about"

@@ -17,6 +17,7 @@ from llava.train.checkpoints import records_digest, what_decides_steps
 from llava.train.data import Record
 from llava.train.run import TrainingArguments, check_finite
 from visionzip import VisionZipConfig
+from visionzip.methods import method_of
 
 _DECIDING_DATA = ("data_path", "image_aspect_ratio", "data_fraction", "turns_apart")
 _DECIDING_TRAINING = ("learning_rate", "mm_projector_lr", "weight_decay", "seed", "data_seed", "model_max_length")
@@ -47,16 +48,23 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "attention kernel: sdpa, eager, …"})
     visionzip_dominant: int | None = field(default=None, metadata={"help": "train with VisionZip: tokens to keep"})
     visionzip_contextual: int | None = field(default=None, metadata={"help": "train with VisionZip: merged tokens"})
+    visionzip_method: str | None = field(
+        default=None,
+        metadata={"help": "another method of choosing than VisionZip's, of as many tokens in all (visionzip-plus, …)"},
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         check_finite(self)
 
     @property
-    def budget(self) -> dict[str, int]:
-        """VisionZip's counts as far as they are given; none of them leaves the model as it is."""
+    def budget(self) -> dict[str, Any]:
+        """VisionZip's setting as far as it is given; nothing leaves the model as it is."""
         counts = {"dominant": self.visionzip_dominant, "contextual": self.visionzip_contextual}
-        return {name: count for name, count in counts.items() if count is not None}
+        given = {name: count for name, count in counts.items() if count is not None}
+        if self.visionzip_method in (None, "visionzip"):
+            return given
+        return {"method": self.visionzip_method, **({"keep": sum(given.values())} if given else {})}
 
     @property
     def learns_part(self) -> bool:
@@ -176,7 +184,7 @@ def check_arguments(arguments: ModelArguments, data: DataArguments, training: Ll
 
 
 def _check_values(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:
-    VisionZipConfig(**arguments.budget)
+    method_of(VisionZipConfig(**arguments.budget))
     if data.image_aspect_ratio not in (None, "pad", "square", "anyres"):
         raise ValueError(f"image_aspect_ratio={data.image_aspect_ratio!r} is not pad, square or anyres")
     counts = {"lora_r": arguments.lora_r, "model_max_length": training.model_max_length}

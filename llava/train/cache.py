@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,16 +31,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.loading import gathered
-from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
 from llava.screen import progress
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
-from visionzip.methods import method_of
+from visionzip.methods import has_size_bias, method_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments  # loads peft and bitsandbytes, which `visionzip --help` need not
 
-_FORMAT = 2  # of what is computed and how it is stored; a change makes all older caches unknown
+_FORMAT = 3  # of what is computed and how it is stored; a change makes all older caches unknown
 _BATCH = 32  # images that the tower encodes at a time
 _NOT_THE_TOWER = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -128,7 +129,7 @@ def cache_visual_tokens(folder: str, data: InstructionData, model: Any, training
             "nodes share"
         )
     problems = {name: bad[path] for name, path in paths.items() if path in bad}
-    return CachedImages(store, precision.stored, entries, problems, tile_shape(tower))
+    return CachedImages(store, precision.stored, entries, problems, blank_image(tower, precision.stored))
 
 
 def drop_tower(model: Any) -> None:
@@ -169,7 +170,7 @@ class _Images(Dataset):
 
 def _encode_batch(
     batch: list[dict[str, Any]],
-    encode: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    encode: Callable[[Tensor], EncodedImage],
     index: Index,
     writer: Writer,
 ) -> dict[str, str]:
@@ -178,27 +179,24 @@ def _encode_batch(
     new = [item for item in good if "pixels" in item]
     if new:
         counts = [len(item["pixels"]) for item in new]
-        tokens, indices = encode(torch.cat([item["pixels"] for item in new]))
-        kept = [None] * len(new) if indices is None else indices.split(counts)
-        for item, own, own_kept in zip(new, tokens.split(counts), kept, strict=True):
-            index.by_digest[item["digest"]] = writer.add_tokens(item["digest"], item["size"], own, own_kept)
+        encoded = encode(torch.cat([item["pixels"] for item in new]))
+        for item, own in zip(new, encoded.split(counts), strict=True):
+            index.by_digest[item["digest"]] = writer.add_tokens(item["digest"], item["size"], own)
     for item in good:
         writer.add_line(item["path"], item["stamp"], index.by_digest[item["digest"]])
     return {item["path"]: item["bad"] for item in batch if "bad" in item}
 
 
-def _encoder(
-    tower: VisionTower, precision: Precision, device: torch.device
-) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """The tower as the run would use it: of pixels (B, 3, h, w), tokens (B, N, D) and indices (B, K) or None."""
+def _encoder(tower: VisionTower, precision: Precision, device: torch.device) -> Callable[[Tensor], EncodedImage]:
+    """The tower as the run would use it, of pixels (B, 3, h, w)."""
     if (tower.device, tower.dtype) != (device, precision.weights) and not is_deepspeed_zero3_enabled():
         tower = copy.deepcopy(tower).to(device, precision.weights)  # the model's own stays where and as it is
 
     @torch.no_grad()
-    def encode(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(pixels: Tensor) -> EncodedImage:
         with torch.autocast(tower.device.type, precision.autocast, enabled=precision.autocast is not None):
-            tokens, indices = tower.encode(pixels.to(tower.device, tower.dtype))
-        return tokens.to("cpu", precision.stored), None if indices is None else indices.cpu()
+            encoded = tower.encode(pixels.to(tower.device, tower.dtype)).to("cpu")
+        return replace(encoded, tokens=encoded.tokens.to(precision.stored))
 
     return encode
 
@@ -231,17 +229,20 @@ def _recipe(tower: VisionTower, precision: Precision, data: InstructionData) -> 
     }
 
 
-def tile_shape(tower: VisionTower) -> tuple[int, int, int]:
-    """(N, D, K) of a tile's tokens, as the projector gets them, and dominant indices."""
-    if tower.visionzip is None:
-        return tower.num_patches, tower.hidden_size, 0
-    return tower.counts.total, tower.hidden_size, tower.counts.dominant
+def blank_image(tower: VisionTower, dtype: torch.dtype) -> EncodedImage:
+    """An image of one tile of zeros, with all that the tower makes of one."""
+    setting = tower.visionzip
+    tokens = tower.num_patches if setting is None else tower.counts.total
+    sizes = torch.ones(1, tokens) if setting is not None and has_size_bias(setting) else None
+    kept = None if setting is None else torch.zeros(1, tokens, dtype=torch.long)
+    return EncodedImage(torch.zeros(1, tokens, tower.hidden_size, dtype=dtype), kept, sizes)
 
 
 def _check_room(folder: str, images: int, tower: VisionTower, precision: Precision) -> None:
     """Check that so many images of one tile each have room on the disk."""
-    tokens, width, kept = tile_shape(tower)
-    needed = images * (tokens * width * precision.stored.itemsize + 4 * kept)
+    blank = blank_image(tower, precision.stored)
+    parts = (blank.tokens, blank.kept.int() if blank.kept is not None else None, blank.sizes)
+    needed = images * sum(part.nbytes for part in parts if part is not None)
     nearest = next(part for part in (Path(folder).absolute(), *Path(folder).absolute().parents) if part.exists())
     free = shutil.disk_usage(nearest).free
     if needed > free:

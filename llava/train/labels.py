@@ -164,11 +164,12 @@ def tokenize_apart(
     return torch.cat([ids for ids, _ in parts]), torch.cat([labels for _, labels in parts]), torch.cat(turns)
 
 
-def attention_apart(turns: Tensor) -> tuple[Tensor, Tensor]:
+def attention_apart(turns: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What keeps the turns of :func:`tokenize_apart` from seeing each other.
 
     Args:
         turns: (B, L) numbers of turns, -1 for padding on the right.
+        positions: (B, L) of the tokens if all saw each other; None: one after the other.
 
     Returns:
         An additive mask (B, 1, L, L), where a token sees what came before it in the common start and in its own turn,
@@ -180,4 +181,7 @@ def attention_apart(turns: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
     first = torch.where(same, index[:, None, :], turns.shape[1]).amin(dim=2)  # of each token's turn
     common = (turns == 0).sum(dim=1, keepdim=True)
-    return mask[:, None], torch.where(turns > 0, index - first + common, index)
+    if positions is None:
+        positions = index
+    ahead = positions.gather(1, first) - positions.gather(1, common.clamp(max=turns.shape[1] - 1))
+    return mask[:, None], torch.where(turns > 0, positions - ahead, positions)

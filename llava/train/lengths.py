@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.train.cache import tile_shape
+from llava.model.visual import has_original_positions
 from llava.train.data import InstructionData
 
 _LOOKED_AT = 256  # records, spread over all: a fraction of a second
 
 
 def visual_tokens_at_least(model: Any) -> int:
-    """The fewest tokens that an image has in a model's prompts: those of one tile; 0 for a language model."""
+    """The fewest positions that an image takes in a model's prompts: those of one tile; 0 for a language model."""
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
-    return 0 if tower is None else tile_shape(tower)[0]
+    if tower is None:
+        return 0
+    return tower.num_patches if tower.visionzip is None or has_original_positions(tower) else tower.counts.total
 
 
 def cut_share(data: InstructionData, limit: int, visual_tokens: int) -> tuple[float, int]:

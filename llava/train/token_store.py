@@ -2,7 +2,7 @@
 
 A folder has, of each process W that has written into it:
 
-    tokens-W.bin     of each image, indices (T, K) int32 and tokens (T, N, D)
+    tokens-W.bin     of each image, indices (T, N) int32, sizes (T, N) float32 and tokens (T, N, D)
     index-W.jsonl    a line for each image: path, size and times of its file, hash of its content, place, checksum
 
 An image's line is written after its tokens, and no two processes write to one file: a process that is killed loses the
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llava.files import append, write_atomically, writing
 from llava.model.multimodal_encoder.vision_tower import EncodedImage
@@ -54,7 +53,8 @@ class Entry:
         file: name of the file in the cache's folder.
         offset: of the first byte.
         shape: (T, N, D) of the tokens.
-        kept: K, dominant indices of each tile; 0 if the tower was not zipped.
+        zipped: whether there are indices.
+        sized: whether there are sizes.
         checksum: CRC-32 of the bytes.
     """
 
@@ -63,13 +63,15 @@ class Entry:
     file: str
     offset: int
     shape: tuple[int, int, int]
-    kept: int
+    zipped: bool
+    sized: bool
     checksum: int
 
-    def lengths(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of the indices, and of the tokens."""
+    def lengths(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Bytes of the indices, of the sizes, and of the tokens."""
         tiles, tokens, width = self.shape
-        return 4 * tiles * self.kept, tiles * tokens * width * dtype.itemsize
+        each = 4 * tiles * tokens
+        return each * self.zipped, each * self.sized, tiles * tokens * width * dtype.itemsize
 
 
 class Index:
@@ -118,17 +120,19 @@ class Writer:
         for file in self._files.values():
             file.close()
 
-    def add_tokens(self, digest: str, size: tuple[int, int], tokens: Tensor, indices: Tensor | None) -> Entry:
-        """Write tokens (T, N, D) and indices (T, K) or None, on the CPU. They count once a line names them.
+    def add_tokens(self, digest: str, size: tuple[int, int], encoded: EncodedImage) -> Entry:
+        """Write an image, on the CPU. It counts once a line names it.
 
         Raises:
             OSError: the disk is full.
         """
         file = self._open("tokens-{}.bin")
-        parts = [tokens] if indices is None else [indices.to(torch.int32), tokens]
+        kept = None if encoded.kept is None else encoded.kept.to(torch.int32)
+        parts = [part for part in (kept, encoded.sizes, encoded.tokens) if part is not None]
         data = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
-        kept = 0 if indices is None else indices.shape[1]
-        entry = Entry(digest, size, Path(file.name).name, file.tell(), tuple(tokens.shape), kept, zlib.crc32(data))
+        there = kept is not None, encoded.sizes is not None
+        shape = tuple(encoded.tokens.shape)
+        entry = Entry(digest, size, Path(file.name).name, file.tell(), shape, *there, zlib.crc32(data))
         append(file, data, _SAFE)
         return entry
 
@@ -159,7 +163,7 @@ class CachedImages:
         dtype: of the tokens.
         entries: where they are, by the image's name in the records.
         problems: what is wrong with the images that could not be read.
-        blank: (N, D, K) of the image that text-only samples get, so that every process uses the projector.
+        blank: the image that text-only samples get, so that every process uses the projector.
     """
 
     def __init__(
@@ -168,15 +172,13 @@ class CachedImages:
         dtype: torch.dtype,
         entries: dict[str, Entry],
         problems: dict[str, str],
-        blank: tuple[int, int, int],
+        blank: EncodedImage,
     ) -> None:
         self.folder = folder
         self.dtype = dtype
         self.entries = entries
         self.problems = problems
-        tokens, width, kept = blank
-        indices = torch.zeros(1, kept, dtype=torch.long) if kept else None
-        self.blank = EncodedImage(torch.zeros(1, tokens, width, dtype=dtype), indices)
+        self.blank = blank
         self._maps: dict[str, np.memmap] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,10 +203,11 @@ class CachedImages:
                 f"the cached tokens of {name} are damaged: delete {self.folder / entry.file} and start again; the "
                 "images in it are encoded anew, and training goes on at its last checkpoint"
             )
-        indices, tokens = torch.from_numpy(data).split(lengths)
+        indices, sizes, tokens = torch.from_numpy(data).split(lengths)
         encoded = EncodedImage(
             tokens.view(self.dtype).view(entry.shape),
-            indices.view(torch.int32).view(entry.shape[0], entry.kept).long() if entry.kept else None,
+            indices.view(torch.int32).view(entry.shape[:2]).long() if entry.zipped else None,
+            sizes.view(torch.float32).view(entry.shape[:2]) if entry.sized else None,
         )
         return encoded, entry.size
 

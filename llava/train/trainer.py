@@ -60,9 +60,8 @@ class LlavaTrainer(SteadyTrainer):
             images, sizes = inputs.pop("images", None), inputs.pop("image_sizes", None)
             llava = self.accelerator.unwrap_model(model)
             with self.accelerator.autocast():  # turns go where labels would: both follow the text around the image
-                _, _, seen, _, embeds, turns = llava.prepare_inputs_labels_for_multimodal(
-                    input_ids, None, mask, None, turns, images, image_sizes=sizes
-                )
+                prepared, _, token_sizes = llava.prepare(input_ids, None, mask, None, turns, images, sizes)
+            _, own_positions, seen, _, embeds, turns = prepared
             self._count(seen)
             expanded = torch.full_like(turns, IGNORE_INDEX)
             for row, own, text, places in zip(
@@ -70,8 +69,10 @@ class LlavaTrainer(SteadyTrainer):
             ):
                 row[places] = own[text][: int(places.sum())]
             turns = torch.where(turns >= 0, turns, seen.long() - 1)  # visual tokens are in the common start
-            seen, positions = attention_apart(turns)
+            seen, positions = attention_apart(turns, own_positions)
             inputs = {"inputs_embeds": embeds, "labels": expanded, "attention_mask": seen, "position_ids": positions}
+            if token_sizes is not None:
+                inputs["token_sizes"] = token_sizes
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _count_answers(self, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:

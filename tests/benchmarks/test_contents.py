@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from test_end_to_end import NAMES, data_module
 
-from eval.benchmark import Question, Visual
 from eval.data import Data
 from eval.fingerprint import checksum_of_image, contents_of
+from eval.records import Question, Visual
 from eval.registry import BENCHMARKS
 from eval.sources import Tables, picture
 from llava.fingerprint import fingerprint

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eval.benchmark import Question, Visual
 from eval.frames import clip, frames_of, videos_below, with_frames
+from eval.records import Question, Visual
 from llava.video import _count_packets, _decode, read_frames
 
 SPREAD = {12: [0, 1, 3, 4, 6, 7, 9, 11], 8: [0, 1, 2, 3, 4, 5, 6, 7], 3: [0, 0, 0, 0, 1, 1, 1, 2], 1: [0] * 8}

@@ -8,8 +8,8 @@ from pathlib import Path
 import data_gqa
 import pytest
 
-from eval.benchmark import Answer
 from eval.benchmarks.gqa import BENCHMARK, Gold
+from eval.records import Answer
 from eval.sources import Tables
 
 IDS = [row[0] for row in data_gqa.QUESTIONS]

@@ -11,12 +11,12 @@ from test_end_to_end import NAMES, SERVER, WORDS, data_module
 
 from eval.__main__ import main as eval_command
 from eval.answers import Given, as_answers
-from eval.benchmark import Answer, Question, Score, UnscoredError
 from eval.benchmarks import gqa, mmbench, sqa
 from eval.data import Data
 from eval.judge import exact_judge
 from eval.matching import asked, shortfalls
 from eval.methods import Run
+from eval.records import Answer, Question, Score, UnscoredError
 from eval.registry import BENCHMARKS
 from eval.runner import score_all
 from eval.sources import Tables

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark import Answer
 from eval.benchmarks.mmbench import BENCHMARKS, Truth, letter, score, submit
+from eval.records import Answer
 from eval.sources import Tables
 
 BENCHMARK, CHINESE = BENCHMARKS

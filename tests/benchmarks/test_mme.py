@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark import Answer, Question
 from eval.benchmarks.mme import BENCHMARK, COGNITION, PERCEPTION, read_answer
+from eval.records import Answer, Question
 from eval.sources import Tables
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark import Answer
 from eval.benchmarks.mmmu import BENCHMARK, Gold, is_right, letter, open_candidates, score, subject_of
+from eval.records import Answer
 from eval.sources import Tables
 
 properties = settings(max_examples=60, deadline=None)

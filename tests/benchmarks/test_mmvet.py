@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from judge_server import JudgeServer
 
-from eval.benchmark import Answer
 from eval.benchmarks.mmvet import BENCHMARK, PROMPT, Item, asked_again, grade_of, graded, matches, request_of
 from eval.judge import api_judge, exact_judge
+from eval.records import Answer
 from eval.sources import Tables
 
 TEXTS = ["x = -1 or x = -5", "It is lime.", "the core", "This is a red field."]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark import Answer, Question
+from eval import sources
 from eval.benchmarks.pope import BENCHMARK, Label, says_yes
+from eval.records import Answer, Question
 from eval.sources import Tables
 
 
@@ -26,6 +27,17 @@ def folder(tmp_path: Path) -> Path:
 def tables(tmp_path: Path) -> Tables:
     data.write_tables(tmp_path)
     return Tables(BENCHMARK.tables, tmp_path)
+
+
+def test_the_questions_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """For the questions and for their labels; once more when it has changed."""
+    read, opened = sources._text, list[str]()
+    monkeypatch.setattr(sources, "_text", lambda path: opened.append(path.name) or read(path))
+    questions, truth = BENCHMARK.from_folder(folder), BENCHMARK.truth_from_folder(folder)
+    assert opened.count("llava_pope_test.jsonl") == 1 and list(truth) == [str(question.id) for question in questions]
+    file = folder / "llava_pope_test.jsonl"
+    file.write_text(file.read_text().replace("snowboard", "sledge"))
+    assert "sledge" in BENCHMARK.from_folder(folder)[0].text and opened.count(file.name) == 2
 
 
 def answered(texts: list[str], spell: type = int) -> list[Answer]:

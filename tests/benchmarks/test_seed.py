@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.benchmark import Answer
 from eval.benchmarks.seed import BENCHMARK, Gold, score
+from eval.records import Answer
 from eval.sources import Tables
 
 

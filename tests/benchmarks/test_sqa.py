@@ -8,8 +8,8 @@ from pathlib import Path
 import data_sqa as data
 import pytest
 
-from eval.benchmark import Answer
 from eval.benchmarks.sqa import BENCHMARK, Problem, letter, score
+from eval.records import Answer
 from eval.sources import Tables
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."

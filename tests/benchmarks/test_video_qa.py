@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_video import DATA, write_folder, write_tables
 
-from eval.asking import prompt_of
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
 from eval.frames import with_frames
+from eval.models.llava import prompt_of
 from eval.sources import Tables
 from eval.video_qa import Item, read_items
 

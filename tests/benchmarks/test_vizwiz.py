@@ -8,8 +8,8 @@ from pathlib import Path
 import data_vizwiz
 import pytest
 
-from eval.benchmark import Answer, ScoredByServerError
 from eval.benchmarks.vizwiz import BENCHMARK, Truth
+from eval.records import Answer, ScoredByServerError
 from eval.sources import Tables
 
 IDS = [f"VizWiz_val_{number:08d}" for number in range(3)]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark import Answer
 from eval.matching import match
+from eval.records import Answer
 from eval.vqa import (
     CONTRACTIONS,
     Annotation,

@@ -8,8 +8,8 @@ from pathlib import Path
 import data_vqav2
 import pytest
 
-from eval.benchmark import Answer, ScoredByServerError
 from eval.benchmarks.vqav2 import BENCHMARK
+from eval.records import Answer, ScoredByServerError
 from eval.sources import Tables
 
 IDS = [row[0] for row in data_vqav2.VALIDATION]

@@ -1,8 +1,8 @@
 """Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family of transformers, write a module with a :class:`~visionzip.integrations.huggingface.Family`; to add any other, one
-with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)``; and register its classes here.
+family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
+``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations import llava
+from visionzip.integrations.encoders import Encoder
+
+if TYPE_CHECKING:
+    from visionzip.integrations.huggingface import Family
 
 
 @dataclass(frozen=True)
@@ -26,49 +30,92 @@ class Integration:
         family: its name, for messages.
         attach: turns compression on, or re-configures it, and stores the setting in the model's config.
         detach: turns it off and removes the setting.
-        vision_tower: the part that compresses, for :mod:`visionzip.visualize` to look into.
+        encoders: what images go through, as ``"image"``, and where they have an encoder of their own, or one that
+            chooses among all patches of a frame, videos as ``"video"``.
         default: a model's setting where the user gives none.
+        generating: the object whose ``generate`` and ``forward`` run: the model itself, or the one that it wraps.
     """
 
     family: str
     attach: Callable[[nn.Module, VisionZipConfig], None]
     detach: Callable[[nn.Module], None]
-    vision_tower: Callable[[nn.Module], Any]
+    encoders: Callable[[nn.Module], dict[str, Encoder]]
     default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
+    generating: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
-def _of_transformers(module: str, name: str) -> Integration:
+_TRANSFORMERS = {
+    f"transformers.models.{cls}ForConditionalGeneration": (place, f"{name} (transformers)")
+    for cls, place, name in (
+        ("llava.modeling_llava.Llava", "hf_llava.LLAVA", "LLaVA-1.5"),
+        ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next.LLAVA_NEXT", "LLaVA-NeXT"),
+        (
+            "llava_onevision.modeling_llava_onevision.LlavaOnevision",
+            "hf_llava_onevision.LLAVA_ONEVISION",
+            "LLaVA-OneVision",
+        ),
+        (
+            "llava_next_video.modeling_llava_next_video.LlavaNextVideo",
+            "hf_llava_next.LLAVA_NEXT_VIDEO",
+            "LLaVA-NeXT-Video",
+        ),
+        ("video_llava.modeling_video_llava.VideoLlava", "hf_llava.VIDEO_LLAVA", "Video-LLaVA"),
+        ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "seam_families.QWEN_VL", "Qwen2-VL"),
+        ("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL", "seam_families.QWEN_VL", "Qwen2.5-VL"),
+        ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "seam_families.QWEN3_VL", "Qwen3-VL"),
+        ("qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe", "seam_families.QWEN3_VL", "Qwen3-VL (MoE)"),
+        ("qwen3_5.modeling_qwen3_5.Qwen3_5", "seam_families.QWEN3_VL", "Qwen3.5"),
+        ("qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5Moe", "seam_families.QWEN3_VL", "Qwen3.5 (MoE)"),
+        ("glm4v.modeling_glm4v.Glm4v", "seam_families.GLM4V", "GLM-4V"),
+        ("glm4v_moe.modeling_glm4v_moe.Glm4vMoe", "seam_families.GLM4V", "GLM-4.5V"),
+        ("glm46v.modeling_glm46v.Glm46V", "seam_families.GLM4V", "GLM-4.6V"),
+        ("internvl.modeling_internvl.InternVL", "seam_families.INTERNVL", "InternVL"),
+        ("gemma3.modeling_gemma3.Gemma3", "seam_families.GEMMA3", "Gemma 3"),
+        ("idefics3.modeling_idefics3.Idefics3", "seam_families.IDEFICS3", "Idefics3"),
+        ("smolvlm.modeling_smolvlm.SmolVLM", "seam_families.IDEFICS3", "SmolVLM"),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model of transformers.
+
+    Raises:
+        TypeError: it is of none.
+    """
+    for base in type(model).__mro__:
+        if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
+            return _load(_TRANSFORMERS[name][0])
+    raise TypeError(f"{type(model).__name__} is no model of transformers that VisionZip supports")
+
+
+def _load(place: str) -> Family:
+    file, attribute = place.split(".")
+    return getattr(import_module(f"{__name__}.{file}"), attribute)
+
+
+def _of_transformers(place: str, name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
             # Not before it is used: what is behind takes seconds to import.
-            family = import_module(f"{__name__}.{module}").FAMILY
-            return getattr(import_module(f"{__name__}.attach"), function)(family, model, *args)
+            return getattr(import_module(f"{__name__}.attach"), function)(_load(place), model, *args)
 
         return call
 
-    return Integration(name, verb("attach"), verb("detach"), verb("vision_tower"), verb("default_config"))
+    return Integration(name, verb("attach"), verb("detach"), verb("encoders"), verb("default_config"))
 
 
-_LLAVA = Integration("LLaVA-1.5, LLaVA-NeXT and Mini-Gemini (llava)", llava.attach, llava.detach, llava.vision_tower)
+_LLAVA = Integration("LLaVA-1.5, LLaVA-NeXT and Mini-Gemini (llava)", llava.attach, llava.detach, llava.encoders)
 # Per frame: 8 x 17 = 136 of a video as in the paper's Table 3, which does not say how they are split. CLS is of the 15.
 _VIDEO_LLAVA = Integration(
-    "Video-LLaVA (llava)", llava.attach, llava.detach, llava.vision_tower, lambda _model: VisionZipConfig(15, 2)
+    "Video-LLaVA (llava)", llava.attach, llava.detach, llava.encoders, lambda _model: VisionZipConfig(15, 2)
 )
 
 REGISTRY: dict[str, Integration] = {
     "llava.model.language_model.video_llava.VideoLlavaLlamaForCausalLM": _VIDEO_LLAVA,
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
-    **{
-        f"transformers.models.{cls}ForConditionalGeneration": _of_transformers(module, f"{name} (transformers)")
-        for cls, module, name in (
-            ("llava.modeling_llava.Llava", "hf_llava", "LLaVA-1.5"),
-            ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next", "LLaVA-NeXT"),
-            ("llava_onevision.modeling_llava_onevision.LlavaOnevision", "hf_llava_onevision", "LLaVA-OneVision"),
-            ("llava_next_video.modeling_llava_next_video.LlavaNextVideo", "hf_llava_next_video", "LLaVA-NeXT-Video"),
-            ("video_llava.modeling_video_llava.VideoLlava", "hf_video_llava", "Video-LLaVA"),
-        )
-    },
+    **{name: _of_transformers(*place) for name, place in _TRANSFORMERS.items()},
 }
 
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from visionzip.integrations.huggingface import (
+from visionzip.integrations.calls import SIZES, prepare
+from visionzip.integrations.checks import (
     NO_IDS,
-    Zipped,
     cached_length,
-    check_values,
     has_pixels,
-    held_by,
     hold,
     mask_misfit,
-    pad_token,
-    pixel_names,
+    refuse_outputs,
     renamed,
     visuals,
 )
-from visionzip.integrations.placeholders import Edit, Visual, find_runs, shorten
+from visionzip.integrations.huggingface import Zipped
+from visionzip.methods import has_size_bias
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -77,8 +74,10 @@ def generate(
     prompt = kwargs.get("input_ids") if inputs is None else inputs
     if prompt is not None and getattr(generation_config, "is_assistant", False):
         _refuse_images(zipped, model, prompt)
-    if kwargs.get("inputs_embeds") is not None and has_pixels(zipped.family, kwargs):
-        raise ValueError(NO_IDS)
+    if has_pixels(zipped, kwargs):
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(NO_IDS)
+        refuse_outputs(kwargs)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
         refuse_drafts_behind_a_cache(model, generation_config, kwargs)
@@ -87,29 +86,19 @@ def generate(
     if misfit := mask_misfit(kwargs):
         raise ValueError(misfit)
     found = visuals(zipped, model.model, kwargs)
-    past, held = cached_length(kwargs), held_by(kwargs)
-    mask = kwargs.get("attention_mask")
+    past, mask = cached_length(kwargs), kwargs.get("attention_mask")
     if mask is None or mask.shape[1] == prompt.shape[1]:
         refuse_drafts_behind_a_cache(model, generation_config, kwargs)
-    if not any(visual.runs for visual in found):
+    if not any(visual.runs for visual in found) and not (zipped.original and past):
         return stock(**own, **kwargs)
 
-    if setting("cache_implementation", model, generation_config, kwargs) == "paged":
-        raise ValueError(
-            "cache_implementation='paged' is continuous batching, to which transformers gives ids alone, without their "
-            "images: use another, or leave it out"
-        )
+    _refuse_settings(zipped, model, generation_config, kwargs)
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
     if whole:
-        kwargs.pop("position_ids", None)  # transformers counts them by the mask
-    edits = find_runs(prompt, found)
-    check_values(zipped.family, kwargs)
-    short = shorten(kwargs, edits, pad_token(model), side="left", past=past if whole else 0, held=held)
-    kwargs |= short.arguments
-    if whole:
-        _skip_cached(zipped, model, kwargs, found, short.new)
+        kwargs.pop("position_ids", None)  # counted by the mask
+    kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole)
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
 
@@ -117,13 +106,32 @@ def generate(
     hold(kwargs.get("past_key_values"), None)  # in case that this is broken off
     result = stock(**own, **kwargs)
     sequences = result if isinstance(result, Tensor) else result.sequences
-    held = short.held if whole or not past else held and held.grown(past).followed(short.held)
     held = held and held.repeated(len(sequences) // len(prompt))
     hold(getattr(result, "past_key_values", kwargs.get("past_key_values")), held)
     if isinstance(result, Tensor):
         return shown(result)
     result.sequences = shown(result.sequences)
     return result
+
+
+def _refuse_settings(
+    zipped: Zipped, model: nn.Module, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse ways to generate to which transformers gives less than the whole prompt.
+
+    Raises:
+        ValueError: one of them is asked for.
+    """
+    if setting("cache_implementation", model, generation_config, kwargs) == "paged":
+        raise ValueError(
+            "cache_implementation='paged' is continuous batching, to which transformers gives ids alone, without their "
+            "images: use another, or leave it out"
+        )
+    if has_size_bias(zipped.config) and setting("prefill_chunk_size", model, generation_config, kwargs):
+        raise ValueError(
+            f"prefill_chunk_size cuts the prompt, and the {SIZES} of a size bias are those of the whole: leave it out, "
+            "or visionzip(model, size_bias=False)"
+        )
 
 
 def _refuse_images(zipped: Zipped, model: nn.Module, prompt: Tensor) -> None:
@@ -242,30 +250,6 @@ def _count_users_prompt(
             else:  # transformers wants one or the other
                 setattr(generation_config, name, length)
     return generation_config
-
-
-def _skip_cached(
-    zipped: Zipped, model: nn.Module, kwargs: dict[str, Any], found: list[Visual], new: list[Edit]
-) -> None:
-    """Keep only the images behind the cache of earlier turns; transformers skips the tokens before.
-
-    Where there are none behind it, none are encoded.
-    """
-    outputs = {}
-    for visual in found:
-        chosen = sorted(edit.index for edit in new if edit.modality == visual.modality)
-        if chosen:
-            method = getattr(model.model, f"get_{visual.modality}_features")
-            names = inspect.signature(method).parameters
-            output = outputs[visual.modality] = method(**{key: value for key, value in kwargs.items() if key in names})
-            every = output.pooler_output
-            if isinstance(every, Tensor):  # of as many frames of each video, or of images
-                output.pooler_output = every.unflatten(0, (len(visual.runs), -1))[chosen].flatten(0, 1)
-            else:
-                output.pooler_output = [every[index] for index in chosen]
-    for name in pixel_names(zipped.family):
-        kwargs.pop(name, None)
-    kwargs["mm_encoder_outputs"] = outputs
 
 
 class _Streamer:

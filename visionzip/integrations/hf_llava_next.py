@@ -1,107 +1,139 @@
-"""transformers' ``LlavaNextForConditionalGeneration`` (LLaVA-NeXT, or LLaVA-1.6): tiles, each compressed alone."""
+"""transformers' LLaVA-NeXT (LLaVA-1.6) and LLaVA-NeXT-Video: tiles, each compressed alone, and pooled frames.
+
+Every frame of a video is compressed alone, after the model's own pooling of its patches (2 x 2 to one, before the
+projector). CLS is not pooled; it is a dominant token, as in an image, though the model alone has none for videos.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import compress_images, has_cls_token, side_length
-from visionzip.integrations.huggingface import (
-    Family,
-    Modality,
+from visionzip.encoder import choose_tokens, compress_images, has_cls_token, read_encoder, side_length
+from visionzip.integrations.huggingface import Arguments, Encoded, Modality
+from visionzip.integrations.placeholders import Run
+from visionzip.integrations.towers import (
+    TowerFamily,
     check_layer,
     check_pixels,
     full_length,
+    patch_places,
+    pooled_videos,
+    sequence_length,
     short_counts,
-    short_length,
+    with_newlines,
 )
-from visionzip.integrations.placeholders import Run
-from visionzip.tiles import join_tiles
+from visionzip.tiles import tile_order
+
+Grid = tuple[int, int]
+Layout = Tensor
+"""(rows, columns) int64 of all patches of a grid: the place of each among the grid's placeholders."""
 
 
-def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Mapping[str, Any]) -> list[Run]:
+def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
     """Of each image: the whole-image tile and the unpadded grid with its newlines become K + M tokens of each tile."""
-    pixels, sizes, tower = arguments["pixel_values"], arguments.get("image_sizes"), base.vision_tower
-    check_tiles(pixels, sizes, tower)
-    runs = []
-    for size, (rows, columns) in zip(_pairs(sizes), grids(base, sizes), strict=True):
-        full = full_length(base, tower, arguments) + _grid_length(base, size, rows, columns)
-        runs.append(Run(full, tile_count((rows, columns)) * short_length(tower, config)))
-    return runs
+    _check(base, arguments)
+    sizes, tower = arguments["image_sizes"], base.vision_tower
+    first, short = full_length(base, tower, arguments), short_counts(tower, config).total
+    layouts = [_layout(base, size, grid) for size, grid in zip(_pairs(sizes), grids(base, sizes), strict=True)]
+    return [
+        Run(first + length, tile_count(grid) * short)
+        for (_, length), grid in zip(layouts, grids(base, sizes), strict=True)
+    ]
 
 
-def image_features(
+def encode_images(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> Encoded:
+    """Tokens of each image (tiles * (K + M), hidden_size) in the order of :func:`tile_order`, with no newline."""
+    _check(base, arguments)
+    sizes = arguments["image_sizes"]
+    shapes = grids(base, sizes)
+    layouts = [_layout(base, size, grid)[0] for size, grid in zip(_pairs(sizes), shapes, strict=True)]
+    return encode_tiles(base, config, arguments, shapes, layouts)
+
+
+def _check(base: nn.Module, arguments: Arguments) -> None:
+    check_layer(base, arguments)
+    check_tiles(arguments["pixel_values"], arguments.get("image_sizes"), base.vision_tower)
+
+
+def encode_tiles(
     base: nn.Module,
     config: VisionZipConfig,
-    pixel_values: Tensor,
-    image_sizes: Tensor,
-    vision_feature_layer: int | list[int] | None = None,
-    vision_feature_select_strategy: str | None = None,
-    **kwargs: Any,
-) -> BaseModelOutputWithPooling:
-    """Zipped visual tokens of images in tiles, in the place of the base model's ``get_image_features``.
+    arguments: Arguments,
+    shapes: Sequence[Grid | None],
+    layouts: Sequence[Layout | None],
+) -> Encoded:
+    """Chosen tokens of images, each by its grid; one without has one tile, and a newline.
 
     Args:
         base: the model without its head.
         config: the setting, per tile.
-        pixel_values: (N, T, 3, h, w), tiles of the images that have fewer than T filled up, as the processor does; or
-            (tiles, 3, h, w), all of them one after the other.
-        image_sizes: (N, 2), (height, width) of the original images.
-        vision_feature_layer: as in transformers; refused if it is not the model's own.
-        vision_feature_select_strategy: ignored, as tiles keep their CLS token when zipped.
-        **kwargs: ignored.
-
-    Returns:
-        ``pooler_output``: of each image (tiles * (K + M), hidden_size) in the order of
-        :func:`visionzip.tiles.tile_order`, with no newline. ``last_hidden_state``: (tiles, K + M, D) before the
-        projector.
-
-    Raises:
-        ValueError: the pixels or sizes have another shape, or another layer is asked for.
-    """
-    check_layer(base, vision_feature_layer)
-    check_tiles(pixel_values, image_sizes, base.vision_tower)
-    return tile_features(base, config, pixel_values, grids(base, image_sizes))
-
-
-def tile_features(
-    base: nn.Module, config: VisionZipConfig, pixel_values: Tensor, shapes: Sequence[tuple[int, int] | None]
-) -> BaseModelOutputWithPooling:
-    """Zipped visual tokens of images, each by its grid (rows, columns); one without has one tile, and a newline.
-
-    Args:
-        base: the model without its head.
-        config: the setting, per tile.
-        pixel_values: as in :func:`image_features`.
-        shapes: of each image.
-
-    Returns:
-        What :func:`image_features` returns; of an image without a grid (K + M + 1, hidden_size).
+        arguments: with ``pixel_values`` (N, T, 3, h, w), tiles of the images that have fewer than T filled up, as the
+            processor does; or (tiles, 3, h, w), all of them one after the other.
+        shapes: (rows, columns) of tiles of each image.
+        layouts: of each grid.
 
     Raises:
         ValueError: an image comes as fewer tiles than its grid has.
     """
     tower, counts = base.vision_tower, [tile_count(shape) for shape in shapes]
-    compressed = compress_images(tower, flat_tiles(pixel_values, counts), config, base.multi_modal_projector)
-    features = base.multi_modal_projector(compressed.tokens)
+    compressed = compress_images(
+        tower, flat_tiles(arguments["pixel_values"], counts), config, base.multi_modal_projector
+    )
+    features, first = base.multi_modal_projector(compressed.tokens), full_length(base, tower, arguments)
+    dropped = sequence_length(tower) - first
+    sizes = [None] * len(counts) if compressed.sizes is None else compressed.sizes.split(counts)
+    images = Encoded([], [], None if compressed.sizes is None else [])
+    for start, count, shape, layout, own in zip(_starts(counts), counts, shapes, layouts, sizes, strict=True):
+        tiles = slice(start, start + count)
+        chosen = CompressedTokens(*(value[tiles] for value in compressed[:4]))
+        places, order = patch_places(chosen, dropped), slice(None)
+        if shape is not None:
+            order = _order(chosen, shape, tower, config)
+            places = torch.cat([places[:1], first + _grid_places(chosen, shape, layout, tower)])
+        images.tokens.append(features[tiles].flatten(0, 1)[order])
+        images.places.append(places.flatten()[order])
+        if own is not None:
+            images.sizes.append(own.flatten()[order])
+    images = images._replace(hidden=compressed.tokens)
+    if None in shapes:  # all or none of a call's images share their prompt; a grid has no newline
+        lone = [index for index, shape in enumerate(shapes) if shape is None]
+        ended = with_newlines(images.of_runs(lone), base.image_newline, [first] * len(lone))
+        for name in ("tokens", "places", "sizes"):
+            for index, value in zip(lone, getattr(ended, name) or (), strict=False):
+                getattr(images, name)[index] = value
+    return images
+
+
+def _starts(counts: list[int]) -> list[int]:
+    return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def _order(chosen: CompressedTokens, shape: Grid, tower: nn.Module, config: VisionZipConfig) -> Tensor:
+    """The order of an image's tokens (T * (K + M),); see :func:`visionzip.tiles.tile_order`."""
     cls = {"cls_token": has_cls_token(tower), "keeps_cls": short_counts(tower, config).cls_token}
-    kept = compressed.dominant_indices.split(counts)
-    images = []
-    for tokens, indices, shape in zip(features.split(counts), kept, shapes, strict=True):
-        if shape is None:
-            images.append(torch.cat([tokens[0], base.image_newline[None].to(tokens)]))
-        else:
-            images.append(join_tiles(tokens, indices, shape[::-1], side_length(tower), **cls))
-    return BaseModelOutputWithPooling(last_hidden_state=compressed.tokens, pooler_output=images)
+    side = side_length(tower)
+    return tile_order(chosen.dominant_indices, chosen.target_indices.shape[1], shape[::-1], (side, side), **cls)
 
 
-def tile_count(shape: tuple[int, int] | None) -> int:
+def _grid_places(chosen: CompressedTokens, shape: Grid, layout: Layout, tower: nn.Module) -> Tensor:
+    """(T - 1, K + M) places of the grid's tokens among its placeholders; CLS tokens stand at their tile's corner."""
+    side, columns = side_length(tower), shape[1]
+    patch = (chosen.kept[1:] - int(has_cls_token(tower))).clamp(min=0)
+    tile = torch.arange(len(patch), device=patch.device)[:, None]
+    y, x = tile // columns * side + patch // side, tile % columns * side + patch % side
+    return layout.to(patch.device)[y, x]
+
+
+def tile_count(shape: Grid | None) -> int:
     """Tiles of an image with a grid (rows, columns), the whole image included; 1 without."""
     return 1 if shape is None else 1 + shape[0] * shape[1]
 
@@ -121,7 +153,7 @@ def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:
         )
 
 
-def grids(base: nn.Module, image_sizes: Any) -> list[tuple[int, int]]:
+def grids(base: nn.Module, image_sizes: Any) -> list[Grid]:
     """(rows, columns) of each image's grid of tiles, by the model's own rule."""
     edge = base.vision_tower.config.image_size
     return [get_anyres_image_grid_shape(size, base.config.image_grid_pinpoints, edge) for size in _pairs(image_sizes)]
@@ -150,15 +182,70 @@ def _pairs(image_sizes: Any) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in sizes]
 
 
-def _grid_length(base: nn.Module, size: tuple[int, int], rows: int, columns: int) -> int:
-    """Patches of the grid that are left after unpadding, and a newline for each of their rows."""
-    side = side_length(base.vision_tower)
-    height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size).shape[1:]
-    return height * (width + 1)
+def _layout(base: nn.Module, size: tuple[int, int], grid: Grid) -> tuple[Layout, int]:
+    """Where the patches of a grid stand, and how many placeholders that are with the newlines."""
+    return layout(unpadded(base, size, grid), grid, side_length(base.vision_tower))
 
 
-FAMILY = Family(
-    {"image": Modality("pixel_values", image_runs, image_features)},
-    needs=("config.image_grid_pinpoints",),
+def unpadded(base: nn.Module, size: tuple[int, int], grid: Grid) -> Tensor:
+    """Numbers (h, w) of a grid's patches that are left after the model's own unpadding."""
+    rows, columns = (side_length(base.vision_tower) * tiles for tiles in grid)
+    return unpad_image(torch.arange(rows * columns).view(1, rows, columns), size)[0]
+
+
+def layout(left: Tensor, grid: Grid, side: int, shrunk: tuple[int, int] | None = None) -> tuple[Layout, int]:
+    """Where the patches of a grid stand among its placeholders, row by row with a newline behind each.
+
+    Args:
+        left: (h, w) numbers of the patches that are not padding; one that is stands at the nearest of them.
+        grid: (rows, columns) of tiles.
+        side: patches along an edge of a tile.
+        shrunk: (rows, columns) of placeholders that the h x w patches are interpolated to, if they are.
+
+    Returns:
+        The places, and the number of placeholders.
+    """
+    rows, columns = grid[0] * side, grid[1] * side
+    height, width = shrunk or tuple(left.shape)
+    top, start = divmod(int(left[0, 0]), columns)
+    y = (torch.arange(rows) - top).clamp(0, left.shape[0] - 1) * height // left.shape[0]
+    x = (torch.arange(columns) - start).clamp(0, left.shape[1] - 1) * width // left.shape[1]
+    return y[:, None] * (width + 1) + x, height * (width + 1)
+
+
+def pooled_patches(base: nn.Module) -> int:
+    """Patches of a frame after pooling."""
+    return (side_length(base.vision_tower) // base.config.spatial_pool_stride) ** 2
+
+
+def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> tuple[Tensor, CompressedTokens]:
+    """Tokens of frames (F, 3, h, w), chosen after pooling, which their scores and keys are averaged for."""
+    tower = base.vision_tower
+    read = read_encoder(tower, frames, config)
+    first = int(read.cls_token)
+
+    def average(values: Tensor) -> Tensor:
+        field = values.mT.unflatten(-1, (side_length(tower), side_length(tower)))
+        return F.avg_pool2d(field, base.config.spatial_pool_stride).flatten(2).mT
+
+    def beside_cls(values: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([values[:, :first], pool(values[:, first:])], dim=1)
+
+    pooled = replace(
+        read,
+        hidden_states=beside_cls(read.hidden_states, base.vision_resampler),
+        scores=None if read.scores is None else average(read.scores[..., None])[..., 0],
+        keys=None if read.keys is None else beside_cls(read.keys, average),
+        grid=(side_length(tower) // base.config.spatial_pool_stride,) * 2,
+    )
+    compressed = choose_tokens(pooled, config, base.multi_modal_projector)
+    return base.multi_modal_projector(compressed.tokens), compressed
+
+
+IMAGES = Modality("pixel_values", image_runs, encode_images)
+LLAVA_NEXT = TowerFamily({"image": IMAGES}, needs=("config.image_grid_pinpoints",), tiles=True)
+LLAVA_NEXT_VIDEO = TowerFamily(
+    {"image": IMAGES, "video": pooled_videos(pooled_patches, choose_pooled)},
+    needs=("config.image_grid_pinpoints", "config.spatial_pool_stride", "vision_resampler"),
     tiles=True,
 )

@@ -1,29 +1,30 @@
-"""What all of transformers' LLaVA families share: where VisionZip is plugged in, and what a family has to say.
+"""What the families of transformers share: where VisionZip is plugged in, and what a family has to say.
 
-``visionzip(model)`` puts five things on this one model object, and ``unzip`` takes them off; no class is changed and no
-forward is typed again:
+Its models take ``mm_encoder_outputs``, what their own ``get_image_features`` returned, beside the ids. So a zipped
+model encodes first: it runs the family's encoder, chooses tokens, shortens the runs of placeholders that the stock
+processor wrote (:mod:`visionzip.integrations.placeholders`), and hands both to the stock forward, without the pixels.
+``visionzip(model)`` puts these things on this one model object, and ``unzip`` takes them off; no class is changed and
+no forward is typed again:
 
-- ``get_image_features`` (and ``get_video_features``) of the base model return the zipped visual tokens. Both
-  ``forward`` and ``generate`` of transformers call them;
-- a forward pre-hook on the model, and one on its base model (for who calls that), shortens the runs of placeholders
-  that the stock processor wrote, in everything that runs along with the ids
-  (:mod:`visionzip.integrations.placeholders`);
-- ``generate`` does that once for the whole answer (:mod:`visionzip.integrations.generation`);
-- ``save_pretrained`` writes names of weights that inference engines read (:mod:`visionzip.integrations.saving`).
+- a forward pre-hook on the model, and one on its base model for who calls that, which finds nothing left to do where
+  the model has done it (:mod:`visionzip.integrations.calls`);
+- ``generate``, which does the same once for the whole answer (:mod:`visionzip.integrations.generation`);
+- ``get_image_features`` (and ``get_video_features``) of the base model, which return the chosen tokens;
+- ``save_pretrained`` of LLaVA's families, which writes names of weights that inference engines read
+  (:mod:`visionzip.integrations.saving`).
 
-A family is one file with a :class:`Family` in it. It says two things of images, and of videos if it has them: how long
-each one's run of placeholders is before and after (from shapes and the config alone, nothing is computed), and how the
-zipped visual tokens are made. Everything else is here.
+A family is a :class:`Family`: how long each run of placeholders is before and after (from shapes and the config alone,
+nothing is computed), and how its encoder's tokens are made and chosen among. Everything else is here.
 
 What ``generate`` returns begins with the user's own prompts. Everything else that a call returns has the length of the
 short ones: logits, hidden states and attentions, and the KV cache. So a Trainer's ``compute_metrics``,
 ``compute_loss_func`` and ``label_smoothing_factor``, which compare logits with labels outside the model, do not fit.
 
-Refused, each with an error that names the cure: pixels beside ``inputs_embeds``; ``logits_to_keep`` as positions and
-``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four dimensions beside pixels; a zipped
-``assistant_model`` for prompts with images; a second turn with the cache of the first whose mask has the long prompts'
-length, or, in a batch of unequal prompts, that is padded anew or has a cache that ``generate`` has not filled; encoders
-other than CLIP and SigLIP; projectors that take several layers.
+Refused, each with an error that names the cure: pixels beside ``inputs_embeds`` or ``mm_encoder_outputs``;
+``logits_to_keep`` as positions and ``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four
+dimensions beside pixels; a zipped ``assistant_model`` for prompts with images; a second turn with the cache of the
+first whose mask has the long prompts' length, or, in a batch of unequal prompts, that is padded anew or has a cache
+that ``generate`` has not filled; encoders and projectors that the family's functions do not know.
 
 To know: PEFT saves an adapter without the model's config, so say ``visionzip(model, …)`` again after loading one (a
 merged model keeps its setting). ``model.forward(…)`` called by that name, as old versions of PEFT do, runs no hooks of
@@ -34,17 +35,72 @@ it does without VisionZip; decoding steps are one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
+import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import check_finite, has_cls_token, side_length
-from visionzip.integrations.placeholders import Held, Run, Visual
-from visionzip.methods import TokenCounts, token_counts
+from visionzip.integrations.encoders import Encoder
+from visionzip.integrations.held import Held
+from visionzip.integrations.placeholders import Run
+from visionzip.methods import positions_of
+
+Arguments = Mapping[str, Any]
+_STOCK: ContextVar[bool] = ContextVar("stock", default=False)
+
+
+@dataclass
+class DeepstackOutput(BaseModelOutputWithPooling):
+    """As each of transformers' families with deepstack has one: ``deepstack_features`` of each layer that gets some."""
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+class Encoded(NamedTuple):
+    """The chosen visual tokens of all images, or all videos, of a call: T of each run of placeholders.
+
+    Attributes:
+        tokens: (T, hidden_size) of each run, as the language model gets them.
+        places: (T,) int64 of each, from 0 in the run of the whole image: where the patch that a token keeps would be.
+        sizes: (T,) float32 of each, patches that a token stands for; None without a size bias.
+        hidden: what they were before the projector, as ``last_hidden_state`` of the model's own output.
+        deepstack: for each layer of the language model that gets some, (T, hidden_size) of each run.
+    """
+
+    tokens: list[Tensor]
+    places: list[Tensor]
+    sizes: list[Tensor] | None = None
+    hidden: Tensor | None = None
+    deepstack: list[list[Tensor]] | None = None
+
+    def of_runs(self, chosen: list[int]) -> Encoded:
+        """Those of some runs alone."""
+
+        def pick(values: list[Tensor]) -> list[Tensor]:
+            return [values[index] for index in chosen]
+
+        deepstack = self.deepstack and [pick(layer) for layer in self.deepstack]
+        return Encoded(pick(self.tokens), pick(self.places), self.sizes and pick(self.sizes), self.hidden, deepstack)
+
+    def in_pieces(self, counts: list[int]) -> Encoded:
+        """The same tokens and deepstack, so many runs of them joined to one; other values are left out."""
+
+        def join(runs: list[Tensor]) -> list[Tensor]:
+            values = iter(runs)
+            return [torch.cat([next(values) for _ in range(count)]) for count in counts if count]
+
+        return Encoded(
+            join(self.tokens), [], hidden=self.hidden, deepstack=self.deepstack and list(map(join, self.deepstack))
+        )
 
 
 @dataclass(frozen=True)
@@ -53,23 +109,30 @@ class Modality:
 
     Attributes:
         pixels: the argument of the model's forward that has them.
-        runs: ``(base, config, arguments) -> [Run, …]``, one for each image or video in order. ``base`` is the model
-            without its head (``model.model``), ``arguments`` are the forward's by name, with the pixels. Checks the
-            pixels' shape. Nothing may be computed that needs the pixels' values.
-        features: ``(base, config, pixels, …) -> BaseModelOutputWithPooling`` in the place of the base model's
-            ``get_image_features`` or ``get_video_features``, called with its arguments by name. The parameters after
-            ``config`` must have the same names (transformers' ``generate`` looks at them), with ``**kwargs`` for the
-            rest. ``pooler_output`` is what the base model's own function returns there: a list of (n, hidden_size) or
-            a tensor; of each, n is the run's ``short``.
+        runs: ``(base, config, arguments) -> [Run, …]``, one for each run of placeholders in order. ``base`` is the
+            model without its head (``model.model``), ``arguments`` are the forward's by name, with the pixels. Checks
+            the pixels' shape. Nothing may be computed that needs the pixels' values.
+        encode: ``(base, config, arguments) -> Encoded``: runs the encoder and chooses; T of a run is its ``short``.
+        stacked: the model takes ``pooler_output`` as one tensor (runs, T, hidden_size), not as a list.
         former_pixels: an older name of that argument, which the stock processor still uses.
         pooled_patches: ``(base) -> int``, patches of one frame that is pooled before it is compressed.
     """
 
     pixels: str
-    runs: Callable[[nn.Module, VisionZipConfig, Mapping[str, Any]], list[Run]]
-    features: Callable[..., Any]
+    runs: Callable[[nn.Module, VisionZipConfig, Arguments], list[Run]]
+    encode: Callable[[nn.Module, VisionZipConfig, Arguments], Encoded]
+    stacked: bool = False
     former_pixels: str | None = None
     pooled_patches: Callable[[nn.Module], int] | None = None
+
+    def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
+        """What the base model's own ``get_image_features`` would return of these tokens."""
+        tokens = torch.stack(encoded.tokens) if self.stacked and encoded.tokens else encoded.tokens
+        if encoded.deepstack is None:
+            return BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
+        return DeepstackOutput(
+            last_hidden_state=encoded.hidden, pooler_output=tokens, deepstack_features=encoded.deepstack
+        )
 
 
 @dataclass(frozen=True)
@@ -79,18 +142,63 @@ class Family:
     Attributes:
         modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
             ``get_<name>_features``.
-        towers: attributes of the base model that hold image encoders.
-        needs: what else of the base model the family's functions use, dotted (``"config.spatial_pool_stride"``): a
-            version of transformers that has it no more fails at ``visionzip(model)``.
-        tiles: whether images are cut into tiles, whose patches are laid out as one image.
-        default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
+        rotary: positions have three axes (M-RoPE).
     """
 
     modalities: Mapping[str, Modality]
-    towers: tuple[str, ...] = ("vision_tower",)
-    needs: tuple[str, ...] = ()
-    tiles: bool = False
-    default: VisionZipConfig = field(default_factory=VisionZipConfig)
+    rotary: bool = False
+
+    def check(self, model: nn.Module, config: VisionZipConfig) -> None:
+        """Check that this is a model as the family's functions know it, and that the setting fits it.
+
+        Raises:
+            TypeError: the model is built differently, or is of another version of transformers.
+            ValueError: the setting does not fit.
+
+        Warns:
+            UserWarning: of an untested version, of a budget that compresses nothing, and of an unfit layer.
+        """
+        check_attributes(model, ("model", "config", "generate", "generation_config"))
+        check_attributes(model.model, [f"get_{name}_features" for name in self.modalities])
+        check_attributes(model.config, [f"{name}_token_id" for name in self.modalities])
+        taken = [*(modality.pixels for modality in self.modalities.values()), "mm_encoder_outputs"]
+        if missing := [name for name in taken if name not in inspect.signature(type(model).forward).parameters]:
+            raise TypeError(
+                f"{type(model).__name__}.forward of transformers {transformers.__version__} takes no {missing}"
+            )
+
+    def default_config(self, model: nn.Module) -> VisionZipConfig:
+        """The setting where the user gives none."""
+        return VisionZipConfig()
+
+    def encoders(self, model: nn.Module) -> dict[str, Encoder]:
+        """What images and videos go through, for :mod:`visionzip.token_map`.
+
+        Raises:
+            ValueError: that module cannot look into this family's encoder.
+        """
+        raise ValueError(
+            f"pictures show encoders of a fixed size, CLIP and SigLIP; this {type(model).__name__} has another one"
+        )
+
+    def has_original_positions(self, config: VisionZipConfig) -> bool:
+        """Whether kept tokens stand where their patches would be: what the setting says."""
+        return positions_of(config) == "original"
+
+    def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
+        """Positions (3, B, L) of the prompts as they are; None if they are counted by the mask."""
+        return None
+
+    def with_axes(self, positions: Tensor) -> Tensor:
+        """Positions of text (B, L) as the language model takes them."""
+        return positions
+
+    def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
+        """Leave with the base model what it keeps of a call's positions, if it does."""
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The text backbone."""
+        return model.model.language_model
 
 
 @dataclass(eq=False)
@@ -110,164 +218,47 @@ class Zipped:
     handles: list[RemovableHandle] = field(default_factory=list)
     replaced: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
-
-# --- what a family's file needs ---
-
-
-def sequence_length(tower: nn.Module) -> int:
-    """S, tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
-    return side_length(tower) ** 2 + has_cls_token(tower)
+    def __post_init__(self) -> None:
+        self.original = self.family.has_original_positions(self.config)
+        modalities = self.family.modalities.values()
+        names = [name for modality in modalities for name in (modality.pixels, modality.former_pixels)]
+        self.pixels = tuple(filter(None, names))  # arguments that have images or videos
 
 
-def short_length(tower: nn.Module, config: VisionZipConfig) -> int:
-    """Visual tokens of one encoder input (image, tile, frame) when zipped, or all of them if these are fewer."""
-    return short_counts(tower, config).total
+TESTED = "5.23"  # of transformers; other versions warn
 
 
-def short_counts(tower: nn.Module, config: VisionZipConfig) -> TokenCounts:
-    """What those are: K and M, and whether CLS is among the K."""
-    return token_counts(config, side_length(tower) ** 2, has_cls_token(tower))
-
-
-def full_length(base: nn.Module, tower: nn.Module, arguments: Mapping[str, Any]) -> int:
-    """Visual tokens of one encoder input as the model is, by its rule for the first token of the sequence.
-
-    ``"default"`` leaves the first one out, whether or not it is a CLS token, and ``"full"`` keeps it.
-    """
-    strategy = arguments.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
-    return sequence_length(tower) - (strategy == "default")
-
-
-def check_pixels(pixels: Any, name: str, tower: nn.Module, leading: str) -> None:
-    """Check pixels (``leading``…, 3, h, w), for example with ``"N"`` or ``"N, tiles"``, for the encoder's size.
+def check_attributes(holder: Any, names: Iterable[str]) -> None:
+    """Check that an object has attributes, whose names may be dotted.
 
     Raises:
-        ValueError: they have another shape.
+        TypeError: some are missing.
     """
-    edge = tower.config.image_size
-    shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-    dims = leading.count(",") + 4
-    if not isinstance(pixels, Tensor) or pixels.ndim != dims or tuple(pixels.shape[-3:]) != (3, edge, edge):
-        raise ValueError(
-            f"{name} must be ({leading}, 3, {edge}, {edge}) for this model, got {shape}: prepare the inputs with the "
-            "model's own processor"
+    if missing := [name for name in names if not _has(holder, name)]:
+        raise TypeError(
+            f"{type(holder).__name__} of transformers {transformers.__version__} has no {', '.join(missing)}: "
+            f"VisionZip was tested with {TESTED}.x"
         )
 
 
-def check_layer(base: nn.Module, vision_feature_layer: Any) -> None:
-    """Refuse a layer given to a call: it is VisionZip's that is read.
-
-    Raises:
-        ValueError: it is not the model's own.
-    """
-    if vision_feature_layer is not None and vision_feature_layer != base.config.vision_feature_layer:
-        raise ValueError(
-            f"vision_feature_layer={vision_feature_layer!r} was given, but a zipped model reads the layer of its "
-            "setting: call visionzip(model, layer=…), or unzip(model) first"
-        )
+def _has(holder: Any, name: str) -> bool:
+    """``hasattr`` with dotted names."""
+    try:
+        attrgetter(name)(holder)
+    except AttributeError:
+        return False
+    return True
 
 
-# --- a call ---
-
-NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
-
-
-def pixel_names(family: Family) -> list[str]:
-    """The arguments that have images and videos."""
-    return [modality.pixels for modality in family.modalities.values()]
-
-
-def has_pixels(family: Family, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call is given images or videos, by their present names or former ones."""
-    former = [modality.former_pixels for modality in family.modalities.values() if modality.former_pixels]
-    return any(arguments.get(name) is not None for name in (*pixel_names(family), *former))
+def stock_features(base: nn.Module, name: str, given: Arguments) -> Any:
+    """What the class's own ``get_image_features`` or ``get_video_features`` returns; one may call the other."""
+    token = _STOCK.set(True)
+    try:
+        return getattr(type(base), f"get_{name}_features")(base, **given)
+    finally:
+        _STOCK.reset(token)
 
 
-def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
-    """Check the pixels that a call is given: their values, which are looked at once for a call, not once a step.
-
-    Raises:
-        ValueError: some are NaN or infinite, or raw; the message names the image.
-    """
-    for name in pixel_names(family):
-        if (pixels := arguments.get(name)) is not None:
-            check_finite(pixels, [1] * len(pixels), name)
-
-
-def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with pixels under their present names."""
-    for modality in family.modalities.values():
-        if modality.former_pixels in arguments:
-            pixels = arguments[modality.former_pixels]
-            others = {name: value for name, value in arguments.items() if name != modality.former_pixels}
-            arguments = others if pixels is None else others | {modality.pixels: pixels}
-    return arguments
-
-
-def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> list[Visual]:
-    """What a call is given to see.
-
-    Raises:
-        ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
-    """
-    found = []
-    for name, modality in zipped.family.modalities.items():
-        given = arguments.get(modality.pixels) is not None
-        runs = modality.runs(base, zipped.config, arguments) if given else []
-        found.append(Visual(name, getattr(base.config, f"{name}_token_id"), runs))
-        if not given:
-            _refuse_placeholders(arguments["input_ids"], found[-1], modality.pixels)
-    return found
-
-
-def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None:
-    if count := int((input_ids == visual.token_id).sum()):
-        raise ValueError(
-            f"the prompts have {count} {visual.modality} placeholders (id {visual.token_id}), but no {pixels} were "
-            "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
-            "the whole conversation with all its images"
-        )
-
-
-def cached_length(arguments: Mapping[str, Any]) -> int:
-    """Tokens in the cache that a call is given."""
-    cache = arguments.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def hold(cache: Any, held: Held | None) -> None:
-    """Note on a cache, if there is one, what it holds of its prompts, so that copies know it too; None if unknown."""
-    if cache is not None:
-        cache._visionzip = held
-
-
-def held_by(arguments: Mapping[str, Any]) -> Held | None:
-    """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
-    cache, past = arguments.get("past_key_values"), cached_length(arguments)
-    held: Held | None = getattr(cache, "_visionzip", None)
-    if held is not None and len(held.columns) != len(arguments["input_ids"]):
-        held = cache._visionzip = None
-    elif held is not None and held.columns.shape[1] > past:
-        held = cache._visionzip = held.cut(past)
-    return held
-
-
-def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
-    """What is wrong with a mask (B, P + L), if its P positions before the prompts are not those of the cache."""
-    ids, mask, past = arguments["input_ids"], arguments.get("attention_mask"), cached_length(arguments)
-    if past == 0 or not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    if mask.shape[1] <= ids.shape[1] or mask.shape[1] == past + ids.shape[1]:
-        return None
-    return (
-        f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are new: "
-        "images take fewer tokens in a zipped model. Give a mask of that length, with zeros where the cache holds "
-        "padding, or generate from the whole conversation with all its images"
-    )
-
-
-def pad_token(model: nn.Module) -> int | None:
-    """The id that fills up rows; it is masked, so any will do that is no placeholder."""
-    config = model.config
-    pad = getattr(config, "pad_token_id", None)
-    return getattr(config.get_text_config(), "pad_token_id", None) if pad is None else pad
+def runs_stock() -> bool:
+    """Whether this is inside of :func:`stock_features`."""
+    return _STOCK.get()

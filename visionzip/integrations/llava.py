@@ -7,20 +7,26 @@ ConvNeXt, has no attention to go by.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
-from visionzip.methods import check_setting, uncompressed
+from visionzip.integrations.encoders import Encoder
+from visionzip.methods import check_setting, has_size_bias, positions_of, uncompressed
 
 
 def attach(model: nn.Module, config: VisionZipConfig) -> None:
     """Set the towers' compression stage and store the setting.
 
     Raises:
-        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it.
+        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it; or the
+            setting has positions or a size bias that its language model cannot have.
     """
     towers = _towers(model)
+    if model not in towers:
+        _check_language(model, config)
     aspect = str(getattr(getattr(model, "config", None), "image_aspect_ratio", None))
     lays_out = aspect.startswith("anyres") or hasattr(model, "get_vision_tower_aux")
     for tower in towers:
@@ -30,6 +36,16 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
         tower.visionzip = config
     if model not in towers:
         model.config.visionzip = config.to_dict()
+
+
+def _check_language(model: nn.Module, config: VisionZipConfig) -> None:
+    """Check what the setting wants of the language model."""
+    if positions_of(config) == "original":  # not imported before it is needed: what is behind imports this module
+        import_module("visionzip.language.positions").check_positions(model.config)
+    if not has_size_bias(config):
+        return
+    import_module("visionzip.language.size_bias").check_attention(model.config)
+    import_module("visionzip.language.pruning").refuse_size_bias(model)
 
 
 def _warn(tower: nn.Module, config: VisionZipConfig) -> None:
@@ -75,3 +91,24 @@ def vision_tower(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} has no vision tower to compress: its config names no mm_vision_tower"
         )
     return tower
+
+
+def encoders(model: nn.Module) -> dict[str, Encoder]:
+    """The image tower and, where the model has one, the video tower; the model itself if it is a tower.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    towers = {"image": vision_tower(model)}
+    if hasattr(model, "get_video_tower"):
+        towers["video"] = model.get_video_tower()
+    project = getattr(model, "_project", None) or getattr(model, "mm_projector", None)
+    return {name: _encoder(tower, project) for name, tower in towers.items()}
+
+
+def _encoder(tower: nn.Module, project: Callable[[Tensor], Tensor] | None) -> Encoder:
+    untrained = [int(key.split(".")[2]) for key in tower.untrained if key.startswith("encoder.layers.")]
+    trained = min(untrained, default=tower.config.num_hidden_layers)
+    return Encoder(
+        tower.encoder, tower.visionzip, project, trained, lambda: tower.image_processor, tower.encoder_inputs
+    )

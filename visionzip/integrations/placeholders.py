@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from visionzip.integrations.held import Held
+
 # What fills padding, in each argument that has an entry for every token.
 _FILL = {"input_ids": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 
@@ -117,38 +119,6 @@ def _split_run(start: int, length: int, visual: Visual, used: int, row: int) -> 
     return edits
 
 
-class Held(NamedTuple):
-    """What a cache holds of prompts, as far as these were shortened; behind it are text and answers, as they are.
-
-    Attributes:
-        columns: (B, P) where in the prompts each token of the cache is, -1 for padding.
-        length: columns of the prompts.
-    """
-
-    columns: Tensor
-    length: int
-
-    def grown(self, past: int) -> Held:
-        """The same of a cache of ``past`` tokens, P or more."""
-        more = torch.arange(self.length, self.length + past - self.columns.shape[1])
-        return Held(torch.cat([self.columns, more.expand(len(self.columns), -1)], dim=1), self.length + len(more))
-
-    def cut(self, past: int) -> Held | None:
-        """The same of a cache of ``past`` tokens, P or fewer; None if its rows end in different columns."""
-        kept, gone = self.columns[:, :past], self.columns[:, past:]
-        length = int(kept.max()) + 1 if past else 0
-        return None if ((gone >= 0) & (gone < length)).any() else Held(kept, length)
-
-    def repeated(self, copies: int) -> Held:
-        """The same of a cache with so many copies of each row, side by side."""
-        return Held(self.columns.repeat_interleave(copies, dim=0), self.length)
-
-    def followed(self, other: Held) -> Held:
-        """The same of a cache that got ``other``'s prompts as well, which were given without these."""
-        behind = torch.where(other.columns < 0, -1, other.columns + self.length)
-        return Held(torch.cat([self.columns, behind], dim=1), self.length + other.length)
-
-
 class Shortened(NamedTuple):
     """Prompts with shortened runs.
 
@@ -157,11 +127,37 @@ class Shortened(NamedTuple):
             in any case where rows differ in length), with L' for L.
         new: the runs that are not in the cache yet; all of them without one.
         held: what a cache holds that was given these prompts.
+        edits: of :func:`find_runs`.
+        columns: of each row without padding, where in the prompts its tokens are.
+        index: (B, L') which of these each token is, -1 for padding and for what is in the cache.
     """
 
     arguments: dict[str, Tensor]
     new: list[Edit]
     held: Held
+    edits: list[list[Edit]]
+    columns: list[Tensor]
+    index: Tensor
+
+    def spread(self, values: Mapping[tuple[str, int], Tensor], others: float | None, fill: float) -> Tensor:
+        """Values (B, L') of all tokens, from those (T,) of the tokens of each run, by modality and number.
+
+        Args:
+            values: runs that are left out are as text.
+            others: the value of text; if None, its column, to which a run's values are then relative.
+            fill: of padding and what is in the cache.
+        """
+        rows = []
+        for edits, columns in zip(self.edits, self.columns, strict=True):
+            row = columns.clone() if others is None else torch.full(columns.shape, others)
+            dropped = 0
+            for edit in edits:
+                start = edit.start - int(columns[0]) - dropped
+                if (own := values.get((edit.modality, edit.index))) is not None:
+                    row[start : start + edit.short] = own.to(row) + (edit.start if others is None else 0)
+                dropped += edit.full - edit.short
+            rows.append(row)
+        return _look_up(rows, self.index, fill)
 
 
 def shorten(
@@ -200,8 +196,10 @@ def shorten(
     bounds = [_content(row, own) for row, own in zip(kept, edits, strict=True)]
     sources = [_sources(row, *bound) for row, bound in zip(edits, bounds, strict=True)]
     sides = _sides(bounds, ids.shape[1], side)
-    cached, column = _cached(sources, edits, past, held) if past else Held(torch.empty(len(ids), 0).long(), 0)
-    index = torch.cat([cached, _pad([row[row >= column] for row in sources], sides)], dim=1)
+    cached = _cached(sources, edits, past, held) if past else Held(torch.empty(len(ids), 0).long(), 0)
+    column = cached.length
+    order = _pad([torch.arange(len(row))[row >= column] for row in sources], sides)
+    index = torch.cat([cached.columns, _look_up(sources, order, -1)], dim=1)
 
     def pick(values: Tensor, fill: int) -> Tensor:
         own = index.to(values.device)
@@ -217,7 +215,15 @@ def shorten(
         new["attention_mask"] = torch.cat([before.to(new_mask), new_mask], dim=1).to(keep if mask is None else mask)
     still = [edit for row in edits for edit in row if edit.start >= column]
     starts = torch.stack([row[0] for row in sources])[:, None]
-    return Shortened(new, still, Held(index.masked_fill(index < starts, -1), ids.shape[1]))
+    now = Held(index.masked_fill(index < starts, -1), ids.shape[1])
+    order = torch.cat([torch.full_like(cached.columns, -1), order], dim=1)
+    return Shortened(new, still, now, edits, sources, order)
+
+
+def _look_up(rows: list[Tensor], index: Tensor, fill: float) -> Tensor:
+    """Values (B, L') of rows (n,) of different length by index, -1 for padding."""
+    values = pad_sequence(rows, batch_first=True)
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, fill)
 
 
 def _cached(sources: list[Tensor], edits: list[list[Edit]], past: int, held: Held | None) -> Held:

@@ -1,4 +1,4 @@
-"""Which visual tokens to keep inside a language model: the attention that they get, and the best of them."""
+"""Choose the visual tokens to keep inside a language model, by the attention that they get."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 Keep = int | float
+"""How many visual tokens of a prompt to keep: a number, or a fraction of them."""
 
 
 def keep_top(scores: Tensor, candidates: Tensor, number: int) -> Tensor:
-    """The candidates of highest score; equal scores resolve to the lower index.
+    """Choose the candidates of highest score; equal scores resolve to the lower index.
 
     Args:
         scores: (L,).
         candidates: (L,) bool.
-        number: how many; all if there are fewer.
+        number: how many to choose; all if there are fewer.
 
     Returns:
-        (L,) bool.
+        (L,) bool, true for the chosen ones.
     """
     order = scores.argsort(descending=True, stable=True)
     return torch.zeros_like(candidates).scatter(0, order[candidates[order]][:number], True)
 
 
 def number_to_keep(keep: Keep, visual: int) -> int:
-    """Of a prompt's visual tokens: a fraction of them, halves rounded up, or a number."""
+    """Turn a fraction of a prompt's visual tokens into a number, halves rounded up; a number stays as it is."""
     return int(keep * visual + 0.5) if isinstance(keep, float) else keep
 
 
 def attention_received(
     layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], queries: Tensor, real: Tensor
 ) -> Tensor:
-    """Attention that all tokens get from some, in one decoder layer: mean over heads and over these.
+    """Compute the attention that every token gets from the query tokens in one decoder layer.
 
-    Only the rows of the attention matrix that are asked for are computed.
+    It is the mean over heads and query tokens. Only these tokens' rows of the attention matrix are computed.
 
     Args:
         layer: a decoder layer of a Llama, Mistral or Qwen2 model.
-        hidden: (B, S, D), what goes into it.
+        hidden: (B, S, D), the layer's input.
         position_embeddings: cosines and sines, each (B or 1, S, Dh).
-        queries: (B, S) bool, the rows.
+        queries: (B, S) bool, true for the query tokens.
         real: (B, S) bool, false for padding.
 
     Returns:
-        (B, S) in float32; 0 everywhere for a prompt without queries.
+        (B, S) in float32; 0 everywhere for a prompt without query tokens.
     """
     attention = layer.self_attn
     device = attention.k_proj.weight.device  # of a model that is spread over several
@@ -68,4 +69,5 @@ def attention_received(
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings (…, Dh)."""
     return states * cos + rotate_half(states) * sin

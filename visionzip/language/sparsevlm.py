@@ -1,4 +1,4 @@
-"""SparseVLM (ICML 2025, arXiv 2410.04417, version 1.5): visual tokens are dropped by the question, layer by layer."""
+"""SparseVLM (ICML 2025, arXiv 2410.04417, version 1.5): drop visual tokens layer by layer, rated by the question."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionzip.language.pruning import Model, Pruning, attach_pruning
+from visionzip.language.pruning import Model, attach_pruning
 from visionzip.language.selection import Keep
+from visionzip.language.stages import Pruning
 
 LAYERS = (2, 6, 15)
-# What the released code keeps after each of LAYERS, without recycled tokens, for a budget that is the average over the
-# 32 layers of LLaVA-1.5-7B, of 576 visual tokens: (2 x 576 + 4 a + 10 b + 16 c) / 32 gives 191, 126, 94 and 62.
+# Tokens that the released code keeps after LAYERS, recycled ones not counted, by its budgets: averages over the 32
+# layers of LLaVA-1.5-7B, of 576 visual tokens. (2 x 576 + 4 a + 10 b + 16 c) / 32 gives 191, 126, 94 and 62.
 COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 
 
@@ -21,20 +22,19 @@ def sparsevlm(
 ) -> Model:
     """Drop visual tokens after some layers, by the attention that the question's visual words pay them.
 
-    Text raters are chosen before the first layer: of the text after the last image, the tokens that are more similar
-    to the image than the average (see :func:`text_raters`). In each of ``layers`` the score of a visual token is the
-    raters' attention, mean over heads and raters, and the next layer sees the ``keep`` tokens of highest score. Of
-    those that are dropped, the better ones are recycled: merged to a few tokens (see :func:`recycled`), which come
-    after the visual tokens that are kept. The shortened prompt gets consecutive positions, and the answer's tokens
-    continue them. Nothing is random.
+    The text raters are chosen before the first layer: the tokens after the last image that are more similar to the
+    image than the average (see :func:`text_raters`). In each of ``layers``, a visual token's score is the raters'
+    attention, mean over heads and raters, and the next layer sees the ``keep`` tokens of highest score. The better ones
+    of the dropped tokens are recycled: merged into a few (see :func:`recycled`), which follow the kept visual tokens.
+    The shortened prompt gets consecutive positions, which the answer's tokens continue. Nothing is random.
 
     The released code's fixed numbers take the place of the paper's rank rule, whose scale was never published; its
-    version 2 keeps positions and recycles nothing. As with ``fastv``, the choice is made once per prompt, the KV cache
-    of each layer holds what that layer has seen, and the next turn of a conversation is given whole again.
+    version 2 keeps positions and recycles nothing. As with ``fastv``, tokens are chosen once per prompt, each layer's
+    KV cache holds the tokens that this layer has seen, and the next turn comes with the whole conversation.
 
     Args:
-        model: a LLaVA model, zipped or not, or a PEFT wrapper around one. In place; calling it or ``fastv`` again
-            replaces what is attached, and ``remove_pruning`` takes it off.
+        model: a LLaVA model of this repository or of transformers, zipped or not, or a PEFT wrapper around one. In
+            place; calling it or ``fastv`` again replaces what is attached, and ``remove_pruning`` takes it off.
         keep: for each of ``layers``, a number of visual tokens, or a fraction of the prompt's, recycled ones not
             counted. :data:`COUNTS` has the published numbers; default: those for 64.
         layers: the scored ones, ascending (0 is the model's first).
@@ -56,13 +56,13 @@ def sparsevlm(
 
 
 def text_raters(embeds: Tensor, visual: Tensor, real: Tensor) -> Tensor:
-    """Text tokens of one prompt that are more similar to its visual tokens than the average.
+    """Choose the text tokens of one prompt that are more similar to its visual tokens than the average.
 
     Similarity is the softmax, over the text after the last image, of the plain dot product with a visual token; mean
     over the visual tokens. Where all are alike, or there is one text token only, all are raters.
 
     Args:
-        embeds: (L, D) what goes into the first layer.
+        embeds: (L, D), the first layer's input.
         visual: (L,) bool.
         real: (L,) bool, false for padding.
 
@@ -88,18 +88,21 @@ def text_raters(embeds: Tensor, visual: Tensor, real: Tensor) -> Tensor:
 
 
 def num_recycled(dropped: int) -> int:
-    """How many tokens recycling makes: a cluster for 10 of the better 30 %, and one more; 0 if nothing is dropped."""
+    """Count the tokens that recycling makes: one for every 10 of the better 30 %, and one more; 0 of none dropped."""
     return (int(0.3 * dropped) + 1) // 10 + 1 if dropped else 0
 
 
 def single_layer_keep(tokens: int, visual: int) -> int:
-    """How many visual tokens to keep after the only layer that prunes, if with the recycled ones they are to be T.
+    """Compute how many visual tokens to keep, so that they and the recycled ones are T behind a single pruning layer.
 
     With 576: 180, 114 and 48 for 192, 128 and 64.
 
     Args:
         tokens: T.
         visual: visual tokens of a prompt.
+
+    Returns:
+        The largest number that does not exceed T with its recycled tokens.
 
     Raises:
         ValueError: T is more than there are, or fewer than recycling makes.
@@ -112,16 +115,16 @@ def single_layer_keep(tokens: int, visual: int) -> int:
 
 
 def recycled(dropped: Tensor, scores: Tensor) -> Tensor:
-    """Merge the better 30 % of some tokens to a tenth of them, by density-peak clustering.
+    """Merge the better 30 % of the dropped tokens into a tenth as many, by density-peak clustering.
 
     A token's density is exp(-mean of the squared distances to its k nearest, itself included), k the number of
-    clusters; its separation is the distance to the nearest denser token. Centres are the tokens whose product of both
-    is highest; each token joins the nearest centre (L2) and each cluster becomes its mean. The released code adds a
-    little noise to the densities; here equal ones resolve to the lower index.
+    clusters; its separation is the distance to the nearest denser token. Centres are the tokens with the highest
+    product of both; each token joins the nearest centre (L2), and each cluster becomes its mean. The released code adds
+    a little noise to the densities; here equal ones resolve to the lower index.
 
     Args:
         dropped: (n, D), in the order of the sequence.
-        scores: (n,).
+        scores: (n,), the raters' attention.
 
     Returns:
         (m, D) in the order of the centres in the sequence; m of :func:`num_recycled`.

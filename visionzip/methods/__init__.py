@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 
 from visionzip.config import Positions, VisionZipConfig
-from visionzip.methods import agile, cen_prune, controls, divprune, norm, scope, visionzip
+from visionzip.methods import agile, cen_prune, controls, divprune, norm, plus, scope, visionzip
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches, top_patches
+from visionzip.methods.picked import picked
 
 __all__ = [
     "METHODS",
@@ -21,6 +22,7 @@ __all__ = [
     "has_size_bias",
     "kept_patches",
     "method_of",
+    "picked",
     "positions_of",
     "token_counts",
     "top_patches",
@@ -42,6 +44,7 @@ METHODS: dict[str, Method] = {
         scope.METHOD,
         agile.METHOD,
         norm.METHOD,
+        plus.METHOD,
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel, Sizes
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
 from llava.model.prompts import check_images, first_places
+from llava.model.visual import VisualTokens, lay_out
 from llava.video import process_videos
 from visionzip.encoder import check_finite
 
@@ -69,10 +71,10 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """
         check_finite(videos, [1] * len(videos))
         tower = self.get_video_tower()
-        return self._project(tower.encode(videos.to(tower.dtype), self._project)[0])
+        return self._project(tower.encode(videos.to(tower.dtype), self._project).tokens)
 
-    def visual_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[Tensor]:
-        """What the language model sees for each ``<image>``: (n, hidden_size) of an image or of a video's frame.
+    def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
+        """What the language model sees for each ``<image>``: an image, or a video's frame.
 
         Images are encoded in one batch, and so are videos of one length. What is in a list several times is encoded
         once.
@@ -91,17 +93,18 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         for index, image in enumerate(images):
             _check_shape(image, index, edge)
         places = first_places(images, None)
-        found: dict[int, list[Tensor]] = {}
+        found: dict[int, list[VisualTokens]] = {}
         for shape in dict.fromkeys(image.shape for image in images):
             members = [index for index in sorted(set(places)) if images[index].shape == shape]
             tower = self.get_image_tower() if len(shape) == 3 else self.get_video_tower()
             batch = torch.stack([images[index].to(tower.device) for index in members])
             # 0 for the others, so that the messages count all of them
             check_finite(batch, [int(index in members) for index in range(len(images))])
-            tokens = self._project(tower.encode(batch.to(tower.dtype), self._project)[0])
-            if len(shape) == 3:
-                tokens = tokens[:, None]
-            found |= {index: list(frames) for index, frames in zip(members, tokens, strict=True)}
+            encoded = tower.encode(batch.to(tower.dtype), self._project)
+            encoded = replace(encoded, tokens=self._project(encoded.tokens))
+            for index, own in zip(members, encoded.split([1] * len(members)), strict=True):
+                frames = own if len(shape) == 3 else own.flatten()
+                found[index] = [lay_out(frame, tower) for frame in frames.split([1] * len(frames.tokens))]
         return [frame for place in places for frame in found[place]]
 
     def count_markers(self, images: Images) -> int:

@@ -15,6 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 from llava.model.loading import find_file
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.vision_tower import EncodedImage
 
 
 class LanguageBindVideoConfig(CLIPVisionConfig):
@@ -185,12 +186,12 @@ class LanguageBindVideoTower(LanguageBindImageTower):
             return [self.forward(video[None]) for video in videos]
         return super().forward(videos).unflatten(0, (len(videos), -1))
 
-    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """Visual tokens (B, T, N, D) of videos (B, 3, T, h, w), and of each frame the indices (B * T, K) or None."""
-        tokens, indices = super().encode(images, project)
-        return tokens if indices is None else tokens.unflatten(0, (len(images), -1)), indices
+    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> EncodedImage:
+        """Visual tokens (B, T, N, D) of the T frames of videos (B, 3, T, h, w)."""
+        encoded = super().encode(images, project)
+        return encoded if encoded.kept is None else encoded.unflatten(len(images))
 
-    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Frames (B * T, 3, h, w) of videos (B, 3, T, h, w), and T for the layers that attend over time."""
         edge = self.config.image_size
         if images.ndim != 5 or not images.numel() or images.shape[1] != 3 or tuple(images.shape[3:]) != (edge, edge):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,16 +33,40 @@ class EncodedImage:
 
     Attributes:
         tokens: (T, N, D) of its T tiles, before the projector.
-        dominant_indices: (T, K) as in :class:`CompressedTokens`; None if the tower was not zipped.
+        kept: (T, N) as in :class:`CompressedTokens`; None if the tower was not zipped.
+        sizes: (T, N) as there; None where the setting has no size bias.
     """
 
     tokens: Tensor
-    dominant_indices: Tensor | None = None
+    kept: Tensor | None = None
+    sizes: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedImage:
         """On another device; data loaders ask for it."""
-        kept = self.dominant_indices
-        return EncodedImage(self.tokens.to(*args, **kwargs), None if kept is None else kept.to(*args, **kwargs))
+        return self._each(lambda part: part.to(*args, **kwargs))
+
+    @classmethod
+    def join(cls, images: Sequence[EncodedImage]) -> EncodedImage:
+        """Images as tiles of one, in order."""
+        parts = zip(*((image.tokens, image.kept, image.sizes) for image in images), strict=True)
+        return cls(*(None if part[0] is None else torch.cat(part) for part in parts))
+
+    def split(self, counts: Sequence[int]) -> list[EncodedImage]:
+        """Cut what was encoded together, (sum of T, N, D), into images of these many tiles."""
+        parts = [None if part is None else part.split(list(counts)) for part in (self.tokens, self.kept, self.sizes)]
+        return [EncodedImage(*(part and part[place] for part in parts)) for place in range(len(counts))]
+
+    def unflatten(self, images: int) -> EncodedImage:
+        """Tiles of so many images with an axis for the images in front."""
+        return self._each(lambda part: part.unflatten(0, (images, -1)))
+
+    def flatten(self) -> EncodedImage:
+        """What :meth:`unflatten` has made, without that axis."""
+        return self._each(lambda part: part.flatten(0, 1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> EncodedImage:
+        parts = (self.tokens, self.kept, self.sizes)
+        return EncodedImage(*(None if part is None else change(part) for part in parts))
 
 
 class VisionEncoder(nn.Module):
@@ -251,21 +275,21 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        pixels, over_time = self._encoder_inputs(images)
+        pixels, over_time = self.encoder_inputs(images)
         features = hidden_states(self.encoder, pixels, self.feature_layers(self.select_layer), **over_time)
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
         return features.to(images.dtype)
 
-    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """What :class:`EncodedImage` holds, of images (B, 3, h, w): tokens (B, N, D) and indices (B, K) or None.
+    def encode(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> EncodedImage:
+        """Visual tokens of images (B, 3, h, w), with B in the place of an image's tiles T.
 
         ``project`` is as in :meth:`compress`.
         """
         if self.visionzip is None:
-            return self(images), None  # as a call, so that a user's hooks are run
+            return EncodedImage(self(images))  # as a call, so that a user's hooks are run
         compressed = self.compress(images, project)
-        return compressed.tokens, compressed.dominant_indices
+        return EncodedImage(compressed.tokens, compressed.kept, compressed.sizes)
 
     @torch.compiler.disable  # hooks that come and go cannot be traced; a compiled model runs this part as it is
     def compress(self, images: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> CompressedTokens:
@@ -283,7 +307,7 @@ class VisionTower(nn.Module):
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
         self.visionzip_layers(setting)
-        pixels, over_time = self._encoder_inputs(images)
+        pixels, over_time = self.encoder_inputs(images)
         return compress_images(self.encoder, pixels, setting, project, **over_time)
 
     @property
@@ -292,7 +316,7 @@ class VisionTower(nn.Module):
         setting = self.visionzip
         return None if setting is None else token_counts(setting, self.num_patches_per_side**2, self.cls_token)
 
-    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Checked pixels (B, 3, h, w), and what each layer of the encoder is given besides."""
         edge = self.config.image_size
         if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):

@@ -1,0 +1,129 @@
+"""Models that eval runs: LLaVA's families by LLaVA's prompts, any other by its own processor and chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from hf_models import PATCHES
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+from eval.__main__ import main as eval_command
+from eval.config import RunConfig
+from eval.methods import Run
+from eval.models import kind_of
+from eval.models.hf import ProcessorModel, prompt_of
+from eval.models.llava import LlavaModel
+from eval.records import Question
+from llava.model.layouts import KINDS
+
+
+@pytest.fixture(scope="module")
+def other_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a family that LLaVA's interface does not know, as its hub page would have it."""
+    folder = tmp_path_factory.mktemp("vip") / "vip-llava-tiny"
+    config = VipLlavaConfig(
+        vision_config=hf_models.vision_config(),
+        text_config=hf_models.text_config(),
+        image_token_index=hf_models.IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layers=[-2, -1],
+        pad_token_id=hf_models.PAD,
+    )
+    hf_models.build(VipLlavaForConditionalGeneration, config).save_pretrained(folder)
+    hf_models.llava_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(other_family: Path, scenes_data: Path, tmp_path: Path) -> list[str]:
+    places = ["--model-path", str(other_family), "--data", str(scenes_data), "--output", str(tmp_path / "out")]
+    return ["run", "scenes", *places, "--device", "cpu", "--limit", "6", "--batch-size", "3"]
+
+
+def answers_of(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / "answers" / "vanilla.jsonl").read_text().splitlines()]
+
+
+def load(folder: Path) -> ProcessorModel:
+    return ProcessorModel.load(RunConfig("scenes", str(folder), Path("out"), device="cpu"))
+
+
+@pytest.mark.parametrize("model_type", list(KINDS))
+def test_llavas_families_have_llavas_prompts(model_type: str):
+    checkpoint = SimpleNamespace(model_type=model_type, text_config={}, vision_config={})
+    assert kind_of(checkpoint) is LlavaModel
+    assert kind_of(SimpleNamespace(model_type="llava_llama", mm_vision_tower="clip")) is LlavaModel
+    checkpoint.model_type = "vipllava"
+    assert kind_of(checkpoint) is ProcessorModel
+
+
+def test_a_family_of_its_own_answers_as_it_does_alone(run: list[str], other_family: Path, tmp_path: Path):
+    """Its processor, template and generate by hand, one question at a time; visual tokens and costs are counted."""
+    assert eval_command([*run, "--method", "vanilla"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert row["visual_tokens"] == PATCHES and row["prefill_seconds"]["median"] > 0 and row["flops"] > 0
+    asked = load(other_family)
+    processor, model = hf_models.llava_processor(), asked.inner
+    (questions, found) = (scenes_questions(run), answers_of(tmp_path / "out"))
+    assert results["setting"]["first_prompt"] == f"user:<image>{questions[0].text} assistant:"
+    for question, text in zip(questions[:6], found, strict=True):
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        (image,) = question.visuals[0].open()
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True).strip() == text
+
+
+def scenes_questions(run: list[str]) -> list[Question]:
+    from eval.benchmarks import scenes  # noqa: PLC0415
+
+    return scenes.questions(Path(run[run.index("--data") + 1]))
+
+
+def test_what_it_cannot_do_is_said_in_one_line(run: list[str], other_family: Path, capsys):
+    for more, message in (
+        (["--method", "visionzip", "--tokens", "4"], "--method visionzip: "),
+        (["--method", "vanilla", "--conv-mode", "v1"], "has a chat template of its own, so leave the flag out"),
+        (["--method", "vanilla", "--load-8bit"], "--load-8bit is for LLaVA's families"),
+    ):
+        assert eval_command([*run, *more]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error
+    with pytest.raises(ValueError, match="--method fastv: it prunes inside LLaVA's language models"):
+        load(other_family).attach(Run("fastv", 4))
+
+
+def test_images_stand_where_the_question_has_them():
+    processor, visual = hf_models.llava_processor(), SimpleNamespace(frames=None)
+
+    def prompt(text: str, *visuals: Any) -> str:
+        return prompt_of(Question(1, text, visuals), processor)
+
+    assert prompt("Which?", visual, visual) == "user:<image><image>Which? assistant:"
+    assert prompt("Is <image> as <image>?", visual, visual) == "user:Is <image> as <image>? assistant:"
+    assert prompt("Hello") == "user:Hello assistant:"
+    with pytest.raises(ValueError, match="its text has 1 <image> for 2 images"):
+        prompt("Is it <image>?", visual, visual)
+    with pytest.raises(ValueError, match="videos are asked about with LLaVA's families"):
+        prompt("What?", SimpleNamespace(frames=8))
+
+
+def test_text_and_images_share_a_batch(other_family: Path, scenes_data: Path):
+    from eval.benchmarks import scenes  # noqa: PLC0415
+
+    model = load(other_family)
+    prompts = model.prepare([Question(0, "Hello there"), *scenes.questions(scenes_data)[:2]])
+    together = model.answers_to(prompts, model.visuals_of(prompts), 4)
+    alone = [model.answers_to([prompt], model.visuals_of([prompt]), 4)[0] for prompt in prompts]
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.visual_tokens for one in together] == [one.visual_tokens for one in alone] == [0, PATCHES, PATCHES]
+    assert torch.is_inference_mode_enabled() is False

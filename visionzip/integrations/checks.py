@@ -1,0 +1,169 @@
+"""What a call of a zipped model is given: what does not fit together, and what its cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from visionzip.encoder import check_finite
+from visionzip.integrations.held import Held
+from visionzip.integrations.huggingface import Family, Zipped
+from visionzip.integrations.placeholders import Visual
+
+NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
+
+
+def refuse_outputs(given: Mapping[str, Any]) -> None:
+    """Refuse encoder outputs beside pixels, which this model makes itself.
+
+    Raises:
+        ValueError: they are given.
+    """
+    if given.get("mm_encoder_outputs") is not None:
+        raise ValueError(
+            "mm_encoder_outputs were given beside pixels, of which a zipped model makes them itself: leave one of the "
+            "two out"
+        )
+
+
+def check_mask(given: Mapping[str, Any]) -> None:
+    """Check a mask that masks something for its length.
+
+    Raises:
+        ValueError: see :func:`mask_misfit`.
+    """
+    # A wrong length is harmless while nothing is masked, so the values are looked at last.
+    if (misfit := mask_misfit(given)) and not given["attention_mask"].all():
+        raise ValueError(misfit)
+
+
+def refuse_positions(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that point at tokens of the prompts as they were.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep has positions in the prompts, which are shorter in a zipped model: give a number, which "
+            "counts from the end"
+        )
+    if names := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if given.get(name) is not None]:
+        raise ValueError(
+            f"{' and '.join(names)} count tokens of the prompts, which are shorter in a zipped model: leave them out; "
+            "position_ids that start anew tell packed prompts apart"
+        )
+
+
+def has_pixels(zipped: Zipped, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is given images or videos, by their present names or former ones."""
+    return any(arguments.get(name) is not None for name in zipped.pixels)
+
+
+def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Check the pixels that a call is given: their values, which are looked at once for a call, not once a step.
+
+    Raises:
+        ValueError: some are NaN or infinite, or raw; the message names the image.
+    """
+    for modality in family.modalities.values():
+        if (pixels := arguments.get(modality.pixels)) is not None:
+            check_finite(pixels, [1] * len(pixels), modality.pixels)
+
+
+def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with pixels under their present names."""
+    for modality in family.modalities.values():
+        if modality.former_pixels in arguments:
+            pixels = arguments[modality.former_pixels]
+            others = {name: value for name, value in arguments.items() if name != modality.former_pixels}
+            arguments = others if pixels is None else others | {modality.pixels: pixels}
+    return arguments
+
+
+def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> list[Visual]:
+    """What a call is given to see.
+
+    Raises:
+        ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
+    """
+    refuse_videos(zipped.family, arguments)
+    found = []
+    for name, modality in zipped.family.modalities.items():
+        given = arguments.get(modality.pixels) is not None
+        runs = modality.runs(base, zipped.config, arguments) if given else []
+        found.append(Visual(name, getattr(base.config, f"{name}_token_id"), runs))
+        if not given:
+            _refuse_placeholders(arguments["input_ids"], found[-1], modality.pixels)
+    return found
+
+
+def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None:
+    if count := int((input_ids == visual.token_id).sum()):
+        raise ValueError(
+            f"the prompts have {count} {visual.modality} placeholders (id {visual.token_id}), but no {pixels} were "
+            "given: pass all that the processor returned. With a cache of earlier turns, pass the new tokens alone, or "
+            "the whole conversation with all its images"
+        )
+
+
+def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Refuse videos of a family whose videos are not compressed: GLM-V's have the placeholders of images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if "video" not in family.modalities and arguments.get("pixel_values_videos") is not None:
+        raise ValueError(
+            "pixel_values_videos were given, but videos of this family are not compressed: give their frames as "
+            "images, or unzip(model) first"
+        )
+
+
+def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
+    """What is wrong with a mask (B, P + L), if its P positions before the prompts are not those of the cache."""
+    ids, mask, past = arguments["input_ids"], arguments.get("attention_mask"), cached_length(arguments)
+    if past == 0 or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if mask.shape[1] <= ids.shape[1] or mask.shape[1] == past + ids.shape[1]:
+        return None
+    return (
+        f"attention_mask has {mask.shape[1]} positions, but the cache holds {past} tokens and {ids.shape[1]} are new: "
+        "images take fewer tokens in a zipped model. Give a mask of that length, with zeros where the cache holds "
+        "padding, or generate from the whole conversation with all its images"
+    )
+
+
+# --- the cache ---
+
+
+def cached_length(arguments: Mapping[str, Any]) -> int:
+    """Tokens in the cache that a call is given."""
+    cache = arguments.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def hold(cache: Any, held: Held | None) -> None:
+    """Note on a cache, if there is one, what it holds of its prompts, so that copies know it too; None if unknown."""
+    if cache is not None:
+        cache._visionzip = held
+
+
+def held_by(arguments: Mapping[str, Any]) -> Held | None:
+    """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
+    cache, past = arguments.get("past_key_values"), cached_length(arguments)
+    held: Held | None = getattr(cache, "_visionzip", None)
+    if held is not None and len(held.columns) != len(arguments["input_ids"]):
+        held = cache._visionzip = None
+    elif held is not None and held.columns.shape[1] > past:
+        held = cache._visionzip = held.cut(past)
+    return held
+
+
+def pad_token(model: nn.Module) -> int | None:
+    """The id that fills up rows; it is masked, so any will do that is no placeholder."""
+    config = model.config
+    pad = getattr(config, "pad_token_id", None)
+    return getattr(config.get_text_config(), "pad_token_id", None) if pad is None else pad

@@ -1,0 +1,77 @@
+"""Which tokens of the prompts a KV cache holds, and where what follows stands. Noted on the cache itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Held(NamedTuple):
+    """What a cache holds of prompts, as far as these were shortened; behind it are text and answers, as they are.
+
+    Attributes:
+        columns: (B, P) where in the prompts each token of the cache is, -1 for padding.
+        length: columns of the prompts.
+        after: (B, P) the position that text right behind each token has; None where the mask says it (consecutive
+            positions).
+    """
+
+    columns: Tensor
+    length: int
+    after: Tensor | None = None
+
+    def grown(self, past: int) -> Held:
+        """The same of a cache of ``past`` tokens, P or more."""
+        more = torch.arange(self.length, self.length + past - self.columns.shape[1])
+        columns = torch.cat([self.columns, more.expand(len(self.columns), -1)], dim=1)
+        after = self.after
+        if after is not None:
+            after = torch.cat([after, after[:, -1:] + 1 + torch.arange(len(more), device=after.device)], dim=1)
+        return Held(columns, self.length + len(more), after)
+
+    def cut(self, past: int) -> Held | None:
+        """The same of a cache of ``past`` tokens, P or fewer; None if its rows end in different columns."""
+        kept, gone = self.columns[:, :past], self.columns[:, past:]
+        length = int(kept.max()) + 1 if past else 0
+        after = None if self.after is None else self.after[:, :past]
+        return None if ((gone >= 0) & (gone < length)).any() else Held(kept, length, after)
+
+    def repeated(self, copies: int) -> Held:
+        """The same of a cache with so many copies of each row, side by side."""
+        after = None if self.after is None else self.after.repeat_interleave(copies, dim=0)
+        return Held(self.columns.repeat_interleave(copies, dim=0), self.length, after)
+
+    def followed(self, other: Held) -> Held:
+        """The same of a cache that got ``other``'s prompts as well, which were given without these."""
+        behind = torch.where(other.columns < 0, -1, other.columns + self.length)
+        both = None
+        if self.after is not None and other.after is not None:
+            both = torch.cat([self.after.to(other.after.device), other.after], dim=1)
+        return Held(torch.cat([self.columns, behind], dim=1), self.length + other.length, both)
+
+
+def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[Tensor, Held]:
+    """Positions of shortened prompts whose tokens keep those that they have in the prompts as they are.
+
+    Args:
+        positions: (B, L) of those, or (3, B, L).
+        places: (B, L') column of each token, or of the patch that it keeps; -1 for padding.
+        held: what a cache holds that is given these prompts.
+
+    Returns:
+        (B, L') or (3, B, L'), and ``held`` with ``after``.
+    """
+    places = places.to(positions.device)
+    index = places.clamp(min=0).expand(*positions.shape[:-2], -1, -1)
+    own = positions.gather(-1, index).masked_fill(places < 0, 0)
+    highest = positions if positions.ndim == 2 else positions.amax(dim=0)
+    highest = highest.cummax(dim=1).values
+    # A token's part of the prompt ends where the next one begins: a run's last one stands for all behind it.
+    length = positions.shape[-1]
+    starts = torch.where(held.columns < 0, length, held.columns).to(positions.device)
+    following = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], length)], dim=1)
+    following = following.flip(1).cummin(dim=1).values.flip(1)
+    after = highest.gather(1, (following - 1).clamp(min=0)) + 1
+    return own, held._replace(after=after)
