@@ -1,26 +1,26 @@
 """``lmms-eval --model visionzip --model_args pretrained=DIR,keep=0.25,method=scope``: this project's models there.
 
-All that :func:`llava.model.builder.load_pretrained_model` loads, LLaVA's own and transformers' families, with prompts,
-images and batches as ``python -m eval`` makes them, so that both harnesses get the same answers. lmms-eval finds it by
-an entry point; it needs versions of its own, and thus an environment of its own (docs/serving.md).
+All models of :mod:`eval.models`, LLaVA's own and transformers' families, with prompts, images and batches as ``python
+-m eval`` makes them, so that both harnesses get the same answers. lmms-eval finds it by an entry point; it needs
+versions of its own, and thus an environment of its own (docs/serving.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from llava.conversation import conv_mode_for
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
-from llava.model.loading import check_device
-from visionzip import unzip, visionzip
+from visionzip import visionzip
 
-from .asking import Pixels, Prompt, answer, prepare
-from .benchmark import Question, Visual
+from .config import RunConfig
+from .models import kind_of
+from .models.base import Prompt
+from .records import Question, Visual
+from .runner import config_of
 
 
 def manifest() -> ModelManifest:
@@ -58,16 +58,12 @@ class VisionZip(lmms):
         setting = {name: value for name, value in setting.items() if name not in ("max_batch_size",)}
         if vanilla and setting:
             raise ValueError(f"vanilla keeps all visual tokens, but a setting was given too ({setting}): choose one")
-        name = get_model_name_from_path(pretrained)
-        loaded = load_pretrained_model(pretrained, None, name, device=check_device(device))
-        self._tokenizer, self._model, image_processor, _ = loaded
-        if vanilla:
-            unzip(self._model)
-        elif setting:
-            visionzip(self._model, **setting)
-        self._conv_mode = conv_mode or conv_mode_for(name)
+        checkpoint = config_of(pretrained)
+        config = RunConfig("lmms-eval", pretrained, Path(), conv_mode=conv_mode, device=device)
+        self._asked = kind_of(checkpoint).load(config)  # without any method on it
+        if setting := setting or (not vanilla and getattr(checkpoint, "visionzip", None)) or {}:
+            visionzip(self._asked.inner, **setting)
         self._batch_size = int(batch_size)
-        self._pixels = Pixels(image_processor, self._model, skip_bad=False)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer questions greedily, in batches of equal lengths of answers.
@@ -83,7 +79,7 @@ class VisionZip(lmms):
             question = Question(number, context, visuals)
             groups.setdefault(_limits(wanted), []).append((number, question))
         for (tokens, stops), group in groups.items():
-            prompts = prepare([question for _, question in group], self._tokenizer, self._model.config, self._conv_mode)
+            prompts = self._asked.prepare([question for _, question in group])
             for start in range(0, len(prompts), self._batch_size):
                 for prompt, text in self._answer(prompts[start : start + self._batch_size], tokens):
                     answers[int(prompt.question.id)] = _cut(text, stops)
@@ -93,7 +89,7 @@ class VisionZip(lmms):
         return found
 
     def _answer(self, batch: list[Prompt], tokens: int) -> list[tuple[Prompt, str]]:
-        given = answer(self._model, self._tokenizer, batch, self._pixels.of(batch), tokens)
+        given = self._asked.answers_to(batch, self._asked.visuals_of(batch), tokens)
         texts = {each.place: each.text for each in given}
         return [(prompt, texts[prompt.place]) for prompt in batch]
 

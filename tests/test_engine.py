@@ -29,8 +29,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from checkpoints import picture
-from eval.asking import prompt_of
-from eval.benchmark import Question, Visual
+from eval.models.llava import prompt_of
+from eval.records import Question, Visual
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from visionzip import visionzip
