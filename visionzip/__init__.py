@@ -3,6 +3,7 @@
 from visionzip.apply import unzip, visionzip
 from visionzip.compress import CompressedTokens, compress_tokens
 from visionzip.config import VisionZipConfig
+from visionzip.picking import picked_tokens
 
 __version__ = "0.1.0"
 
@@ -11,6 +12,7 @@ __all__ = [
     "VisionZipConfig",
     "__version__",
     "compress_tokens",
+    "picked_tokens",
     "unzip",
     "visionzip",
 ]

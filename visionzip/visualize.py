@@ -306,9 +306,7 @@ def _merged(tokens: TokenMap) -> str:
 
 
 def _summary(tokens: TokenMap) -> str:
-    role = _roles(tokens)
-    before = tokens.num_patches + tokens.cls_token
-    after = int(role.dominant.sum()) + tokens.keeps_cls + len(role.targets)
+    before, after = tokens.num_patches + tokens.cls_token, tokens.num_kept
     read = f"{_count(tokens.num_patches, 'patch')}{' + CLS' if tokens.cls_token else ''}"
     return f"{read} become {_count(after, 'visual token')} ({after / before:.0%})"
 

@@ -14,6 +14,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from llava.video import check_frames, process_videos
 from visionzip import VisionZipConfig, visionzip
 from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, find_integration
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.generation import logits_processors
 
 
@@ -335,10 +337,21 @@ def _detach(model: TransformersLlava) -> None:
     vars(model.config).pop("visionzip", None)
 
 
+def _encoders(model: TransformersLlava) -> dict[str, Encoder]:
+    """Those of the model inside, with the image processor; videos are as :meth:`TransformersLlava.video_pixels`."""
+    found = find_integration(model.native).encoders(model.native)
+    processor = functools.partial(getattr, model.get_vision_tower(), "image_processor")
+    found = {name: replace(encoder, processor=processor) for name, encoder in found.items()}
+    if "video" in found and not model.kind.tiles:
+        frames = found["video"].inputs
+        found["video"] = replace(found["video"], inputs=lambda videos: frames(videos.transpose(1, 2)))
+    return found
+
+
 def _default(model: TransformersLlava) -> VisionZipConfig:
     return find_integration(model.native).default(model.native)
 
 
 REGISTRY[f"{__name__}.{TransformersLlava.__qualname__}"] = Integration(
-    "transformers' models in LLaVA's commands", _attach, _detach, TransformersLlava.get_vision_tower, _default
+    "transformers' models in LLaVA's commands", _attach, _detach, _encoders, _default
 )

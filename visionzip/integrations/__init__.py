@@ -2,7 +2,7 @@
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
 family of transformers, write a module with a :class:`~visionzip.integrations.huggingface.Family`; to add any other, one
-with ``attach(model, config)``, ``detach(model)`` and ``vision_tower(model)``; and register its classes here.
+with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations import llava
+from visionzip.integrations.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class Integration:
         family: its name, for messages.
         attach: turns compression on, or re-configures it, and stores the setting in the model's config.
         detach: turns it off and removes the setting.
-        vision_tower: the part that compresses, for :mod:`visionzip.visualize` to look into.
+        encoders: what images go through, as ``"image"``, and where they have an encoder of their own, or one that
+            chooses among all patches of a frame, videos as ``"video"``.
         default: a model's setting where the user gives none.
     """
 
     family: str
     attach: Callable[[nn.Module, VisionZipConfig], None]
     detach: Callable[[nn.Module], None]
-    vision_tower: Callable[[nn.Module], Any]
+    encoders: Callable[[nn.Module], dict[str, Encoder]]
     default: Callable[[nn.Module], VisionZipConfig] = lambda _model: VisionZipConfig()
 
 
@@ -46,13 +48,13 @@ def _of_transformers(module: str, name: str) -> Integration:
 
         return call
 
-    return Integration(name, verb("attach"), verb("detach"), verb("vision_tower"), verb("default_config"))
+    return Integration(name, verb("attach"), verb("detach"), verb("encoders"), verb("default_config"))
 
 
-_LLAVA = Integration("LLaVA-1.5, LLaVA-NeXT and Mini-Gemini (llava)", llava.attach, llava.detach, llava.vision_tower)
+_LLAVA = Integration("LLaVA-1.5, LLaVA-NeXT and Mini-Gemini (llava)", llava.attach, llava.detach, llava.encoders)
 # Per frame: 8 x 17 = 136 of a video as in the paper's Table 3, which does not say how they are split. CLS is of the 15.
 _VIDEO_LLAVA = Integration(
-    "Video-LLaVA (llava)", llava.attach, llava.detach, llava.vision_tower, lambda _model: VisionZipConfig(15, 2)
+    "Video-LLaVA (llava)", llava.attach, llava.detach, llava.encoders, lambda _model: VisionZipConfig(15, 2)
 )
 
 REGISTRY: dict[str, Integration] = {

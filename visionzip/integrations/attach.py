@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token, layers_needed, side_length
 from visionzip.integrations import generation
+from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import (
     NO_IDS,
     Family,
     Zipped,
     cached_length,
+    check_pixels,
     check_values,
     has_pixels,
     held_by,
@@ -88,16 +90,31 @@ def _hang(zipped: Zipped, module: nn.Module, name: str, function: Any) -> None:
     setattr(module, name, function)
 
 
-def vision_tower(family: Family, model: nn.Module) -> nn.Module:
-    """Refuse what looks into LLaVA's own vision tower (:mod:`visionzip.visualize`), which these models do not have.
+def encoders(family: Family, model: nn.Module) -> dict[str, Encoder]:
+    """The base model's encoders: of images, and of videos unless their frames are pooled before tokens are chosen."""
+    base, stored = model.model, getattr(model.config, "visionzip", None)
+    setting = VisionZipConfig.from_dict(stored) if stored and hasattr(model, "_visionzip") else None
+    names = {"image": family.towers[0]}
+    if "video" in family.modalities and family.modalities["video"].pooled_patches is None:
+        names["video"] = family.towers[-1]
+    found = {}
+    for name, attribute in names.items():
+        tower = getattr(base, attribute)
+        pixels = _as_images if name == "image" else _as_frames
+        inputs = functools.partial(pixels, tower)
+        layers = tower.config.num_hidden_layers
+        found[name] = Encoder(tower, setting, base.multi_modal_projector, layers, inputs=inputs)
+    return found
 
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"this {type(model).__name__} of transformers has no vision tower of LLaVA's kind to look into: load its "
-        "checkpoint with llava.model.builder.load_pretrained_model, which gives it one"
-    )
+
+def _as_images(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    check_pixels(pixels, "images", tower, "B")
+    return pixels, {}
+
+
+def _as_frames(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    check_pixels(pixels, "images", tower, "B, frames")
+    return pixels.flatten(0, 1), {}
 
 
 def default_config(family: Family, model: nn.Module) -> VisionZipConfig:

@@ -7,10 +7,12 @@ ConvNeXt, has no attention to go by.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
+from visionzip.integrations.encoders import Encoder
 from visionzip.methods import check_setting, uncompressed
 
 
@@ -75,3 +77,24 @@ def vision_tower(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} has no vision tower to compress: its config names no mm_vision_tower"
         )
     return tower
+
+
+def encoders(model: nn.Module) -> dict[str, Encoder]:
+    """The image tower and, where the model has one, the video tower; the model itself if it is a tower.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    towers = {"image": vision_tower(model)}
+    if hasattr(model, "get_video_tower"):
+        towers["video"] = model.get_video_tower()
+    project = getattr(model, "_project", None) or getattr(model, "mm_projector", None)
+    return {name: _encoder(tower, project) for name, tower in towers.items()}
+
+
+def _encoder(tower: nn.Module, project: Callable[[Tensor], Tensor] | None) -> Encoder:
+    untrained = [int(key.split(".")[2]) for key in tower.untrained if key.startswith("encoder.layers.")]
+    trained = min(untrained, default=tower.config.num_hidden_layers)
+    return Encoder(
+        tower.encoder, tower.visionzip, project, trained, lambda: tower.image_processor, tower.encoder_inputs
+    )

@@ -11,6 +11,7 @@ import difflib
 from visionzip.config import Positions, VisionZipConfig
 from visionzip.methods import agile, cen_prune, controls, divprune, norm, scope, visionzip
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches, top_patches
+from visionzip.methods.picked import picked
 
 __all__ = [
     "METHODS",
@@ -21,6 +22,7 @@ __all__ = [
     "has_size_bias",
     "kept_patches",
     "method_of",
+    "picked",
     "positions_of",
     "token_counts",
     "top_patches",

@@ -190,7 +190,7 @@ class LanguageBindVideoTower(LanguageBindImageTower):
         tokens, indices = super().encode(images, project)
         return tokens if indices is None else tokens.unflatten(0, (len(images), -1)), indices
 
-    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Frames (B * T, 3, h, w) of videos (B, 3, T, h, w), and T for the layers that attend over time."""
         edge = self.config.image_size
         if images.ndim != 5 or not images.numel() or images.shape[1] != 3 or tuple(images.shape[3:]) != (edge, edge):

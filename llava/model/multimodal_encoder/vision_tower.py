@@ -251,7 +251,7 @@ class VisionTower(nn.Module):
             return [self.forward(image[None]) for image in images]
         if self.visionzip is not None:
             return self.compress(images).tokens.to(images.dtype)
-        pixels, over_time = self._encoder_inputs(images)
+        pixels, over_time = self.encoder_inputs(images)
         features = hidden_states(self.encoder, pixels, self.feature_layers(self.select_layer), **over_time)
         if self.cls_token and self.select_feature == "patch":
             features = features[:, 1:]
@@ -283,7 +283,7 @@ class VisionTower(nn.Module):
         if setting is None:
             raise RuntimeError("this vision tower is not zipped: call visionzip(model, dominant=54, contextual=10)")
         self.visionzip_layers(setting)
-        pixels, over_time = self._encoder_inputs(images)
+        pixels, over_time = self.encoder_inputs(images)
         return compress_images(self.encoder, pixels, setting, project, **over_time)
 
     @property
@@ -292,7 +292,7 @@ class VisionTower(nn.Module):
         setting = self.visionzip
         return None if setting is None else token_counts(setting, self.num_patches_per_side**2, self.cls_token)
 
-    def _encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def encoder_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Checked pixels (B, 3, h, w), and what each layer of the encoder is given besides."""
         edge = self.config.image_size
         if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):

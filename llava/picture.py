@@ -1,0 +1,101 @@
+"""One image as a model sees it, in plain data and in the image's own pixels: what the page shows of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from llava.mm_utils import Size, parse_pinpoints, process_images, processor_resolution, select_best_resolution
+from llava.model import MGMLlamaForCausalLM
+from visionzip import placement
+from visionzip.methods import method_of
+from visionzip.token_map import inspect_tokens, token_data
+
+
+def encoder_inputs(model: Any, image: Image.Image, image_processor: Any) -> Tensor:
+    """What a model's vision tower is given of an image.
+
+    Args:
+        model: from ``load_pretrained_model``.
+        image: as :func:`llava.images.load_image` reads it.
+        image_processor: the model's.
+
+    Returns:
+        (T, 3, h, w): one, or the whole image and then its tiles row by row. Of Mini-Gemini's the whole image alone.
+
+    Raises:
+        ValueError: the image cannot be read, or the config's image settings are not supported.
+    """
+    prepared = process_images([image], image_processor, model.config)[0]
+    if isinstance(model, MGMLlamaForCausalLM):
+        return model.whole_images(prepared[None])
+    return prepared if prepared.ndim == 4 else prepared[None]
+
+
+def encoder_regions(size: Size, image_processor: Any, config: Any) -> list[placement.Rectangle]:
+    """What of an image each of its encoder inputs shows.
+
+    Args:
+        size: (width, height) of the image.
+        image_processor: the model's.
+        config: the model's, by which :func:`llava.mm_utils.process_images` prepares images.
+
+    Returns:
+        (left, top, right, bottom) of each, as :mod:`visionzip.placement` has them, in the order of
+        :func:`encoder_inputs`.
+    """
+    aspect_ratio, edge = getattr(config, "image_aspect_ratio", None), processor_resolution(image_processor)
+    if aspect_ratio == "anyres":
+        resolution = select_best_resolution(size, parse_pinpoints(config.image_grid_pinpoints))
+        return placement.tiles(size, resolution, edge)
+    if aspect_ratio == "pad":
+        return [placement.padded(size)]
+    return placement.processed(size, image_processor, getattr(config, "image_size_aux", None))
+
+
+def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[str, Any]:
+    """Say what a model sees of an image, keeps of it and merges, in numbers and lists that ``json`` takes.
+
+    The vision tower is run to its end, and once more if it is zipped; the language model is not.
+
+    Args:
+        model: from ``load_pretrained_model``, zipped or not.
+        image: RGB and upright, as :func:`llava.images.load_image` reads it.
+        image_processor: the model's.
+
+    Returns:
+        - ``size`` [width, height] of the image, in whose pixels all rectangles are;
+        - ``method`` by name and ``setting`` as messages have it; None if the model is not zipped;
+        - ``patches``, ``cls_token``: what one encoder input has; ``keeps_cls``: whether CLS is a visual token;
+        - ``tokens`` [before, after]: in the encoder, of all its inputs; and visual tokens that are left of them (those
+          before, if the model is not zipped), without newlines;
+        - ``layers``: how many have attention; ``layer``: the index, from 0, of the one that decides;
+        - ``tiles``: of each encoder input what :func:`visionzip.token_map.token_data` says: one, or the whole image and
+          then its tiles row by row.
+
+    Raises:
+        ValueError: the image cannot be read, or does not fit the model's settings.
+        OSError: the model has no image processor.
+    """
+    maps = inspect_tokens(model, encoder_inputs(model, image, image_processor))
+    first, (setting, roles) = maps[0], (maps[0].setting, maps[0].roles)
+    before = (first.num_patches + first.cls_token) * len(maps)
+    after = before if roles is None else first.num_kept * len(maps)
+    tower = model.get_vision_tower()
+    covered = tower.num_patches_per_side * tower.config.patch_size / tower.config.image_size
+    regions = encoder_regions(image.size, image_processor, model.config)[: len(maps)]
+    shown = [placement.covered_part(region, covered) for region in regions]
+    return {
+        "size": list(image.size),
+        "method": None if setting is None else method_of(setting).name,
+        "setting": None if setting is None else str(setting),
+        "patches": first.num_patches,
+        "cls_token": first.cls_token,
+        "keeps_cls": first.keeps_cls,
+        "tokens": [before, after],
+        "layers": len(first.attention),
+        "layer": first.layer,
+        "tiles": [token_data(tokens, region) for tokens, region in zip(maps, shown, strict=True)],
+    }

@@ -1,0 +1,71 @@
+"""``picked_tokens(model, patches)``: for a while a model sees the patches that someone has picked, and no others."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from visionzip.apply import unwrap
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import has_cls_token
+from visionzip.integrations import Integration, find_integration
+from visionzip.methods import METHODS, has_size_bias, positions_of
+from visionzip.methods.picked import Patches, picked, picked_rows
+
+_numbers = itertools.count(1)  # two models may have picked tokens at once
+
+
+@contextmanager
+def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -> Iterator[None]:
+    """Let a model see only the patches that are picked, during the ``with`` block.
+
+    Inside it the model is zipped with them: ``generate``, a chat or :func:`visionzip.token_map.inspect_tokens` runs as
+    with any other method, at the encoder layer and with the positions of the model's setting. Behind it, also after an
+    exception, the model has its setting of before, or none. One model cannot have two picks at once, so threads take
+    turns.
+
+    Args:
+        model: as :func:`visionzip.visionzip` takes it.
+        patches: their numbers, row by row from 0 (row * columns + column), in any order: to be kept of each encoder
+            input (image, tile, frame); or a list of them for each encoder input in order (of LLaVA-NeXT the whole
+            image, then the tiles row by row), equally long.
+        cls_token: keep the CLS token too, where the encoder has one.
+
+    Raises:
+        TypeError: the model is of no supported family, or a number is no integer.
+        ValueError: no patch is picked, one is outside the grid, or the lists differ in length; where the model runs,
+            also that there are not as many lists as encoder inputs.
+    """
+    target = unwrap(model)
+    integration = find_integration(target)
+    encoder = integration.encoders(target)["image"]
+    own = encoder.setting or integration.default(target)
+    keep = len(picked_rows(patches)[0]) + (cls_token and has_cls_token(encoder.vision_model))
+    name = f"picked-{next(_numbers)}"
+    config = replace(own, method=name, keep=keep, positions=positions_of(own), size_bias=has_size_bias(own))
+    stored = getattr(getattr(target, "config", None), "visionzip", None)
+    METHODS[name] = picked(patches, cls_token)
+    try:
+        _attach(integration, target, config)
+        try:
+            yield
+        finally:
+            if encoder.setting is None:
+                integration.detach(target)
+            else:
+                _attach(integration, target, encoder.setting)
+            if stored is not None:  # also of a model that was loaded with a setting, and not zipped yet
+                target.config.visionzip = stored
+    finally:
+        del METHODS[name]
+
+
+def _attach(integration: Integration, model: nn.Module, config: VisionZipConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # all patches may be picked; and the setting is the user's own
+        integration.attach(model, config)
