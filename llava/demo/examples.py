@@ -35,21 +35,21 @@ class Example:
 
 EXAMPLES = (
     Example(
-        "Figure 1: fewer tokens, same answer",
+        "1: fewer tokens",
         "scene-ring.jpg",
         "What color is the ring?",
         "kept",
         "Figure 1: compare the answers and their cost; then make the budget smaller and ask again.",
     ),
     Example(
-        "Figure 2: a few patches hold the attention",
+        "2: attention",
         "scene-letters.jpg",
         "Which letter or digit is blue?",
         "attention",
         "Figure 2: the histogram below shows that most patches get next to no attention.",
     ),
     Example(
-        "Figure 5: attention over the layers",
+        "5: layers",
         "scene-cross.jpg",
         "Which letter or digit is green?",
         "attention",
@@ -57,14 +57,14 @@ EXAMPLES = (
         0,
     ),
     Example(
-        "Figure 11: another scene",
+        "11: redundancy",
         "scene-tiles.jpg",
         "Where is the white 4 relative to the cyan 7?",
         "attention",
         "Figure 11: redundancy again, on another image.",
     ),
     Example(
-        "Figures 12, 13: layers of others",
+        "12, 13: layers",
         "scene-circle.jpg",
         "Is there a cyan circle?",
         "attention",
@@ -72,7 +72,7 @@ EXAMPLES = (
         0,
     ),
     Example(
-        "Figure 14: what a patch is merged into",
+        "14: merging",
         "scene-wall.jpg",
         "What pattern does the background have?",
         "groups",

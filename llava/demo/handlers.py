@@ -15,7 +15,7 @@ from llava.demo.talk import Setting, Talk
 from llava.demo.uploads import read_uploads
 from visionzip.methods import METHODS
 
-TOKENS, SHARE = "tokens", "% of the patches"
+TOKENS, SHARE = "tokens", "percent"
 OWN = "the method's own"
 POSITIONS = {OWN: None, "consecutive": "consecutive", "original": "original"}
 SIZE_BIAS = {OWN: None, "on": True, "off": False}
@@ -139,6 +139,7 @@ class Handlers:
     def example(self, talk: Talk, example: Example, *controls: Any) -> Change:
         """Begin anew with an example's image and question."""
         self.forget(talk)
+        talk.begin()
         talk.add([example.upload()])
         return {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),

@@ -20,6 +20,8 @@ from llava.demo.uploads import MAX_BYTES, Guard
 from llava.demo.visitors import Visitors
 from visionzip.methods import METHODS
 
+# Served from here; of the theme's own weights the semi-bold one has letters missing.
+FONT = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
 QUEUE = 32  # requests that wait; further ones are refused
 _CHANGED = ("uploads", "picture", "conversation", "status", "question", "strip", "budget")
 _STOPPED = "stopped: the conversation is as it was before this question"
@@ -81,7 +83,7 @@ class Page:
             "footer_links": [],
             "max_file_size": 0,  # gradio's own uploads are off: see Guard
             "state_session_capacity": 256,
-            "theme": gr.themes.Default(),
+            "theme": gr.themes.Default(font=[FONT, "sans-serif"], font_mono=["monospace"], primary_hue="blue"),
             "css": asset("page.css"),
             "app_kwargs": {"middleware": [Middleware(Guard)]},
         }
@@ -102,7 +104,11 @@ class Page:
                     "", html_template=asset("picture.html"), js_on_load=asset("picture.js"), apply_default_css=False
                 )
             with gr.Column(scale=7, min_width=320):
+                with gr.Row(elem_id="vz-examples"):
+                    gr.HTML("<h2>The paper's figures</h2>", apply_default_css=False, min_width=120, scale=0)
+                    parts["examples"] = [gr.Button(example.label, size="sm", min_width=90) for example in EXAMPLES]
                 self._lay_out_controls(desk)
+                parts["status"] = _html("", html_template=asset("status.html"), elem_id="vz-line")
                 with gr.Tabs():
                     with gr.Tab("Talk"):
                         self._lay_out_talk()
@@ -110,7 +116,6 @@ class Page:
                         parts["compared"] = gr.Textbox(label="Question", placeholder="the last one, if you leave this empty")
                         parts["compare"] = gr.Button("Compare all methods at this budget", variant="primary")
                         parts["strip"] = _html("")
-                parts["status"] = _html("", elem_id="vz-line")
 
     def _lay_out_controls(self, desk: Desk) -> None:
         parts, own = self.parts, desk.default
@@ -119,7 +124,7 @@ class Page:
             parts["budget"] = gr.Slider(
                 1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens to keep of each image", scale=2
             )
-            parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", min_width=150)
+            parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", min_width=200)
         with gr.Accordion("More of the method", open=False), gr.Row():
             parts["positions"] = gr.Dropdown(list(POSITIONS), value=own.positions or OWN, label="Positions of kept tokens")
             bias = next(name for name, value in SIZE_BIAS.items() if value == own.size_bias)
@@ -130,13 +135,10 @@ class Page:
         with gr.Row(elem_id="vz-ask"):
             parts["question"] = gr.Textbox(label="Question", placeholder="Ask about the image", scale=3, lines=1, max_lines=4)
             parts["ask"] = gr.Button("Ask", variant="primary", min_width=70, scale=0)
-            parts["again"] = gr.Button("Ask again", min_width=100, scale=0)
+            parts["again"] = gr.Button("Ask again", min_width=112, scale=0)
             parts["stop"] = gr.Button("Stop", min_width=70, scale=0)
             parts["new"] = gr.Button("New", min_width=70, scale=0)
         parts["conversation"] = _html(show.conversation([]), elem_id="vz-talk")
-        gr.HTML("<h2>Examples: the paper's figures</h2>", elem_id="vz-examples")
-        with gr.Row(elem_classes="vz-examples"):
-            parts["examples"] = [gr.Button(example.label, size="sm", min_width=150) for example in EXAMPLES]
 
     def _connect(self) -> None:
         parts, do = self.parts, self.handlers
@@ -163,7 +165,6 @@ class Page:
 
     def _connect_example(self, button: Any, example: Example, controls: list[Any], model: dict[str, Any]) -> None:
         def start(talk: Talk, *values: Any) -> Change:
-            talk.begin()
             return self.handlers.example(talk, example, *values)
 
         shown = self._on(button.click, start, controls, api_name=False, **model)

@@ -145,6 +145,7 @@ class Talk:
     def forget(self) -> None:
         """Begin anew, without any image."""
         self.stop()
+        self.begin()
         self._clear()
 
     def next_number(self) -> int:
