@@ -39,7 +39,12 @@ class Handlers:
         Raises:
             ValueError: no such method or choice, or the budget is outside its limits.
         """
-        for value, known in ((method, METHODS), (unit, (TOKENS, SHARE)), (positions, POSITIONS), (size_bias, SIZE_BIAS)):
+        for value, known in (
+            (method, METHODS),
+            (unit, (TOKENS, SHARE)),
+            (positions, POSITIONS),
+            (size_bias, SIZE_BIAS),
+        ):
             if value not in known:
                 raise ValueError(f"{value!r} is unknown: use one of {', '.join(known)}")
         top = self.desk.patches if unit == TOKENS else 100

@@ -14,9 +14,10 @@ from starlette.middleware import Middleware
 from llava.demo import show
 from llava.demo.desk import Desk
 from llava.demo.examples import EXAMPLES, Example
+from llava.demo.guard import Guard
 from llava.demo.handlers import OWN, POSITIONS, SHARE, SIZE_BIAS, TOKENS, Change, Handlers
 from llava.demo.talk import StoppedError, Talk
-from llava.demo.uploads import MAX_BYTES, Guard
+from llava.demo.uploads import MAX_BYTES
 from llava.demo.visitors import Visitors
 from visionzip.methods import METHODS
 
@@ -113,27 +114,33 @@ class Page:
                     with gr.Tab("Talk"):
                         self._lay_out_talk()
                     with gr.Tab("Compare methods"):
-                        parts["compared"] = gr.Textbox(label="Question", placeholder="the last one, if you leave this empty")
+                        parts["compared"] = gr.Textbox(
+                            label="Question", placeholder="the last one, if you leave this empty"
+                        )
                         parts["compare"] = gr.Button("Compare all methods at this budget", variant="primary")
                         parts["strip"] = _html("")
 
     def _lay_out_controls(self, desk: Desk) -> None:
         parts, own = self.parts, desk.default
         with gr.Row(elem_id="vz-controls"):
-            parts["method"] = gr.Dropdown(list(METHODS), value=own.method, label="Method", min_width=130)
+            parts["method"] = gr.Dropdown(list(METHODS), value=own.method, label="Method", scale=3, min_width=120)
             parts["budget"] = gr.Slider(
-                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens to keep of each image", scale=2
+                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens to keep of each image", scale=4
             )
-            parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", min_width=200)
+            parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", scale=4, min_width=220)
         with gr.Accordion("More of the method", open=False), gr.Row():
-            parts["positions"] = gr.Dropdown(list(POSITIONS), value=own.positions or OWN, label="Positions of kept tokens")
+            parts["positions"] = gr.Dropdown(
+                list(POSITIONS), value=own.positions or OWN, label="Positions of kept tokens"
+            )
             bias = next(name for name, value in SIZE_BIAS.items() if value == own.size_bias)
             parts["size_bias"] = gr.Dropdown(list(SIZE_BIAS), value=bias, label="Size bias in attention")
 
     def _lay_out_talk(self) -> None:
         parts = self.parts
         with gr.Row(elem_id="vz-ask"):
-            parts["question"] = gr.Textbox(label="Question", placeholder="Ask about the image", scale=3, lines=1, max_lines=4)
+            parts["question"] = gr.Textbox(
+                label="Question", placeholder="Ask about the image", scale=3, lines=1, max_lines=4
+            )
             parts["ask"] = gr.Button("Ask", variant="primary", min_width=70, scale=0)
             parts["again"] = gr.Button("Ask again", min_width=112, scale=0)
             parts["stop"] = gr.Button("Stop", min_width=70, scale=0)
@@ -158,7 +165,9 @@ class Page:
             ([parts["again"].click], do.ask_again, controls),
             ([parts["compare"].click, parts["compared"].submit], do.compare, [parts["compared"], *controls]),
         ):
-            self._on(triggers, do.begin, [], queue=False, api_name=False).then(**self._event(handler, inputs, True), **model)
+            self._on(triggers, do.begin, [], queue=False, api_name=False).then(
+                **self._event(handler, inputs, True), **model
+            )
         for button, example in zip(parts["examples"], EXAMPLES, strict=True):
             self._connect_example(button, example, controls, model)
         self.blocks.unload(self._leave)
@@ -171,11 +180,15 @@ class Page:
         event = self._event(self.handlers.ask, [self.parts["question"], *controls], True)
         shown.then(**event | {"api_name": False}, **model)
 
-    def _on(self, triggers: Any, handler: Callable[..., Any], inputs: list[Any], event: bool = False, **more: Any) -> Any:
+    def _on(
+        self, triggers: Any, handler: Callable[..., Any], inputs: list[Any], event: bool = False, **more: Any
+    ) -> Any:
         own = self._event(handler, inputs, False, event) | more
         return gr.on(triggers if isinstance(triggers, list) else [triggers], **own)
 
-    def _event(self, handler: Callable[..., Any], inputs: list[Any], grows: bool, event: bool = False) -> dict[str, Any]:
+    def _event(
+        self, handler: Callable[..., Any], inputs: list[Any], grows: bool, event: bool = False
+    ) -> dict[str, Any]:
         """Arguments of an event: the handler gets the visitor's conversation, and says what changes by name."""
 
         def row(change: Change) -> list[Any]:

@@ -30,7 +30,8 @@ def conversation(exchanges: Sequence[Exchange]) -> str:
 
 def _exchange(exchange: Exchange) -> str:
     images = "".join(
-        f'<img src="{escape(picture.upload.shown)}" alt="{escape(picture.upload.name)}">' for picture in exchange.pictures
+        f'<img src="{escape(picture.upload.shown)}" alt="{escape(picture.upload.name)}">'
+        for picture in exchange.pictures
     )
     sides = "".join(_side(exchange, slot) for slot in _NAMES)
     question = f'<h3 class="vz-question">{escape(exchange.question)}{images}</h3>'

@@ -12,16 +12,12 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from llava.images import load_image
 
 MAX_BYTES = 10 * 2**20  # of an image file
 MAX_PIXELS = 40_000_000
 MAX_IMAGES = 8  # of a conversation
 MAX_TOTAL = 24 * 2**20  # bytes of a conversation's image files
-_BODY = MAX_TOTAL * 4 // 3 + 2**20  # base64, and room for the rest of a request
 _SHOWN = 1024  # pixels of the longest edge, as the page shows an image
 _LONGEST_NAME = 60
 
@@ -87,7 +83,9 @@ def read_uploads(text: str, present: Sequence[Upload] = ()) -> list[Upload]:
     try:
         uploads = [_upload(entry) for entry in json.loads(text)]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError("the upload is no list of images with a name and base64 data: send it from the page") from error
+        raise ValueError(
+            "the upload is no list of images with a name and base64 data: send it from the page"
+        ) from error
     everything = [*present, *uploads]
     if len(everything) > MAX_IMAGES:
         raise ValueError(f"{len(everything)} images are more than {MAX_IMAGES} in one conversation: begin a new one")
@@ -109,32 +107,3 @@ def _upload(entry: dict[str, Any]) -> Upload:
         return Upload(name, base64.b64decode(data, validate=True))
     except binascii.Error as error:
         raise ValueError(f"{name} came without base64 data: send it from the page") from error
-
-
-class Guard:
-    """Around the whole server: no request body beyond the limit is read, and gradio's own uploads to disk are off."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or refuse it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if scope["path"].rstrip("/").endswith("/upload"):
-            await PlainTextResponse("files are not stored here", status_code=403)(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > _BODY:
-            await PlainTextResponse(f"more than {_BODY >> 20} MB", status_code=413)(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:  # a body without a length
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if read > _BODY else message
-
-        await self.app(scope, counted, send)
