@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from html import escape
 from pathlib import Path
 
 from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
 from llava.commands import positive
+
+HOST = "127.0.0.1"
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -22,23 +25,36 @@ def demo(args: argparse.Namespace) -> None:
         ImportError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
-    import gradio  # noqa: F401, PLC0415 - an extra: said before a model is loaded
+    from llava.demo.page import Page  # noqa: PLC0415 - needs gradio, an extra: said before a model is loaded
 
-    from llava.demo.page import Page  # noqa: PLC0415 - needs gradio
-    from llava.demo.desk import Desk  # noqa: PLC0415
-    from llava.serve.cli import describe  # noqa: PLC0415
-
+    check_port(args.port)
     settings = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
-    desk = Desk(*load_from_arguments(args), **settings)
-    desk.warm_up()
-    name = Path(args.model_path).name
-    page = Page(desk, escape(f"{name}: {describe(desk.model)}"))
-    page.launch(args.port)
+    page = Page.of(*load_from_arguments(args), name=escape(Path(args.model_path).name), **settings)
+    page.launch(HOST, args.port, prevent_thread_lock=True)
+    print(f"the page: http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
+    page.blocks.block_thread()
+
+
+def check_port(port: int) -> None:
+    """Check that a port can be served on, before a model is loaded.
+
+    Raises:
+        ValueError: it is no number of a port.
+        OSError: it is taken.
+    """
+    if port > 65535:
+        raise ValueError(f"--port {port} is above 65535: choose another one")
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((HOST, port))
+        except OSError as error:
+            raise OSError(f"--port {port} cannot be served on ({error.strerror}): choose another one") from error
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip demo``."""
-    add_model_arguments(parser, unzipped="the checkpoint's own, else 2 in 9 of the patches")
-    parser.add_argument("--port", type=positive, default=7860, help="of the server, on 127.0.0.1")
+    add_model_arguments(parser, "the checkpoint's own, else 2 in 9 of the patches", "checkpoints/llava-mini")
+    parser.add_argument("--port", type=positive, default=7860, help=f"of the server, on {HOST}")
     add_generation_arguments(parser)
     parser.set_defaults(run=demo)

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from llava.demo import show
-from llava.demo.examples import Example
 from llava.demo.desk import Desk
+from llava.demo.examples import Example
 from llava.demo.talk import Setting, Talk
 from llava.demo.uploads import read_uploads
 from visionzip.methods import METHODS
@@ -62,9 +62,9 @@ class Handlers:
         """The budget's slider counts in other units."""
         tokens = self.desk.default.tokens(self.desk.patches)
         if unit == TOKENS:
-            return {"budget": gr.Slider(maximum=self.desk.patches, value=tokens, label="Tokens to keep of each image")}
+            return {"budget": gr.Slider(maximum=self.desk.patches, value=tokens, label="Tokens of each image")}
         percent = round(100 * tokens / self.desk.patches)
-        return {"budget": gr.Slider(maximum=100, value=percent, label="Share of the patches to keep, %")}
+        return {"budget": gr.Slider(maximum=100, value=percent, label="Percent of the patches")}
 
     def add_images(self, talk: Talk, text: str, *controls: Any) -> Change:
         """Put uploaded images to the next question."""

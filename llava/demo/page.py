@@ -19,6 +19,7 @@ from llava.demo.handlers import OWN, POSITIONS, SHARE, SIZE_BIAS, TOKENS, Change
 from llava.demo.talk import StoppedError, Talk
 from llava.demo.uploads import MAX_BYTES
 from llava.demo.visitors import Visitors
+from llava.serve.cli import describe
 from visionzip.methods import METHODS
 
 # Served from here; of the theme's own weights the semi-bold one has letters missing.
@@ -63,10 +64,19 @@ class Page:
             self._connect()
         self.blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
 
-    def launch(self, port: int | None, **more: Any) -> str:
-        """Serve the page on this machine alone; its address.
+    @classmethod
+    def of(cls, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str, name: str, **settings: Any) -> Page:
+        """The page of a model that has answered once, so that the first visitor need not wait for its kernels."""
+        desk = Desk(tokenizer, model, image_processor, conv_mode, **settings)
+        about = f"{name}: {describe(model)}"
+        desk.warm_up()
+        return cls(desk, about)
+
+    def launch(self, host: str, port: int | None, **more: Any) -> str:
+        """Serve the page; its address.
 
         Args:
+            host: address of the interface that is listened on.
             port: of the server; None takes a free one.
             **more: for gradio's ``launch``.
 
@@ -74,7 +84,7 @@ class Page:
             OSError: the port is taken.
         """
         settings = {
-            "server_name": "127.0.0.1",
+            "server_name": host,
             "server_port": port,
             "share": False,
             "ssr_mode": False,
@@ -86,6 +96,7 @@ class Page:
             "state_session_capacity": 256,
             "theme": gr.themes.Default(font=[FONT, "sans-serif"], font_mono=["monospace"], primary_hue="blue"),
             "css": asset("page.css"),
+            "quiet": True,
             "app_kwargs": {"middleware": [Middleware(Guard)]},
         }
         return self.blocks.launch(**settings | more)[1]
@@ -125,7 +136,7 @@ class Page:
         with gr.Row(elem_id="vz-controls"):
             parts["method"] = gr.Dropdown(list(METHODS), value=own.method, label="Method", scale=3, min_width=120)
             parts["budget"] = gr.Slider(
-                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens to keep of each image", scale=4
+                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens of each image", scale=4
             )
             parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", scale=4, min_width=220)
         with gr.Accordion("More of the method", open=False), gr.Row():

@@ -1,4 +1,4 @@
-"""What the page says, as HTML: the conversation, its figures, the strip of methods. Everything from outside is escaped."""
+"""What the page says, as HTML: the conversation, its figures, the strip of methods. What others wrote is escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from llava.demo.talk import Answer, Exchange, Picture, Talk
 
 _NAMES = {"vanilla": "All tokens", "zipped": "VisionZip"}
-_MISSING = "–"
+_MISSING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def status(text: str, error: bool = False) -> str:
@@ -76,7 +76,7 @@ def _seconds(value: float) -> str:
 def _change(value: float | None, base: float | None) -> str:
     if not value or not base:
         return ""
-    return f"{value / base - 1:+.0%}".replace("-", "−")
+    return f"{value / base - 1:+.0%}".replace("-", _MINUS)
 
 
 def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, layer: int | None = None) -> str:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
+
 from llava.images import load_image
 
 MAX_BYTES = 10 * 2**20  # of an image file
