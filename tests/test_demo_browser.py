@@ -103,18 +103,18 @@ def test_tokens_picked_by_hand(browser: Browser, ring: Path):
 
 
 def test_patches_lie_on_the_image(browser: Browser, tmp_path: Path):
-    """The embedded model squeezes a wide image: its patches are wide on the screen too."""
+    """Of a wide image the embedded model sees the square in the middle: there are its patches on the screen too."""
     Image.new("RGB", (4 * EDGE, EDGE), "gray").save(tmp_path / "wide.png")
     browser.upload(tmp_path / "wide.png")
     browser.wait(lambda: len(browser.all(".vz-patches [data-patch]")) == SIDE**2)
     box = "const {x, y, width, height} = document.querySelector(arguments[0]).getBoundingClientRect();"
     left, top, width, height = browser.driver.execute_script(f"{box} return [x, y, width, height]", ".vz-patches image")
     assert width / height == pytest.approx(4, rel=0.01)
-    row, column = 7, 10
+    row, column, patch = 7, 10, height / SIDE
     place = f".vz-patches [data-patch='{row * SIDE + column}']"
     x, y, wide, high = browser.driver.execute_script(f"{box} return [x, y, width, height]", place)
-    assert (x - left, y - top) == pytest.approx((width * column / SIDE, height * row / SIDE), abs=1.5)
-    assert (wide, high) == pytest.approx((width / SIDE, height / SIDE), abs=1.5)
+    assert (x - left, y - top) == pytest.approx(((width - height) / 2 + column * patch, row * patch), abs=1.5)
+    assert (wide, high) == pytest.approx((patch, patch), abs=1.5)
 
 
 def test_layers_and_groups(browser: Browser):

@@ -219,8 +219,12 @@ element.addEventListener('input', (event) => {
   if (state.view !== 'attention') { state.view = 'attention'; }
   draw();
 });
-svg.addEventListener('pointerover', (event) => {
+let pointer = '';
+svg.addEventListener('pointermove', (event) => {
   const patch = event.target.closest('[data-patch]');
+  const at = `${event.clientX} ${event.clientY}`;
+  if (at === pointer) { return; } // a browser says so too when patches are drawn anew under a pointer at rest
+  pointer = at;
   if (patch) { state.cursor = Number(patch.dataset.patch); drawCursor(); }
 });
 svg.addEventListener('keydown', (event) => {
