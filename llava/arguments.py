@@ -15,6 +15,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.loading import check_device, checkpoint_path
 from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.methods import METHODS, method_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,6 +77,28 @@ def add_budget_arguments(
         metavar="M",
         help=f"VisionZip: tokens per tile to merge the rest into{note}",
     )
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """How visual tokens are chosen (:data:`visionzip.methods.METHODS`), and how many; beside a model's flags."""
+    parser.add_argument(
+        "--method",
+        dest="choose_by",  # commands that compare methods have a list of them as "method"
+        metavar="NAME",
+        help=f"how tokens are chosen: {', '.join(METHODS)} (default: visionzip)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=count_or_share,
+        metavar="T",
+        help="tokens to keep per tile in all, or their share of the patches (0.25), in the place of --dominant and "
+        "--contextual",
+    )
+
+
+def count_or_share(text: str) -> int | float:
+    """A flag's number of tokens (64) or share of the patches (0.25); argparse reports the error."""
+    return int(text) if text.lstrip("-").isdigit() else finite(text)
 
 
 def add_image_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
@@ -166,9 +189,12 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     name = get_model_name_from_path(args.model_path)
     conv_mode = args.conv_mode or conv_mode_for(name)
     new_conversation(conv_mode)  # checks it
-    budget = {key: getattr(args, key, None) for key in ("dominant", "contextual")}
+    budget = {key: getattr(args, key, None) for key in ("dominant", "contextual", "keep")}
+    budget["method"] = getattr(args, "choose_by", None)
     given = {key: value for key, value in budget.items() if value is not None}
-    VisionZipConfig(**given)
+    if "keep" in given and given.keys() & {"dominant", "contextual"}:
+        raise ValueError(f"--keep {given['keep']} was given with --dominant or --contextual: give one or the other")
+    method_of(VisionZipConfig(**given))  # checks both
     device = device_of(args)
     checkpoint_path(args.model_path, "--model-path")
     if vanilla and given:

@@ -10,7 +10,6 @@ from torch import Tensor
 from llava.mm_utils import Size, parse_pinpoints, process_images, processor_resolution, select_best_resolution
 from llava.model import MGMLlamaForCausalLM
 from visionzip import placement
-from visionzip.methods import method_of
 from visionzip.token_map import inspect_tokens, token_data
 
 
@@ -80,17 +79,17 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[s
         OSError: the model has no image processor.
     """
     maps = inspect_tokens(model, encoder_inputs(model, image, image_processor))
-    first, (setting, roles) = maps[0], (maps[0].setting, maps[0].roles)
+    first, zipped = maps[0], maps[0].roles is not None
     before = (first.num_patches + first.cls_token) * len(maps)
-    after = before if roles is None else first.num_kept * len(maps)
+    after = first.num_kept * len(maps) if zipped else before
     tower = model.get_vision_tower()
     covered = tower.num_patches_per_side * tower.config.patch_size / tower.config.image_size
     regions = encoder_regions(image.size, image_processor, model.config)[: len(maps)]
     shown = [placement.covered_part(region, covered) for region in regions]
     return {
         "size": list(image.size),
-        "method": None if setting is None else method_of(setting).name,
-        "setting": None if setting is None else str(setting),
+        "method": first.method.name if zipped else None,
+        "setting": str(first.setting) if zipped else None,
         "patches": first.num_patches,
         "cls_token": first.cls_token,
         "keeps_cls": first.keeps_cls,

@@ -7,34 +7,40 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from llava.arguments import add_image_argument, add_model_arguments, load_from_arguments
+from llava.arguments import add_image_argument, add_method_arguments, add_model_arguments, load_from_arguments
 from llava.files import write_atomically
 from llava.images import load_image
-from llava.mm_utils import process_images
-from llava.model import MGMLlamaForCausalLM
+from llava.methods import METHODS as ALL_METHODS
+from llava.picture import encoder_inputs
+from visionzip.methods import METHODS
 
 
 def visualize(args: argparse.Namespace) -> None:
-    """Draw where a model's vision tower looks and what VisionZip makes of it: five figures, one row per image.
+    """Draw where a model's vision tower looks and what a method makes of it: five figures, one row per image.
 
-    tokens.png (image, attention, dominant patches, contextual groups), attention.png, overlay.png, layers.png and
-    histogram.png. Of LLaVA-NeXT's tiles the one with the whole image is shown.
+    tokens.png (image, attention, kept patches, merged groups), attention.png, overlay.png, layers.png and
+    histogram.png. Of LLaVA-NeXT's tiles the one with the whole image is shown. Videos are not drawn, nor what FastV and
+    SparseVLM prune inside the language model.
 
     Raises:
-        ValueError: an image cannot be read, or the model cannot be loaded as asked.
+        ValueError: an image cannot be read, the method is none that chooses before the language model, or the model
+            cannot be loaded as asked.
         OSError: a file is missing, or a part of the output folder's path is a file.
         ImportError: matplotlib is not installed.
     """
     from visionzip import visualize as figures  # noqa: PLC0415 - matplotlib is an extra: only this command needs it
 
+    if args.choose_by in ALL_METHODS and args.choose_by not in METHODS:
+        raise ValueError(
+            f"--method {args.choose_by} does not choose before the language model, so there is nothing to draw of it: "
+            f"the vision tower keeps all tokens. Use one of {', '.join(METHODS)}"
+        )
     folder = _check_folder(args.output)
     images = [load_image(file) for file in args.image]
     _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
-    prepared = [process_images([image], image_processor, model.config)[0] for image in images]
-    whole = torch.stack([_whole_image(image) for image in prepared])
-    maps = figures.inspect_tokens(model, model.whole_images(whole) if isinstance(model, MGMLlamaForCausalLM) else whole)
+    whole = [encoder_inputs(model, image, image_processor)[0] for image in images]
+    maps = figures.inspect_tokens(model, torch.stack(whole))
     for name, draw in (
         ("tokens", figures.overview),
         ("attention", figures.attention_map),
@@ -45,11 +51,6 @@ def visualize(args: argparse.Namespace) -> None:
         file = folder / f"{name}.png"
         write_atomically(file, partial(draw(maps).savefig, format="png"))
         print(f"wrote {file}")
-
-
-def _whole_image(prepared: Tensor) -> Tensor:
-    """(3, h, w) of an image, or the first of its tiles (T, 3, h, w)."""
-    return prepared[0] if prepared.ndim == 4 else prepared
 
 
 def _check_folder(path: str) -> Path:
@@ -64,6 +65,7 @@ def _check_folder(path: str) -> Path:
 def add_visualize_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip visualize``."""
     add_model_arguments(parser, unzipped="the checkpoint's own, else 54 + 10")
+    add_method_arguments(parser)
     add_image_argument(parser, "files or addresses of the images", required=True)
     parser.add_argument("--output", "--out", default="results/visualize", metavar="FOLDER", help="where the figures go")
     parser.set_defaults(run=visualize)

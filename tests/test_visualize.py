@@ -23,6 +23,7 @@ import visionzip as package
 from checkpoints import CLIP, NEXT, SIGLIP, picture
 from llava.cli import main as visionzip_command
 from llava.mm_utils import expand2square, process_images
+from llava.model.builder import load_pretrained_model
 from visionzip import unzip, visionzip
 from visionzip.visualize import (
     TokenMap,
@@ -283,6 +284,25 @@ def test_visionzip_visualize(make_checkpoint: Any, image_file: Path, tmp_path: P
         assert tokens.size == (13 * 150, 2 * 4 * 150)
 
 
+@pytest.mark.parametrize("budget", [["--keep", "4"], ["--keep", "0.25"]], ids=["number", "share"])
+def test_visualize_draws_other_methods(make_checkpoint: Any, image_file: Path, tmp_path: Path, budget: list[str]):
+    """As the registry has them: of the 16 patches 4 are kept, which is what the figures of the function show."""
+    model = ["--model-path", str(make_checkpoint()), "--device", "cpu", "--method", "divprune", *budget]
+    assert visionzip_command(["visualize", *model, "--image", str(image_file), "--output", str(tmp_path)]) == 0
+    _, loaded, processor, _ = load_pretrained_model(str(make_checkpoint()), device="cpu")
+    visionzip(loaded, keep=4, method="divprune")
+    maps = inspect_tokens(loaded, process_images([picture(0)], processor, loaded.config))
+    figure, tokens = overview(maps), maps[0]
+    assert "16 patches + CLS become 4 visual tokens (24%), divprune" in words(figure)
+    assert "4 kept patches" in words(figure) and "12 patches dropped" in words(figure)
+    share = tokens.attention[tokens.layer][tokens.roles.dominant].sum() / tokens.attention[tokens.layer].sum()
+    assert share < tokens.top_share(tokens.layer)  # they are not the highest ones
+    assert f"they hold {share:.0%} of the attention" in words(figure)
+    assert "as many of the highest patches as are kept, 4 of 16" in words(attention_histogram([tokens]))
+    figure.savefig(tmp_path / "expected.png", format="png")
+    assert (tmp_path / "tokens.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
 def test_visualize_explains_bad_input(make_checkpoint: Any, image_file: Path, tmp_path: Path, unread: None, capsys):
     """Before the model is loaded."""
     command = [
@@ -302,6 +322,12 @@ def test_visualize_explains_bad_input(make_checkpoint: Any, image_file: Path, tm
         (["--output", str(text)], f"--output {text}: {text} is a file"),
         (["--output", str(text / "figures")], f"--output {text / 'figures'}: {text} is a file"),
         (["--dominant", "0"], "dominant=0 is below 1"),
+        (["--method", "norm"], "method='norm' needs keep"),
+        (["--method", "nrom", "--keep", "4"], "method='nrom' is unknown: use one of visionzip, "),
+        (["--method", "nrom", "--keep", "4"], "did you mean 'norm'?"),
+        (["--method", "fastv", "--keep", "4"], "--method fastv does not choose before the language model"),
+        (["--keep", "4", "--contextual", "2"], "--keep 4 was given with --dominant or --contextual"),
+        (["--keep", "1.5"], "keep=1.5 is outside 0 to 1"),
     ):
         assert visionzip_command([*command, *more]) == 2, more
         assert message in capsys.readouterr().err

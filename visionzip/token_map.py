@@ -16,7 +16,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.encoder import compress_images, has_cls_token, hidden_states, layers_needed, side_length
 from visionzip.integrations import find_integration
 from visionzip.integrations.encoders import Encoder
-from visionzip.methods import token_counts
+from visionzip.methods import Method, method_of, token_counts
 from visionzip.placement import Rectangle, patch_rectangles
 
 
@@ -54,6 +54,7 @@ class TokenMap:
         roles: what happens to each patch; None if the tower is not zipped.
         keeps_cls: whether the CLS token is one of the visual tokens of a zipped tower.
         setting: by which patches are kept and merged; None if the tower is not zipped.
+        method: the one that the setting names.
     """
 
     image: Tensor
@@ -64,6 +65,7 @@ class TokenMap:
     roles: PatchRoles | None = None
     keeps_cls: bool = False
     setting: VisionZipConfig | None = None
+    method: Method | None = None
 
     @property
     def num_patches(self) -> int:
@@ -80,6 +82,12 @@ class TokenMap:
         """How many patches captions call the top ones: as many as are dominant; a tenth if none is."""
         kept = 0 if self.roles is None else int(self.roles.dominant.sum())
         return kept or max(1, self.num_patches // 10)
+
+    @property
+    def kept_share(self) -> float:
+        """Share, 0 to 1, of the deciding layer's attention on patches that the dominant ones hold."""
+        scores = self.attention[self.layer]
+        return float(scores[self.roles.dominant].sum() / scores.sum())
 
     def top_share(self, layer: int) -> float:
         """Share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest ones hold."""
@@ -159,7 +167,8 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
             ``torch.compile`` around one. Methods that choose by patches behind the projector need a model.
         images: (B, 3, h, w), as the model's image processor makes them. Tiles (B, T, 3, h, w) are images of their own:
             ``images[:, 0]`` are those that show the whole image, ``images.flatten(0, 1)`` all. Of Video-LLaVA also
-            videos, as its processor makes them; their frames are images of their own here, one after the other.
+            videos, as its processor makes them; their frames are images of their own here, one after the other. (Other
+            families of videos pool a frame before they choose among its tokens, which no patch is then.)
         processor: the model's processor or image processor, whose normalisation is undone in the pictures. Needed for
             transformers' own models; others have theirs.
 
@@ -185,12 +194,13 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     side, cls_token = side_length(tower), has_cls_token(tower)
     shown = _as_shown(pixels, _image_processor(encoder, processor, target), side * tower.config.patch_size)
     attention = _attention_of_layers(encoder, pixels, over_time)
-    roles, keeps_cls = [None] * len(pixels), False
+    roles, method, keeps_cls = [None] * len(pixels), None, False
     if encoder.setting is not None:
+        method = method_of(setting)
         roles = _roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
         keeps_cls = token_counts(setting, side**2, cls_token).cls_token
     return [
-        TokenMap(shown[i], (side, side), attention[i], layer, cls_token, roles[i], keeps_cls, encoder.setting)
+        TokenMap(shown[i], (side, side), attention[i], layer, cls_token, roles[i], keeps_cls, encoder.setting, method)
         for i in range(len(pixels))
     ]
 
@@ -204,7 +214,8 @@ def _encoder_for(encoders: dict[str, Encoder], images: Tensor) -> Encoder:
     if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
         raise ValueError(
             f"images must be (B, 3, {edge}, {edge}) with B >= 1, got {tuple(images.shape)}: prepare them with the "
-            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]"
+            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]. Frames of a video "
+            "are images too, but only Video-LLaVA chooses among their patches; other families pool them before"
         )
     return encoder
 

@@ -25,6 +25,7 @@ try:
     from matplotlib.colors import PowerNorm, hsv_to_rgb
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import PercentFormatter
 except ImportError as error:
     raise ImportError(
@@ -62,10 +63,10 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
         _draw_image(image, tokens)
         _draw_attention(heat, tokens)
         patches = int(role.dominant.sum())
-        title = _count(patches, "dominant patch")
+        title = _count(patches, f"{_kind(tokens)} patch")
         if tokens.keeps_cls:
-            title = f"{_count(patches + 1, 'dominant token')}: {_count(patches, 'patch')} + CLS"
-        caption = f"they hold {tokens.top_share(tokens.layer):.0%} of the attention on patches"
+            title = f"{_count(patches + 1, f'{_kind(tokens)} token')}: {_count(patches, 'patch')} + CLS"
+        caption = f"they hold {tokens.kept_share:.0%} of the attention on patches"
         _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
         _draw_groups(merged, tokens)
     return figure
@@ -106,11 +107,14 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
     for row, tokens, role in zip(rows, maps, roles, strict=True):
         axes = row.subplots()
         patches = int(role.dominant.sum())
-        title = _count(patches, "dominant patch") + " (+ CLS)" * tokens.keeps_cls
+        title = _count(patches, f"{_kind(tokens)} patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
             title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
-        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens))
+        sized = role.sizes is not None
+        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens) + "; numbers: patches stood for" * sized)
         _outline_targets(axes, tokens)
+        if sized:
+            _write_sizes(axes, tokens, role.sizes)
     return figure
 
 
@@ -144,11 +148,10 @@ def attention_histogram(maps: Sequence[TokenMap]) -> Figure:
     shares.plot(range(patches + 1), curve.numpy(), color=_CURVE)
     shares.plot([0, patches], [0, 1], color=_INK, linestyle=":")
     shares.plot([top], [float(curve[top])], "o", color=_MARK)
-    name = (
-        "a tenth of the patches"
-        if maps[0].roles is None or not maps[0].roles.dominant.any()
-        else "the dominant patches"
-    )
+    name = "a tenth of the patches"
+    if maps[0].roles is not None and maps[0].roles.dominant.any():
+        by_attention = _kind(maps[0]) == "dominant"  # else others than the highest ones are kept
+        name = "the dominant patches" if by_attention else "as many of the highest patches as are kept"
     text = f"{name}, {top} of {patches},\nhold {float(curve[top]):.0%} of the attention"
     # beside the mark and below the curve, which is concave
     shares.annotate(text, (top, float(curve[top])), xytext=(0.97, 0.08), textcoords="axes fraction", ha="right")
@@ -297,6 +300,20 @@ def _outline_targets(axes: Axes, tokens: TokenMap) -> None:
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
 
 
+def _write_sizes(axes: Axes, tokens: TokenMap, sizes: Tensor) -> None:
+    """How many patches each token stands for, in the middle of its own."""
+    for patch in sizes.nonzero().flatten().tolist():
+        row, column = divmod(patch, tokens.grid[1])
+        outline = [withStroke(linewidth=2, foreground="white")]
+        text = f"{sizes[patch]:g}"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7, path_effects=outline)
+
+
+def _kind(tokens: TokenMap) -> str:
+    """Tokens that are kept by attention, beside others that are merged, are called dominant."""
+    return "dominant" if tokens.method is None or "keys" in tokens.method.reads else "kept"
+
+
 def _merged(tokens: TokenMap) -> str:
     role = _roles(tokens)
     rest = int((~role.dominant).sum())
@@ -308,7 +325,8 @@ def _merged(tokens: TokenMap) -> str:
 def _summary(tokens: TokenMap) -> str:
     before, after = tokens.num_patches + tokens.cls_token, tokens.num_kept
     read = f"{_count(tokens.num_patches, 'patch')}{' + CLS' if tokens.cls_token else ''}"
-    return f"{read} become {_count(after, 'visual token')} ({after / before:.0%})"
+    by = "" if tokens.method is None or tokens.method.name == "visionzip" else f", {tokens.method.name}"
+    return f"{read} become {_count(after, 'visual token')} ({after / before:.0%}){by}"
 
 
 def _source(tokens: TokenMap) -> str:
