@@ -219,7 +219,9 @@ def test_visitors_do_not_share_conversations_and_are_forgotten(desk: Desk):
     assert image() is None and sides() is None
     for number in range(MAX_VISITORS + 5):
         visitors.talk(str(number))
-    assert len(visitors) == MAX_VISITORS and visitors.talk("other") is not other  # it was idle longest
+    assert len(visitors) == MAX_VISITORS
+    with pytest.raises(ValueError, match="this conversation has ended"):  # it was idle longest
+        visitors.talk("other")
 
 
 def test_what_comes_from_outside_is_escaped(desk: Desk):
@@ -250,6 +252,13 @@ def test_budget_in_tokens_or_percent(desk: Desk):
     assert Handlers(desk).setting("scope", "percent", 25).keep == 0.25
     assert Handlers(desk).setting("visionzip", "tokens", 32.0) == Setting(32)
     assert desk.default == Setting(32)  # 128 of 576, in this model's 144
+
+
+def test_the_budget_is_kept_in_the_other_unit(desk: Desk, talk: Talk):
+    slider = Handlers(desk).limits(talk, "percent", 36)["budget"]
+    assert (slider.value, slider.maximum) == (25, 100)
+    slider = Handlers(desk).limits(talk, "tokens", 25)["budget"]
+    assert (slider.value, slider.maximum) == (36, 144)
 
 
 def test_names_of_files_are_found_wherever_they_are():

@@ -57,4 +57,5 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "the checkpoint's own, else 2 in 9 of the patches", "checkpoints/llava-mini")
     parser.add_argument("--port", type=positive, default=7860, help=f"of the server, on {HOST}")
     add_generation_arguments(parser)
-    parser.set_defaults(run=demo)
+    # Answers are compared: drawn at random they would differ by themselves.
+    parser.set_defaults(run=demo, temperature=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,8 @@ from time import perf_counter
 from typing import Any
 
 from PIL import Image
-from transformers import StoppingCriteria, TextStreamer
 
+from llava.demo.streaming import Put, Stop, Words, stream
 from llava.demo.talk import Answer, Exchange, Picture, Setting, StoppedError, Talk
 from llava.demo.uploads import Upload
 from llava.methods import patches_of
@@ -23,39 +22,13 @@ from visionzip import picked_tokens, unzip
 
 KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew
 SIDES = ("vanilla", "zipped")
-_TICK = 1.0  # seconds without news, after which the page says that it is still at work
-
-
-class _Stop(StoppingCriteria):
-    """Ends generation at the next token when asked to."""
-
-    def __init__(self, is_stopped: Callable[[], bool]) -> None:
-        self.is_stopped = is_stopped
-
-    def __call__(self, *args: Any, **kwargs: Any) -> bool:
-        """Look whether to go on."""
-        if self.is_stopped():
-            raise StoppedError
-        return False
-
-
-class _Streamer(TextStreamer):
-    """Hands on an answer word by word."""
-
-    def __init__(self, tokenizer: Any, put: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._put = put
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on some whole words."""
-        self._put(text)
 
 
 class _Side(ChatSession):
     """One side of a conversation; each image is encoded as it was picked."""
 
     def __init__(self, desk: Desk, is_stopped: Callable[[], bool]) -> None:
-        own = {**desk.generate_kwargs, "stopping_criteria": [_Stop(is_stopped)]}
+        own = {**desk.generate_kwargs, "stopping_criteria": [Stop(is_stopped)]}
         super().__init__(desk.model, desk.tokenizer, desk.image_processor, desk.conv_mode, **own)
         self.is_stopped = is_stopped
         self.holds: Any = None  # which turns, under which setting
@@ -158,22 +131,14 @@ class Desk:
     def _run(
         self, talk: Talk, exchange: Exchange, before: list[Exchange], setting: Setting, slots: Sequence[str]
     ) -> Iterator[Exchange]:
-        stopped = talk.stopped()
-        gone = threading.Event()
-
-        def work(put: Callable[[Any], None]) -> None:
+        def work(put: Put, is_stopped: Callable[[], bool]) -> None:
             with self._lock:
                 for slot in slots:
-                    self._answer(talk, exchange, before, setting, slot, lambda: stopped() or gone.is_set(), put)
+                    self._answer(talk, exchange, before, setting, slot, is_stopped, put)
                 self._remember(talk)
 
-        try:
-            for _ in stream(work):
-                yield exchange
-        finally:
-            gone.set()  # also where the visitor has left: the next token is the last
-        if stopped():  # at the last moment
-            raise StoppedError
+        for _ in _stoppable(talk, work):
+            yield exchange
 
     def _answer(
         self,
@@ -183,7 +148,7 @@ class Desk:
         setting: Setting,
         slot: str,
         is_stopped: Callable[[], bool],
-        put: Callable[[Any], None],
+        put: Put,
     ) -> None:
         if is_stopped():
             raise StoppedError
@@ -197,7 +162,7 @@ class Desk:
         side = talk.sides.get(slot) or _Side(self, is_stopped)
         talk.sides[slot] = side
         side.is_stopped = is_stopped
-        side.generate_kwargs["stopping_criteria"] = [_Stop(is_stopped)]
+        side.generate_kwargs["stopping_criteria"] = [Stop(is_stopped)]
 
         def write(text: str) -> None:
             exchange.partial[slot] += text
@@ -218,7 +183,7 @@ class Desk:
             side.resume([(turn.question, opened(turn), turn.answers[slot].turn.text) for turn in before])
         again = perf_counter() - start
         side.holds = None
-        turn = side.ask(exchange.question, opened(exchange), _Streamer(self.tokenizer, write))
+        turn = side.ask(exchange.question, opened(exchange), Words(self.tokenizer, write))
         side.holds = key([*before, exchange])
         first_token = again + turn.vision_seconds + turn.prefill_seconds
         exchange.answers[slot] = Answer(turn, side.visual_tokens, first_token)
@@ -252,23 +217,15 @@ class Desk:
         if not question.strip():
             raise ValueError("the question is empty: write one")
         image = picture.upload.open()
-        stopped = talk.stopped()
-        gone = threading.Event()
 
-        def is_stopped() -> bool:
-            return stopped() or gone.is_set()
-
-        def work(put: Callable[[Any], None]) -> None:
+        def work(put: Put, is_stopped: Callable[[], bool]) -> None:
             for method in ("vanilla", *methods):
                 with self._lock:  # others get their turns in between
                     if is_stopped():
                         raise StoppedError
                     put(self._compared(method, image, question, keep, is_stopped))
 
-        try:
-            yield from stream(work)
-        finally:
-            gone.set()
+        yield from _stoppable(talk, work)
 
     def _compared(
         self, method: str, image: Image.Image, question: str, keep: int | float, is_stopped: Callable[[], bool]
@@ -286,36 +243,19 @@ class Desk:
             return method, None, str(error)
 
 
+def _stoppable(talk: Talk, work: Callable[[Put, Callable[[], bool]], None]) -> Iterator[Any]:
+    """What work puts, until the visitor stops it or has left."""
+    stopped = talk.stopped()
+    gone = threading.Event()
+    try:
+        yield from stream(lambda put: work(put, lambda: stopped() or gone.is_set()))
+    finally:
+        gone.set()  # the next token is the last
+    if stopped():  # at the last moment
+        raise StoppedError
+
+
 def _white() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(file, "PNG")
     return file.getvalue()
-
-
-def stream(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
-    """Run work in a thread of its own and yield what it puts; None each second without news.
-
-    Raises:
-        Exception: what the work raises.
-    """
-    news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            work(lambda item: news.put(("item", item)))
-            news.put(("end", None))
-        except BaseException as error:
-            news.put(("error", error))
-
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            kind, item = news.get(timeout=_TICK)
-        except queue.Empty:
-            yield None
-            continue
-        if kind == "error":
-            raise item
-        if kind == "end":
-            return
-        yield item

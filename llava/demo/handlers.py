@@ -58,13 +58,14 @@ class Handlers:
             return ""
         return show.picture(talk, self.desk.picture(talk.pictures[talk.selected], setting), view, layer)
 
-    def limits(self, talk: Talk, unit: str) -> Change:
-        """The budget's slider counts in other units."""
-        tokens = self.desk.default.tokens(self.desk.patches)
+    def limits(self, talk: Talk, unit: str, budget: float) -> Change:
+        """The slider goes on in other units, with what comes closest to its budget."""
+        patches = self.desk.patches
         if unit == TOKENS:
-            return {"budget": gr.Slider(maximum=self.desk.patches, value=tokens, label="Tokens of each image")}
-        percent = round(100 * tokens / self.desk.patches)
-        return {"budget": gr.Slider(maximum=100, value=percent, label="Percent of the patches")}
+            value = min(patches, max(1, round(budget * patches / 100)))
+            return {"budget": gr.Slider(maximum=patches, value=value, label="Tokens of each image or tile")}
+        value = min(100, max(1, round(100 * budget / patches)))
+        return {"budget": gr.Slider(maximum=100, value=value, label="Percent of the patches")}
 
     def add_images(self, talk: Talk, text: str, *controls: Any) -> Change:
         """Put uploaded images to the next question."""

@@ -136,7 +136,7 @@ class Page:
         with gr.Row(elem_id="vz-controls"):
             parts["method"] = gr.Dropdown(list(METHODS), value=own.method, label="Method", scale=3, min_width=120)
             parts["budget"] = gr.Slider(
-                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens of each image", scale=4
+                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens of each image or tile", scale=4
             )
             parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", scale=4, min_width=220)
         with gr.Accordion("More of the method", open=False), gr.Row():
@@ -163,7 +163,7 @@ class Page:
         controls = [parts[name] for name in ("method", "unit", "budget", "positions", "size_bias")]
         model = {"concurrency_id": "model", "concurrency_limit": 1}
         self._on(parts["uploads"].upload, do.add_images, [parts["uploads"], *controls], **model)
-        self._on(parts["unit"].input, do.limits, [parts["unit"]])
+        self._on(parts["unit"].input, do.limits, [parts["unit"], parts["budget"]])
         changes = [parts[name].change for name in ("method", "budget", "positions", "size_bias")]
         self._on(changes, do.redraw, controls, trigger_mode="always_last", **model)
         self._on(parts["picture"].select, do.choose, controls, event=True, **model)
@@ -211,8 +211,9 @@ class Page:
             return row({"status": line, "conversation": show.conversation(talk.exchanges), "uploads": ""})
 
         def once(request: gr.Request, *values: Any) -> list[Any]:
-            talk = self.visitors.talk(request.session_hash)
+            talk = Talk()  # of one that has ended
             try:
+                talk = self.visitors.talk(request.session_hash)
                 return row(handler(talk, *values))
             except Exception as error:
                 return failed(talk, error)
@@ -221,8 +222,9 @@ class Page:
             return once(request, data, *values)
 
         def growing(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-            talk = self.visitors.talk(request.session_hash)
+            talk = Talk()
             try:
+                talk = self.visitors.talk(request.session_hash)
                 yield from map(row, handler(talk, *values))
             except Exception as error:
                 yield failed(talk, error)

@@ -30,7 +30,7 @@ def conversation(exchanges: Sequence[Exchange]) -> str:
 
 def _exchange(exchange: Exchange) -> str:
     images = "".join(
-        f'<img src="{escape(picture.upload.shown)}" alt="{escape(picture.upload.name)}">'
+        f'<img src="{escape(picture.upload.thumbnail)}" alt="{escape(picture.upload.name)}">'
         for picture in exchange.pictures
     )
     sides = "".join(_side(exchange, slot) for slot in _NAMES)
@@ -85,8 +85,9 @@ def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, la
         return ""
     return json.dumps(
         {
-            "images": [{"name": each.upload.name, "url": each.upload.shown} for each in talk.pictures],
+            "images": [{"name": each.upload.name, "url": each.upload.thumbnail} for each in talk.pictures],
             "selected": talk.selected,
+            "url": talk.pictures[talk.selected].upload.shown,
             "picks": talk.pictures[talk.selected].picks,
             "view": view,
             "layer": layer,

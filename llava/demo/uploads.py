@@ -19,7 +19,7 @@ MAX_BYTES = 10 * 2**20  # of an image file
 MAX_PIXELS = 40_000_000
 MAX_IMAGES = 8  # of a conversation
 MAX_TOTAL = 24 * 2**20  # bytes of a conversation's image files
-_SHOWN = 1024  # pixels of the longest edge, as the page shows an image
+_SHOWN, _THUMBNAIL = 1024, 96  # pixels of the longest edge, as the page shows an image
 _LONGEST_NAME = 60
 
 
@@ -55,8 +55,16 @@ class Upload:
     @cached_property
     def shown(self) -> str:
         """Data URL of a picture for the page; at most 1024 pixels along an edge."""
+        return self._scaled(_SHOWN)
+
+    @cached_property
+    def thumbnail(self) -> str:
+        """Data URL of a small picture, for what is sent again with each word of an answer."""
+        return self._scaled(_THUMBNAIL)
+
+    def _scaled(self, edge: int) -> str:
         image = self.open()
-        image.thumbnail((_SHOWN, _SHOWN))
+        image.thumbnail((edge, edge))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=88)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -73,8 +73,7 @@ function drawPatches() {
   (groups ?? []).forEach((group, index) => group.patches.forEach((patch) => groupOf.set(patch, index)));
   const drawn = rects.map(([left, upper, right, lower], patch) =>
     `<rect data-patch="${patch}" x="${left}" y="${upper}" width="${right - left}" height="${lower - upper}" ${paint(patch, top, groupOf)}/>`);
-  const image = shown.images[shown.selected];
-  svg.innerHTML = `<image href="${escape(image.url)}" width="${width}" height="${height}" preserveAspectRatio="none"/>` +
+  svg.innerHTML = `<image href="${escape(shown.url)}" width="${width}" height="${height}" preserveAspectRatio="none"/>` +
     drawn.join('') + '<rect class="cursor" fill="none"/>';
   drawCursor();
 }
@@ -183,7 +182,7 @@ function receive() {
   shown = props.value ? JSON.parse(props.value) : null;
   data = shown?.data ?? null;
   if (data) {
-    const other = !before?.data || before.images[before.selected]?.url !== shown.images[shown.selected].url;
+    const other = !before?.data || before.url !== shown.url;
     if (shown.view) { state.view = shown.view; }
     if (other) { state.cursor = null; state.tile = 0; }
     if (other || state.layer >= data.layers) { state.layer = shown.layer ?? data.layer; }
