@@ -123,7 +123,7 @@ class Handlers:
         """Ask the next question."""
         growing = self.desk.ask(talk, question, self.setting(*controls))
         yield from self._grow(talk, growing, list(talk.exchanges))
-        yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered"), "question": ""}
+        yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered")}
 
     def ask_again(self, talk: Talk, *controls: Any) -> Iterator[Change]:
         """Ask the last question again under the present setting."""

@@ -25,7 +25,23 @@ from visionzip.methods import METHODS
 # Served from here; of the theme's own weights the semi-bold one has letters missing.
 FONT = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
 QUEUE = 32  # requests that wait; further ones are refused
-_CHANGED = ("uploads", "picture", "conversation", "status", "question", "strip", "budget")
+# What each handler changes. The rest is left out, not sent as an update of nothing: gradio keeps a component for each
+# of these in a visitor's session.
+_CHANGES = {
+    "add_images": ("uploads", "picture", "status"),
+    "limits": ("budget",),
+    "redraw": ("picture", "status"),
+    "choose": ("picture", "status"),
+    "pick": ("status",),
+    "begin": ("status",),
+    "stop": ("status",),
+    "forget": ("picture", "conversation", "status", "question", "strip"),
+    "begin_with": ("picture", "conversation", "status", "question"),
+    "ask": ("conversation", "status"),
+    "ask_again": ("conversation", "status"),
+    "compare": ("strip", "status"),
+}
+_CLEAR = "(question, status) => [status.includes('answered') ? '' : question]"  # in the browser, where an answer came
 _STOPPED = "stopped: the conversation is as it was before this question"
 
 logger = logging.getLogger(__name__)
@@ -176,20 +192,25 @@ class Page:
             ([parts["again"].click], do.ask_again, controls),
             ([parts["compare"].click, parts["compared"].submit], do.compare, [parts["compared"], *controls]),
         ):
-            self._on(triggers, do.begin, [], queue=False, api_name=False).then(
-                **self._event(handler, inputs, True), **model
-            )
+            begun = self._on(triggers, do.begin, [], queue=False, api_name=False)
+            done = begun.then(**self._event(handler, inputs, True), **model)
+            if handler == do.ask:
+                self._clear(done)
         for button, example in zip(parts["examples"], EXAMPLES, strict=True):
             self._connect_example(button, example, controls, model)
         self.blocks.unload(self._leave)
 
     def _connect_example(self, button: Any, example: Example, controls: list[Any], model: dict[str, Any]) -> None:
-        def start(talk: Talk, *values: Any) -> Change:
+        def begin_with(talk: Talk, *values: Any) -> Change:
             return self.handlers.example(talk, example, *values)
 
-        shown = self._on(button.click, start, controls, api_name=False, **model)
+        shown = self._on(button.click, begin_with, controls, api_name=False, **model)
         event = self._event(self.handlers.ask, [self.parts["question"], *controls], True)
-        shown.then(**event | {"api_name": False}, **model)
+        self._clear(shown.then(**event | {"api_name": False}, **model))
+
+    def _clear(self, asked: Any) -> None:
+        question, status = self.parts["question"], self.parts["status"]
+        asked.then(fn=None, js=_CLEAR, inputs=[question, status], outputs=[question], api_name=False)
 
     def _on(
         self, triggers: Any, handler: Callable[..., Any], inputs: list[Any], event: bool = False, **more: Any
@@ -201,20 +222,23 @@ class Page:
         self, handler: Callable[..., Any], inputs: list[Any], grows: bool, event: bool = False
     ) -> dict[str, Any]:
         """Arguments of an event: the handler gets the visitor's conversation, and says what changes by name."""
+        changes = _CHANGES[handler.__name__]
 
-        def row(change: Change) -> list[Any]:
-            return [change.get(name, gr.skip()) for name in _CHANGED]
+        def row(talk: Talk, change: Change) -> list[Any]:
+            talk.shown |= change
+            values = [talk.shown.get(part, "") for part in changes]
+            return values if len(values) > 1 else values[0]
 
         def failed(talk: Talk, error: Exception) -> list[Any]:
             stopped = isinstance(error, StoppedError)
             line = show.status(_STOPPED) if stopped else show.status(in_one_line(error), error=True)
-            return row({"status": line, "conversation": show.conversation(talk.exchanges), "uploads": ""})
+            return row(talk, {"status": line, "conversation": show.conversation(talk.exchanges), "uploads": ""})
 
         def once(request: gr.Request, *values: Any) -> list[Any]:
             talk = Talk()  # of one that has ended
             try:
                 talk = self.visitors.talk(request.session_hash)
-                return row(handler(talk, *values))
+                return row(talk, handler(talk, *values))
             except Exception as error:
                 return failed(talk, error)
 
@@ -225,14 +249,15 @@ class Page:
             talk = Talk()
             try:
                 talk = self.visitors.talk(request.session_hash)
-                yield from map(row, handler(talk, *values))
+                for change in handler(talk, *values):
+                    yield row(talk, change)
             except Exception as error:
                 yield failed(talk, error)
 
         return {
             "fn": growing if grows else with_event if event else once,
             "inputs": inputs,
-            "outputs": [self.parts[name] for name in _CHANGED],
+            "outputs": [self.parts[part] for part in changes],
             "show_progress": "hidden",
             "api_name": handler.__name__,
         }

@@ -111,6 +111,7 @@ class Talk:
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._ticket, self._stopped = 0, -1
+        self.shown: dict[str, Any] = {}  # what each component of the page has
         self._clear()
 
     def _clear(self) -> None:
