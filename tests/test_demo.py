@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from served_page import MODEL, free_port, sent
 
+from checkpoints import NEXT
 from llava.arguments import load_from_arguments
 from llava.cli import main
+from llava.model.builder import load_pretrained_model
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
 from visionzip.methods import METHODS
@@ -152,6 +154,21 @@ def test_old_conversations_give_their_caches_back(desk: Desk, monkeypatch: pytes
     assert not talks[0].sides and talks[1].sides
     again = ask(desk, talks[0], "Which shape is white?", Setting(32))
     assert again["vanilla"].turn.cached_tokens == 0 and again["vanilla"].turn.text == "square"
+
+
+@pytest.mark.parametrize("family", ["llava-next", "mini-gemini"])
+def test_other_families(family: str, load: Any, make_mgm: Any):
+    loaded = load(**NEXT) if family == "llava-next" else load_pretrained_model(str(make_mgm()), device="cpu")
+    desk = Desk(*loaded[:3], "vicuna_v1", max_new_tokens=3)
+    talk = Talk()
+    talk.add([RING.upload()])
+    answer = ask(desk, talk, RING.question, Setting(5))
+    tiles = desk.picture(talk.pictures[0], Setting(5))["tiles"]
+    assert answer["zipped"].visual_tokens == 5 * len(tiles) < answer["vanilla"].visual_tokens
+    talk.pictures[0].picks = ((0, 1),) * len(tiles)
+    for _ in desk.ask_again(talk, Setting(5)):
+        pass
+    assert talk.exchanges[0].answers["zipped"].visual_tokens == 2 * len(tiles)
 
 
 def test_errors_of_a_setting_leave_the_conversation_alone(desk: Desk, talk: Talk):

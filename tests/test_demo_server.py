@@ -134,10 +134,11 @@ def test_twenty_visitors_at_once(page: Served, capsys: pytest.CaptureFixture):
     with ThreadPoolExecutor(VISITORS) as pool:
         asked = list(pool.map(stay, range(VISITORS)))
     settled = memory[min(50, len(memory) // 2)]
+    tenths = " ".join(f"{memory[len(memory) * tenth // 10]:.0f}" for tenth in range(10)) + f" {memory[-1]:.0f}"
     with capsys.disabled():
         print(
             f"\n{VISITORS} visitors, {SECONDS:g} s: {sum(asked)} conversations ({min(asked)} to {max(asked)} each), "
             f"longest {max(waits):.1f} s; "
-            f"server {memory[0]:.0f} MB at first, {settled:.0f} settled, {memory[-1]:.0f} at the end"
+            f"server, MB, from the first to the last tenth: {tenths}"
         )
     assert memory[-1] - settled < GROWTH

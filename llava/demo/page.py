@@ -84,7 +84,7 @@ class Page:
     def of(cls, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str, name: str, **settings: Any) -> Page:
         """The page of a model that has answered once, so that the first visitor need not wait for its kernels."""
         desk = Desk(tokenizer, model, image_processor, conv_mode, **settings)
-        about = f"{name}: {describe(model)}"
+        about = f"{name}: {describe(model).rpartition(' · ')[0]}"  # without the setting, which the page changes
         desk.warm_up()
         return cls(desk, about)
 
