@@ -23,6 +23,7 @@ BENCHMARKS: Commands = {
 }
 COMMANDS: Commands = {
     "chat": ("llava.serve.cli:add_zipped_chat_arguments", "talk about images and videos in the terminal"),
+    "demo": ("llava.demo.command:add_demo_arguments", "a page: what is kept of an image, both answers, all methods"),
     "visualize": ("llava.visualize:add_visualize_arguments", "draw what is kept and merged of an image"),
     "benchmark": (BENCHMARKS, "measure what compression costs and gains"),
     "merge": ("llava.merge:add_merge_arguments", "a tuned projector or LoRA and its base as one checkpoint"),
