@@ -125,7 +125,7 @@ class ChatSession:
         """
         conversation = new_conversation(self.conv_mode)
         user, assistant = conversation.roles
-        visual: list[Tensor] = []
+        visual: list[VisualTokens] = []
         for text, images, answer in turns:
             conversation.append_message(user, self._question(text, images))
             conversation.append_message(assistant, answer)
@@ -136,7 +136,7 @@ class ChatSession:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of all images and frames of the conversation."""
-        return sum(len(tokens) for tokens in self._visual)
+        return sum(len(image.tokens) for image in self._visual)
 
     def _question(self, text: str, images: Sequence[Visual]) -> str:
         counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
