@@ -134,6 +134,9 @@ def parse_command(environment: dict[str, str], words: list[str]) -> None:
             parse("visionzip", llava.cli.COMMANDS, rest)
         case ["python", "-m", "eval", *rest]:
             parse("python -m eval", eval.__main__.COMMANDS, rest)
+        case ["python", "-m", "playground.ablation", *rest]:  # its parser is inside the function that runs it
+            source = (ROOT / "playground/ablation.py").read_text(encoding="utf-8")
+            assert {word for word in rest if word.startswith("--")} <= set(re.findall(r'"(--[\w-]+)"', source)), line
         case ["python", "-m", "playground.scenes", *rest]:
             parse("python -m playground.scenes", playground.scenes.COMMANDS, rest)
         case _:
