@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_flags import training_parser
 
 import eval.__main__
@@ -21,7 +22,7 @@ from eval import launch
 from eval.registry import BENCHMARKS
 from llava.commands import Commands, parser_of, resolve
 from visionzip.integrations import REGISTRY
-from visionzip.methods import METHODS
+from visionzip.methods import METHODS, EncoderRead, TokenCounts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -197,6 +198,29 @@ def test_architecture_names_functions_where_they_are():
             assert re.search(rf"\b{name}\b", text), f"{name} is in none of {[file.name for file in files]}"
             checked += 1
     assert checked > 20
+
+
+def test_the_examples_of_contributing_work(tmp_path: Path):
+    method, benchmark = ({}, {})
+    for code, found in zip(blocks(ROOT / "CONTRIBUTING.md", "python"), (method, benchmark), strict=True):
+        exec(code, found)
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.4]])
+    chosen = method["METHOD"].choose(
+        EncoderRead(torch.randn(1, 5, 3), True, scores=scores), TokenCounts(2, 0, False), None
+    )
+    assert chosen.dominant_indices.tolist() == [[2, 4]]
+
+    lines = [
+        {"question_id": "a", "image": "a.jpg", "text": "Is it?"},
+        {"question_id": "b", "image": "b.jpg", "text": "?"},
+    ]
+    truth = [{"question_id": "a", "answer": "yes"}, {"question_id": "b", "answer": "no"}]
+    for name, rows in (("questions", lines), ("truth", truth)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = benchmark["BENCHMARK"]
+    assert [question.id for question in own.from_folder(tmp_path)] == ["a", "b"]
+    answers = [benchmark["Answer"]("a", "Yes"), benchmark["Answer"]("b", "yes")]
+    assert own.score(answers, own.truth_from_folder(tmp_path), None).score == 50
 
 
 # --- what there is ---
