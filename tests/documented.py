@@ -39,12 +39,10 @@ def prose(page: Path) -> str:
 
 def commands(code: str) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The commands of a block, each with the environment that stands before it."""
-    lines = iter(code.replace("\\\n", " ").splitlines())
-    for line in lines:
-        while line.count("'") % 2:  # a quoted text of several lines
-            line += "\n" + next(lines)
+    code = re.sub(r"(^|\s)# .*$", "", code, flags=re.MULTILINE).replace("\\\n", " ")
+    for line in re.findall(r"(?:'[^']*'|[^'\n])+", code):  # a quoted text may have several lines
         for part in re.split(r"\s&&\s", line):
-            words = shlex.split(part, comments=True)
+            words = shlex.split(part)
             environment = {}
             while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0], re.DOTALL):
                 name, _, value = words.pop(0).partition("=")
