@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documented import ROOT, blocks, commands, parse_command
+from documented import ROOT, blocks, commands, parse_command, prose
 
 import eval.__main__
 import llava.cli
