@@ -20,7 +20,7 @@ from llava.commands import Commands, parser_of, resolve
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # Commands of other programs.
-ELSEWHERE = ("pip install", "python3 -m venv", "python -m pip install", ".venv/bin/python -m pip install", "curl ")
+ELSEWHERE = ("pip install", "python3 -m venv", ".venv/bin/python -m pip install", "curl ", "vllm ")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -28,7 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = [textwrap.dedent(code) for _, name, code in FENCE.findall(text) if name == language]
     if language == "bash":
-        indented = re.findall(r"(?:(?<=\n\n)|\A)((?: {4}\S.*\n(?: {8}.*\n)*)+)", FENCE.sub("", text))
+        indented = re.findall(r"(?<=\n\n)((?: {4}\S.*\n(?: {5,}.*\n)*)+)", FENCE.sub("", text))
         found += [textwrap.dedent(code) for code in indented]
     return found
 
