@@ -20,7 +20,15 @@ from llava.commands import Commands, parser_of, resolve
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # Commands of other programs.
-ELSEWHERE = ("pip install", "python3 -m venv", ".venv/bin/python -m pip install", "curl ", "vllm ")
+ELSEWHERE = (
+    "pip install",
+    "python3 -m venv",
+    ".venv/bin/python -m pip install",
+    ".venv-lmms/",
+    "curl ",
+    "vllm ",
+    "lmms-eval ",
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -91,6 +99,8 @@ def parse_command(environment: dict[str, str], words: list[str]) -> None:
     match words:
         case ["bash", script, *rest]:
             parse_script(script, rest, environment)
+        case ["python", script, *_] if script.startswith("scripts/"):
+            assert (ROOT / script).exists(), f"there is no {script}"
         case ["visionzip", *rest] | ["python", "-m", "llava.cli", *rest]:
             parse("visionzip", llava.cli.COMMANDS, rest)
         case ["python", "-m", "eval", *rest]:
