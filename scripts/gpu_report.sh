@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 if [[ -n "$GIVEN" ]]; then
     PYTHON="$GIVEN"
-    "$PYTHON" -c 'import torch, transformers' || die "PYTHON=$PYTHON has no torch or no transformers:" \
+    "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, ("torch", "transformers")))' || die "PYTHON=$PYTHON has no torch or no transformers:" \
         "name one that has both, or none, so that an environment is made"
 else
     use_environment

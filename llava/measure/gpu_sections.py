@@ -68,7 +68,7 @@ def gpu_tests(request: Request) -> Iterator[Row]:
         raise RuntimeError(f"{', '.join(missing)} is not there: run this in a checkout of the repository")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths, *request["flags"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    lines = [line.strip("= ") for line in done.stdout.splitlines() if line.strip("= ")]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
     yield {
         "way": " ".join(request["tests"]),
