@@ -66,7 +66,7 @@ def gpu_tests(request: Request) -> Iterator[Row]:
     paths = [str(ROOT / path) for path in request["tests"]]
     if missing := [path for path in paths if not Path(path).exists()]:
         raise RuntimeError(f"{', '.join(missing)} is not there: run this in a checkout of the repository")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths, *request["flags"]]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *paths, *request["flags"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line.strip("= ") for line in done.stdout.splitlines() if line.strip("= ")]
     skipped = [line for line in lines if line.startswith("SKIPPED")]
