@@ -30,7 +30,7 @@ setup(
         *(f"visionzip_{name}" for name in find_packages(include=["eval", "eval.*"])),
     ],
     package_dir={"visionzip_eval": "eval"},
-    package_data={"visionzip": ["py.typed"], "llava": ["py.typed"], "visionzip_eval": ["paper.json"]},
+    package_data={"visionzip": ["py.typed"], "llava": ["py.typed", "demo/assets/*"], "visionzip_eval": ["paper.json"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.16,<6",
@@ -62,6 +62,7 @@ setup(
             "build>=1.6",
             "peft>=0.21",
             "matplotlib>=3.10",
+            "selenium>=4.40",
         ],
     },
     entry_points={

@@ -21,14 +21,15 @@ from visionzip.methods import METHODS, method_of
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, unzipped: str) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, unzipped: str, model: str | None = None) -> None:
     """Flags that say which model to load, how, and how to zip it, for :func:`load_from_arguments`.
 
     Args:
         parser: gets them.
         unzipped: what holds without a budget, for ``--help``.
+        model: the checkpoint that is loaded if none is named; without one, one must be.
     """
-    parser.add_argument("--model-path", required=True, help="checkpoint: folder or hub name")
+    parser.add_argument("--model-path", required=model is None, default=model, help="checkpoint: folder or hub name")
     parser.add_argument(
         "--model-base", help="of a projector or LoRA checkpoint, the model it completes (default: it is whole)"
     )

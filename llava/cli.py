@@ -21,9 +21,11 @@ BENCHMARKS: Commands = {
         "llava.measure.tuning:add_tuning_arguments",
         "a step of projector tuning, zipped, cached, both or neither",
     ),
+    "gpu": ("llava.measure.gpu_report:add_gpu_arguments", "all that only a GPU can show, within a time limit"),
 }
 COMMANDS: Commands = {
     "chat": ("llava.serve.cli:add_zipped_chat_arguments", "talk about images and videos in the terminal"),
+    "demo": ("llava.demo.command:add_demo_arguments", "a page: what is kept of an image, both answers, all methods"),
     "visualize": ("llava.visualize:add_visualize_arguments", "draw what is kept and merged of an image"),
     "benchmark": (BENCHMARKS, "measure what compression costs and gains"),
     "merge": ("llava.merge:add_merge_arguments", "a tuned projector or LoRA and its base as one checkpoint"),

@@ -10,8 +10,21 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+# The page's tests want a browser: Debian's, where this may install it. Elsewhere they are skipped, and say so.
+install_browser() {
+    if type -P chromium >/dev/null && type -P chromedriver >/dev/null; then return; fi
+    if [[ $EUID != 0 ]] || ! type -P apt-get >/dev/null; then
+        say "no chromium with chromedriver: the page's browser tests are skipped (Debian: apt install chromium chromium-driver)"
+        return
+    fi
+    say "installing chromium and chromium-driver, for the page's browser tests"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium chromium-driver; } \
+        >/dev/null || say "that failed: the page's browser tests are skipped"
+}
+
 use_environment
 cd "$ROOT"
+[[ $# != 0 && "$*" != *test_demo* ]] || install_browser
 
 say "ruff check"
 "$PYTHON" -m ruff check .

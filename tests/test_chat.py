@@ -67,6 +67,21 @@ def test_three_turns_equal_recomputing_everything(session: ChatSession):
         assert turn.cached_tokens >= before.cached_tokens + before.fed_tokens
 
 
+def test_a_conversation_goes_on_under_another_setting(session: ChatSession):
+    """Its words stay, its images are encoded anew, and the first turn behind that feeds everything."""
+    images = [picture(0), picture(1)]
+    asked = zip(QUESTIONS[:2], images, strict=True)
+    said = [(question, [image], session.ask(question, [image]).text) for question, image in asked]
+    before = session.visual_tokens
+    visionzip(session.model, dominant=3, contextual=1)
+    session.resume(said)
+    assert session.encoded == 4 and session.visual_tokens == before * 4 // 7
+    turn = session.ask(QUESTIONS[2])
+    assert turn.cached_tokens == 0 and turn.visual_tokens == 0
+    assert turn.text == recompute(session, images)
+    assert session.ask("And now?").cached_tokens > session.visual_tokens
+
+
 def test_what_the_model_wrote_is_not_fed_again(session: ChatSession):
     """Where the answer's text is tokenized as it was generated, only what is new goes through the model."""
     prompt = session.tokenizer("ASSISTANT:").input_ids

@@ -44,11 +44,11 @@ def run(*command: str | Path, cwd: Path, typed: str = "") -> str:
 
 
 def files_of_packages() -> set[str]:
-    """Every module, markers of typed packages, the paper's figures, as the wheel should name them."""
+    """Every module, markers of typed packages, the paper's figures, the page's files, as the wheel should name them."""
     return {
         f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
         for name, folder in PACKAGES.items()
-        for pattern in ("*.py", "py.typed", "paper.json")
+        for pattern in ("*.py", "py.typed", "paper.json", "demo/assets/*")
         for path in (ROOT / folder).rglob(pattern)
     }
 

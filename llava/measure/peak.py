@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from llava.commands import run_command
 from llava.screen import track
 
+T = TypeVar("T")
 Request = dict[str, Any]
 Work = Callable[[Request], "dict[str, Any] | None"]
 
@@ -74,11 +75,30 @@ def _measure(place: str, request: Request) -> None:
     """Do the work in this process, and print its peak and facts."""
     module, _, name = place.partition(":")
     work: Work = getattr(importlib.import_module(module), name)
-    on_cuda = request["device"].startswith("cuda")
-    before = 0.0 if on_cuda else _reset_memory_peak()  # of the libraries
-    facts = work(request)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else _memory_peak() - before
+    facts, peak = peak_of(partial(work, request), request["device"])
     print(json.dumps({"memory_mib": peak, **(facts or {})}))
+
+
+def peak_of(work: Callable[[], T], device: str) -> tuple[T, float]:
+    """Do some work in this process.
+
+    Args:
+        work: what to do.
+        device: where it does that.
+
+    Returns:
+        What the work returns; and its peak memory in MiB: on CUDA that of all tensors there, those that were there
+        before too; elsewhere what came on top of what the process had.
+    """
+    on_cuda = device.startswith("cuda")
+    before = 0.0
+    if on_cuda:
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        before = _reset_memory_peak()  # of the libraries
+    found = work()
+    return found, torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else _memory_peak() - before
 
 
 def _reset_memory_peak() -> float:

@@ -51,8 +51,8 @@ def _processor() -> str:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Summarise some values as median and quartiles."""
-    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    """Summarise some values as median and quartiles, which lie within them however few they are."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]]}
 
 

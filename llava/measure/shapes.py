@@ -109,7 +109,23 @@ def build_model(name: str, device: str, dtype: torch.dtype, transformers: bool =
         raise ValueError(
             f"--shape {name} --transformers: only images have shapes of transformers' classes; leave one out"
         )
-    model_class, config = (_transformers_config if transformers else _config)(shape)
+    model = random_model(*(_transformers_config if transformers else _config)(shape), device, dtype)
+    if transformers:
+        return TransformersLlava(model).requires_grad_(False).eval()
+    for tower in model.towers().values():
+        tower.is_loaded = True
+    return model
+
+
+def random_model(model_class: type, config: PretrainedConfig, device: str, dtype: torch.dtype) -> Any:
+    """A model of random weights, drawn on the device, with sdpa attention; for inference.
+
+    Args:
+        model_class: of transformers' kind.
+        config: for it.
+        device: where it is to be.
+        dtype: of all its weights.
+    """
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -121,11 +137,6 @@ def build_model(name: str, device: str, dtype: torch.dtype, transformers: bool =
             model = model_class(config)
     finally:
         torch.set_default_dtype(before)
-    if transformers:
-        model = TransformersLlava(model)
-    else:
-        for tower in model.towers().values():
-            tower.is_loaded = True
     return model.requires_grad_(False).eval()
 
 

@@ -112,6 +112,36 @@ class ChatSession:
         self._visual: list[VisualTokens] = []  # of each image and frame, in order
         self._forget_cache()
 
+    @torch.no_grad()
+    def resume(self, turns: Sequence[tuple[str, Sequence[Visual], str]]) -> None:
+        """Take up a conversation from its words, such as under another VisionZip setting: the next turn feeds it anew.
+
+        Args:
+            turns: for each its question, the images and videos that were new in it, and the answer.
+
+        Raises:
+            TypeError: one is neither a PIL image nor a video's frames.
+            ValueError: ``<image>`` and images differ in number. In either case the conversation is as it was.
+        """
+        conversation = new_conversation(self.conv_mode)
+        user, assistant = conversation.roles
+        visual: list[VisualTokens] = []
+        for text, images, answer in turns:
+            conversation.append_message(user, self._question(text, images))
+            conversation.append_message(assistant, answer)
+            visual += self._encode(images)
+        self.conversation, self._visual = conversation, visual
+        self._forget_cache()
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of all images and frames of the conversation."""
+        return sum(len(image.tokens) for image in self._visual)
+
+    def _question(self, text: str, images: Sequence[Visual]) -> str:
+        counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
+        return with_image_tokens(text, counts, self.model.config)
+
     def _forget_cache(self) -> None:
         # Without the model's config, which would give sliding windows a cache that cannot be cropped.
         self._cache = DynamicCache()
@@ -134,8 +164,7 @@ class ChatSession:
             ValueError: ``<image>`` and images differ in number, or the conversation exceeds the model's context.
             RuntimeError: the cache does not hold what was said. In either case the conversation is then as it was.
         """
-        counts = [1 if isinstance(image, Image.Image) else len(image) for image in images]
-        question = with_image_tokens(text, counts, self.model.config)
+        question = self._question(text, images)
         start = time.perf_counter()
         visual = self._encode(images)
         vision_seconds = time.perf_counter() - start if visual else 0.0

@@ -1,0 +1,261 @@
+"""The page's one model: vanilla and zipped answer the same questions on it, one turn at a time."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from PIL import Image
+
+from llava.demo.streaming import Put, Stop, Words, stream
+from llava.demo.talk import Answer, Exchange, Picture, Setting, StoppedError, Talk
+from llava.demo.uploads import Upload
+from llava.methods import patches_of
+from llava.picture import picture_data
+from llava.serve.chat import ChatSession
+from visionzip import picked_tokens, unzip
+
+KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew
+SIDES = ("vanilla", "zipped")
+
+
+class _Side(ChatSession):
+    """One side of a conversation; each image is encoded as it was picked."""
+
+    def __init__(self, desk: Desk, is_stopped: Callable[[], bool]) -> None:
+        own = {**desk.generate_kwargs, "stopping_criteria": [Stop(is_stopped)]}
+        super().__init__(desk.model, desk.tokenizer, desk.image_processor, desk.conv_mode, **own)
+        self.is_stopped = is_stopped
+        self.holds: Any = None  # which turns, under which setting
+        self.picks: list[tuple[tuple[int, ...], ...] | None] = []
+
+    def _encode(self, images: Sequence[Image.Image]) -> list[Any]:
+        tokens: list[Any] = []
+        for image in images:
+            if self.is_stopped():
+                raise StoppedError
+            with _picked(self.model, self.picks.pop(0) if self.picks else None):
+                tokens += super()._encode([image])
+        return tokens
+
+
+@contextmanager
+def _picked(model: Any, picks: tuple[tuple[int, ...], ...] | None) -> Iterator[None]:
+    """Patches picked by hand in the place of the method's, if there are any."""
+    if picks is None:
+        yield
+    else:
+        with picked_tokens(model, picks[0] if len(picks) == 1 else picks):
+            yield
+
+
+class Desk:
+    """The model, and who may use it: one turn at a time, as VisionZip is switched on and off in place.
+
+    Args:
+        model: from ``load_pretrained_model``, as are the next two.
+        tokenizer: its tokenizer.
+        image_processor: its image processor.
+        conv_mode: prompt template.
+        **generate_kwargs: as :class:`ChatSession` has them.
+    """
+
+    def __init__(
+        self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str, **generate_kwargs: Any
+    ) -> None:
+        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
+        self.conv_mode, self.generate_kwargs = conv_mode, generate_kwargs
+        self.patches = patches_of(model)
+        self.default = self._default_setting()
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[int, Talk] = OrderedDict()
+
+    def _default_setting(self) -> Setting:
+        """The model's own, or else the paper's middle one: 128 tokens of 576."""
+        own = self.model.get_vision_tower().visionzip
+        if own is None:
+            return Setting(max(1, round(self.patches * 2 / 9)))
+        return Setting(own.tokens(self.patches), own.method, own.positions, own.size_bias)
+
+    def warm_up(self) -> None:
+        """Answer once on both sides, so that the first visitor does not wait for kernels to be loaded."""
+        talk = Talk()
+        talk.add([Upload("white", _white())])
+        for _ in self.ask(talk, "What is it?", self.default):
+            pass
+        self.leave(talk)
+
+    def picture(self, picture: Picture, setting: Setting) -> dict[str, Any]:
+        """What :func:`llava.picture.picture_data` says of an image under a setting, or under its picks."""
+        image = picture.upload.open()
+        with self._lock:
+            setting.put_on(self.model)
+            with _picked(self.model, picture.picks):
+                return picture_data(self.model, image, self.image_processor)
+
+    def ask(self, talk: Talk, question: str, setting: Setting) -> Iterator[Exchange]:
+        """Ask both sides the next question; yields the exchange as it grows, and then stands in ``talk.exchanges``.
+
+        Raises:
+            StoppedError: the user has stopped it.
+            ValueError: the question is empty, or what :meth:`ChatSession.ask` and the setting raise. The conversation
+                is then as it was, also on the side that has answered.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty: write one")
+        exchange = Exchange(talk.next_number(), question.strip(), list(talk.waiting), str(setting))
+        yield from self._run(talk, exchange, list(talk.exchanges), setting, SIDES)
+        talk.exchanges.append(exchange)
+        talk.waiting = []
+
+    def ask_again(self, talk: Talk, setting: Setting) -> Iterator[Exchange]:
+        """Ask the zipped side the last question again, in the place of its answer; vanilla's stands.
+
+        Raises:
+            ValueError: nothing was asked yet, and as in :meth:`ask`.
+            StoppedError: the user has stopped it; the old answer stands.
+        """
+        if not talk.exchanges:
+            raise ValueError("nothing was asked yet: ask a question first")
+        last = talk.exchanges[-1]
+        exchange = Exchange(last.number, last.question, last.pictures, str(setting))
+        exchange.answers["vanilla"] = last.answers["vanilla"]
+        yield from self._run(talk, exchange, talk.exchanges[:-1], setting, SIDES[1:])
+        talk.exchanges[-1] = exchange
+
+    def _run(
+        self, talk: Talk, exchange: Exchange, before: list[Exchange], setting: Setting, slots: Sequence[str]
+    ) -> Iterator[Exchange]:
+        def work(put: Put, is_stopped: Callable[[], bool]) -> None:
+            with self._lock:
+                for slot in slots:
+                    self._answer(talk, exchange, before, setting, slot, is_stopped, put)
+                self._remember(talk)
+
+        for _ in _stoppable(talk, work):
+            yield exchange
+
+    def _answer(
+        self,
+        talk: Talk,
+        exchange: Exchange,
+        before: list[Exchange],
+        setting: Setting,
+        slot: str,
+        is_stopped: Callable[[], bool],
+        put: Put,
+    ) -> None:
+        if is_stopped():
+            raise StoppedError
+        zipped = slot == "zipped"
+        if zipped:
+            setting.put_on(self.model)
+        else:
+            unzip(self.model)
+        exchange.partial[slot] = ""
+        put(None)
+        side = talk.sides.get(slot) or _Side(self, is_stopped)
+        talk.sides[slot] = side
+        side.is_stopped = is_stopped
+        side.generate_kwargs["stopping_criteria"] = [Stop(is_stopped)]
+
+        def write(text: str) -> None:
+            exchange.partial[slot] += text
+            put(None)
+
+        def key(turns: Sequence[Exchange]) -> Any:
+            picks = [picture.picks for turn in turns for picture in turn.pictures]
+            return [turn.number for turn in turns], [setting, picks] if zipped else None
+
+        def opened(turn: Exchange) -> list[Image.Image]:
+            side.picks += [picture.picks if zipped else None for picture in turn.pictures]
+            return [picture.upload.open() for picture in turn.pictures]
+
+        side.picks = []
+        start = perf_counter()
+        if side.holds != key(before):
+            side.holds = None
+            side.resume([(turn.question, opened(turn), turn.answers[slot].turn.text) for turn in before])
+        again = perf_counter() - start
+        side.holds = None
+        turn = side.ask(exchange.question, opened(exchange), Words(self.tokenizer, write))
+        side.holds = key([*before, exchange])
+        first_token = again + turn.vision_seconds + turn.prefill_seconds
+        exchange.answers[slot] = Answer(turn, side.visual_tokens, first_token)
+        put(None)
+
+    def _remember(self, talk: Talk) -> None:
+        """Keep the caches of the latest conversations only."""
+        self._recent[id(talk)] = talk
+        self._recent.move_to_end(id(talk))
+        while len(self._recent) > KEPT_CACHES:
+            self._recent.popitem(last=False)[1].drop_caches()
+
+    def leave(self, talk: Talk) -> None:
+        """A visitor is gone, or begins anew."""
+        talk.stop()
+        self._recent.pop(id(talk), None)
+        talk.drop_caches()
+
+    def compare(
+        self, talk: Talk, picture: Picture, question: str, keep: int | float, methods: Sequence[str]
+    ) -> Iterator[tuple[str, dict[str, Any] | None, Answer | str]]:
+        """Ask one question about one image under each method.
+
+        Yields:
+            The method (``"vanilla"`` first), its picture and its answer; or None and the line that says why there is
+            none.
+
+        Raises:
+            StoppedError: the user has stopped it.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty: write one")
+        image = picture.upload.open()
+
+        def work(put: Put, is_stopped: Callable[[], bool]) -> None:
+            for method in ("vanilla", *methods):
+                with self._lock:  # others get their turns in between
+                    if is_stopped():
+                        raise StoppedError
+                    put(self._compared(method, image, question, keep, is_stopped))
+
+        yield from _stoppable(talk, work)
+
+    def _compared(
+        self, method: str, image: Image.Image, question: str, keep: int | float, is_stopped: Callable[[], bool]
+    ) -> tuple[str, dict[str, Any] | None, Answer | str]:
+        try:
+            if method == "vanilla":
+                unzip(self.model)
+            else:
+                Setting(keep, method).put_on(self.model)
+            side = _Side(self, is_stopped)
+            turn = side.ask(question, [image])
+            shown = picture_data(self.model, image, self.image_processor)
+            return method, shown, Answer(turn, side.visual_tokens, turn.vision_seconds + turn.prefill_seconds)
+        except (ValueError, TypeError) as error:
+            return method, None, str(error)
+
+
+def _stoppable(talk: Talk, work: Callable[[Put, Callable[[], bool]], None]) -> Iterator[Any]:
+    """What work puts, until the visitor stops it or has left."""
+    stopped = talk.stopped()
+    gone = threading.Event()
+    try:
+        yield from stream(lambda put: work(put, lambda: stopped() or gone.is_set()))
+    finally:
+        gone.set()  # the next token is the last
+    if stopped():  # at the last moment
+        raise StoppedError
+
+
+def _white() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,301 @@
+"""The page behind its components: conversations on one model, uploads, and what the server refuses."""
+
+from __future__ import annotations
+
+import gc
+import io
+import sys
+import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from PIL import Image
+from served_page import MODEL, free_port, sent
+
+from checkpoints import NEXT
+from llava.arguments import load_from_arguments
+from llava.cli import main
+from llava.model.builder import load_pretrained_model
+from llava.serve.chat import ChatSession
+from visionzip import unzip, visionzip
+from visionzip.methods import METHODS
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
+httpx = pytest.importorskip("httpx")
+
+
+from llava.demo import desk as desks  # noqa: E402
+from llava.demo import show  # noqa: E402
+from llava.demo.desk import Desk  # noqa: E402
+from llava.demo.examples import EXAMPLES  # noqa: E402
+from llava.demo.guard import names_file  # noqa: E402
+from llava.demo.handlers import Handlers  # noqa: E402
+from llava.demo.talk import Setting, StoppedError, Talk  # noqa: E402
+from llava.demo.uploads import MAX_BYTES, MAX_IMAGES, Upload, read_uploads  # noqa: E402
+from llava.demo.visitors import MAX_VISITORS, Visitors  # noqa: E402
+
+RING, LETTERS = EXAMPLES[0], EXAMPLES[1]
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Any, ...]:
+    given = {"model_path": str(MODEL), "model_base": None, "conv_mode": None, "device": "cpu"}
+    return load_from_arguments(type("Args", (), given))
+
+
+@pytest.fixture
+def desk(model: tuple[Any, ...]) -> Desk:
+    unzip(model[1])
+    return Desk(*model, do_sample=False, max_new_tokens=12)
+
+
+@pytest.fixture
+def talk() -> Talk:
+    talk = Talk()
+    talk.add([RING.upload()])
+    return talk
+
+
+def ask(desk: Desk, talk: Talk, question: str, setting: Setting) -> dict[str, Any]:
+    for _ in desk.ask(talk, question, setting):
+        pass
+    return talk.exchanges[-1].answers
+
+
+def alone(model: tuple[Any, ...], images: list[Image.Image], *questions: str, keep: int) -> list[str]:
+    """What a zipped session of its own answers."""
+    tokenizer, llava, processor, conv_mode = model
+    session = ChatSession(visionzip(llava, keep=keep), tokenizer, processor, conv_mode, max_new_tokens=12)
+    return [session.ask(question, images if number == 0 else []).text for number, question in enumerate(questions)]
+
+
+def test_both_sides_answer_the_same_conversation(desk: Desk, talk: Talk, model: tuple[Any, ...]):
+    first = ask(desk, talk, RING.question, Setting(32))
+    assert first["vanilla"].turn.text == first["zipped"].turn.text == "yellow"
+    assert (first["vanilla"].visual_tokens, first["zipped"].visual_tokens) == (144, 32)
+    second = ask(desk, talk, "Which shape is white?", Setting(32))
+    assert second["vanilla"].turn.cached_tokens > 144 and 32 < second["zipped"].turn.cached_tokens < 144
+    assert second["zipped"].visual_tokens == 32 and second["zipped"].turn.visual_tokens == 0
+    texts = [exchange.answers["zipped"].turn.text for exchange in talk.exchanges]
+    assert texts == alone(model, [RING.upload().open()], RING.question, "Which shape is white?", keep=32)
+
+
+def test_another_setting_fills_the_zipped_cache_anew(desk: Desk, talk: Talk, model: tuple[Any, ...]):
+    ask(desk, talk, RING.question, Setting(32))
+    second = ask(desk, talk, "Which shape is white?", Setting(0.5, "uniform"))
+    assert second["zipped"].turn.cached_tokens == 0 and second["zipped"].visual_tokens == 72
+    assert second["vanilla"].turn.cached_tokens > 144
+    third = ask(desk, talk, "How many objects are there?", Setting(0.5, "uniform"))
+    assert third["zipped"].turn.cached_tokens > 72
+
+
+def test_patches_picked_by_hand_are_what_the_model_sees(desk: Desk, talk: Talk):
+    before = ask(desk, talk, RING.question, Setting(32))
+    corner = tuple(row * 12 + column for row in range(3) for column in range(3, 7))  # plain background
+    talk.pictures[0].picks = (corner,)
+    for _ in desk.ask_again(talk, Setting(32)):
+        pass
+    (exchange,) = talk.exchanges
+    assert exchange.answers["zipped"].visual_tokens == len(corner)
+    assert exchange.answers["zipped"].turn.text != "yellow"
+    assert exchange.answers["vanilla"] is before["vanilla"]  # nothing has changed for it
+    assert desk.model.get_vision_tower().visionzip.tokens(144) == 32  # the setting is back
+    data = desk.picture(talk.pictures[0], Setting(32))
+    assert [patch for patch, role in enumerate(data["tiles"][0]["role"]) if role == "kept"] == sorted(corner)
+
+
+def test_each_image_has_its_own_picks(desk: Desk, talk: Talk):
+    talk.add([LETTERS.upload()])
+    talk.pictures[1].picks = ((0, 1, 2),)
+    assert ask(desk, talk, LETTERS.question, Setting(32))["zipped"].visual_tokens == 32 + 3
+
+
+def test_a_stopped_turn_leaves_the_conversation_as_it_was(desk: Desk, talk: Talk, model: tuple[Any, ...]):
+    ask(desk, talk, RING.question, Setting(32))
+    talk.begin()
+    with pytest.raises(StoppedError):
+        for exchange in desk.ask(talk, "Which shape is white?", Setting(32)):
+            if "vanilla" in exchange.answers:  # this side has answered already
+                talk.stop()
+    assert [exchange.question for exchange in talk.exchanges] == [RING.question]
+    talk.begin()
+    answer = ask(desk, talk, "How many objects are there?", Setting(32))
+    expected = alone(model, [RING.upload().open()], RING.question, "How many objects are there?", keep=32)
+    assert answer["zipped"].turn.text == expected[-1]
+
+
+def test_stop_before_the_turn_comes_up(desk: Desk, talk: Talk):
+    talk.begin()
+    talk.stop()
+    with pytest.raises(StoppedError):
+        ask(desk, talk, RING.question, Setting(32))
+    assert not talk.exchanges and len(talk.waiting) == 1  # the image is still for the next question
+
+
+def test_a_visitor_who_leaves_stops_the_model(desk: Desk, talk: Talk):
+    desk.generate_kwargs |= {"min_new_tokens": 1500, "max_new_tokens": 1500}
+    growing = desk.ask(talk, RING.question, Setting(32))
+    next(growing)
+    growing.close()
+    other = Talk()
+    other.add([RING.upload()])
+    desk.generate_kwargs |= {"min_new_tokens": None, "max_new_tokens": 12}
+    assert ask(desk, other, RING.question, Setting(32))["zipped"].turn.text == "yellow"
+    assert not talk.exchanges
+
+
+def test_old_conversations_give_their_caches_back(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(desks, "KEPT_CACHES", 1)
+    talks = [Talk(), Talk()]
+    for one in talks:
+        one.add([RING.upload()])
+        ask(desk, one, RING.question, Setting(32))
+    assert not talks[0].sides and talks[1].sides
+    again = ask(desk, talks[0], "Which shape is white?", Setting(32))
+    assert again["vanilla"].turn.cached_tokens == 0 and again["vanilla"].turn.text == "square"
+
+
+@pytest.mark.parametrize("family", ["llava-next", "mini-gemini"])
+def test_other_families(family: str, load: Any, make_mgm: Any):
+    loaded = load(**NEXT) if family == "llava-next" else load_pretrained_model(str(make_mgm()), device="cpu")
+    desk = Desk(*loaded[:3], "vicuna_v1", max_new_tokens=3)
+    talk = Talk()
+    talk.add([RING.upload()])
+    answer = ask(desk, talk, RING.question, Setting(5))
+    tiles = desk.picture(talk.pictures[0], Setting(5))["tiles"]
+    assert answer["zipped"].visual_tokens == 5 * len(tiles) < answer["vanilla"].visual_tokens
+    talk.pictures[0].picks = ((0, 1),) * len(tiles)
+    for _ in desk.ask_again(talk, Setting(5)):
+        pass
+    assert talk.exchanges[0].answers["zipped"].visual_tokens == 2 * len(tiles)
+
+
+def test_errors_of_a_setting_leave_the_conversation_alone(desk: Desk, talk: Talk):
+    with pytest.raises(ValueError, match="pool"):
+        ask(desk, talk, RING.question, Setting(31, "pool"))  # no grid of 12 x 12 or less has 31 cells
+    with pytest.raises(ValueError, match="the question is empty"):
+        ask(desk, talk, "  ", Setting(32))
+    assert not talk.exchanges
+    assert ask(desk, talk, RING.question, Setting(32))["zipped"].turn.text == "yellow"
+
+
+def test_compare_asks_every_method(desk: Desk, talk: Talk):
+    rows = [row for row in desk.compare(talk, talk.pictures[0], RING.question, 31, list(METHODS)) if row]
+    assert [row[0] for row in rows] == ["vanilla", *METHODS]
+    by_name = {method: (data, answer) for method, data, answer in rows}
+    assert by_name["vanilla"][1].visual_tokens == 144 and by_name["visionzip"][1].visual_tokens == 31
+    assert by_name["visionzip"][1].turn.text == "yellow"
+    assert by_name["pool"][0] is None and "31" in by_name["pool"][1]  # its line, beside the others' answers
+    strip = show.strip(talk.pictures[0], rows)
+    assert strip.count("<svg") == len(METHODS) and "31 visual tokens" in strip
+
+
+def png(*size: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (sent(("a.png", b"no image")), "a.png is not a readable image"),
+        (sent(("a.png", png(8, 8)[:45])), "a.png is not a readable image"),
+        (sent(("huge.png", png(9000, 9000))), "huge.png has 9000 x 9000 pixels, more than 40 million"),
+        (sent(("fat.png", png(8, 8) + bytes(MAX_BYTES))), "fat.png has 10.0 MB, more than 10"),
+        (sent(*[("a.png", png(8, 8))] * (MAX_IMAGES + 1)), "9 images are more than 8 in one conversation"),
+        ('[{"name": "a.png", "data": "/etc/passwd"}]', "a.png came without base64 data"),
+        ('[{"name": "a.png", "data": "http://127.0.0.1/a.png"}]', "a.png came without base64 data"),
+        ('{"name": "a.png"}', "the upload is no list of images"),
+        ("nonsense", "the upload is no list of images"),
+    ],
+)
+def test_uploads_that_are_refused(text: str, problem: str):
+    with pytest.raises(ValueError, match=problem) as raised:
+        read_uploads(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_total_of_a_conversation_is_limited():
+    large = Upload("a.png", png(8, 8) + bytes(MAX_BYTES - 100))
+    with pytest.raises(ValueError, match=r"images have 30\.0 MB, more than 24"):
+        read_uploads(sent(("b.png", large.data)), [large, large])
+
+
+def test_visitors_do_not_share_conversations_and_are_forgotten(desk: Desk):
+    visitors = Visitors(desk)
+    one, other = visitors.talk("one"), visitors.talk("other")
+    one.add([RING.upload()])
+    ask(desk, one, RING.question, Setting(32))
+    assert not other.pictures and visitors.talk("one") is one
+    image, sides = weakref.ref(one.pictures[0]), weakref.ref(one.sides["zipped"])
+    visitors.leave("one")
+    del one
+    gc.collect()
+    assert image() is None and sides() is None
+    for number in range(MAX_VISITORS + 5):
+        visitors.talk(str(number))
+    assert len(visitors) == MAX_VISITORS
+    with pytest.raises(ValueError, match="this conversation has ended"):  # it was idle longest
+        visitors.talk("other")
+
+
+def test_what_comes_from_outside_is_escaped(desk: Desk):
+    talk = Talk()
+    talk.add([Upload('"><script>x</script>', RING.upload().data)])
+    ask(desk, talk, "<img src=x onerror=alert(1)>", Setting(8))
+    page = show.conversation(talk.exchanges) + show.status("<b>", error=True)
+    assert "<script" not in page and "<img src=x" not in page and "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("controls", "problem"),
+    [
+        (("zip", "tokens", 32), "'zip' is unknown: use one of visionzip"),
+        (("visionzip", "words", 32), "'words' is unknown"),
+        (("visionzip", "tokens", 145), "a budget of 145 is outside 1 to 144 tokens"),
+        (("visionzip", "percent", 0), "a budget of 0 is outside 1 to 100 percent"),
+        (("visionzip", "tokens", None), "a budget of None is outside"),
+        (("visionzip", "tokens", 32, "sideways"), "'sideways' is unknown"),
+    ],
+)
+def test_controls_out_of_range(desk: Desk, controls: tuple[Any, ...], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        Handlers(desk).setting(*controls)
+
+
+def test_budget_in_tokens_or_percent(desk: Desk):
+    assert Handlers(desk).setting("scope", "percent", 25).keep == 0.25
+    assert Handlers(desk).setting("visionzip", "tokens", 32.0) == Setting(32)
+    assert desk.default == Setting(32)  # 128 of 576, in this model's 144
+
+
+def test_the_budget_is_kept_in_the_other_unit(desk: Desk, talk: Talk):
+    slider = Handlers(desk).limits(talk, "percent", 36)["budget"]
+    assert (slider.value, slider.maximum) == (25, 100)
+    slider = Handlers(desk).limits(talk, "tokens", 25)["budget"]
+    assert (slider.value, slider.maximum) == (36, 144)
+
+
+def test_names_of_files_are_found_wherever_they_are():
+    assert names_file(b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}')
+    assert names_file(b'{"data": [1, [{"url": "http://a"}]]}') and names_file(b'{"data": [{"p\\u0061th": "x"}]}')
+    assert not names_file(b'{"data": ["path", 3, null], "event_data": {"patches": [[1, 2]]}}') and not names_file(b"")
+
+
+def test_without_gradio_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, unread: None
+):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "llava.demo.page", raising=False)
+    assert main(["demo"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.endswith('pip install "llava-visionzip[demo]"\n')
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture, unread: None):
+    server = ThreadingHTTPServer(("127.0.0.1", free_port()), BaseHTTPRequestHandler)
+    with server:
+        assert main(["demo", "--port", str(server.server_port)]) == 2
+    assert "cannot be served on" in capsys.readouterr().err
