@@ -9,6 +9,7 @@ from typing import Any
 import hf_models
 import hf_video_models
 import pytest
+import seam_models
 import torch
 from mini_gemini import pixels as large_pixels
 from torch import Tensor
@@ -123,6 +124,19 @@ def test_a_toy_method_runs_on_every_family(toy: str, load, load_mgm):
             length = sum(each.shape[:-1].numel() for each in tokens)
             assert length == (expected | videos).get(name, 3), (name, method)
         unzip(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(seam_models.FAMILIES))
+def test_a_toy_method_runs_on_todays_families(toy: str, name: str):
+    """It gets the tokens of the language model, and keeps those of smallest norm."""
+    family = seam_models.FAMILIES[name]
+    model = visionzip(family.build(), keep=3, method=toy)
+    inputs = seam_models.batch(
+        family, [["a", seam_models.Picture(1, 3, 4) if family.grids else seam_models.Picture(1)]]
+    )
+    text = int((inputs["input_ids"] != model.config.image_token_id).sum())
+    assert model(**inputs).logits.shape[1] == text + 3
 
 
 def test_videos_in_tree(toy: str, make_video_checkpoint):
