@@ -118,7 +118,7 @@ def attach(model: Any, run: Run) -> None:
     if run.tokens is None:
         return
     patches = patches_of(model)
-    if run.tokens > patches:
+    if patches is not None and run.tokens > patches:
         raise ValueError(f"--tokens {run.tokens}: an image has only {patches} patches in this model; give fewer")
     if run.split is not None:
         visionzip(model, *run.split)

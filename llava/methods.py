@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from visionzip import unzip, visionzip
+from visionzip.integrations import family_of
 from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
 from visionzip.language.sparsevlm import COUNTS, LAYERS, single_layer_keep
 from visionzip.methods import METHODS as CHOOSING
@@ -49,14 +50,24 @@ class Method:
     left: Callable[[Sequence[float]], float] | None = None
 
 
-def patches_of(model: Any) -> int:
-    """Patches of an image or tile in a model's vision tower."""
-    return model.get_vision_tower().num_patches_per_side ** 2
+def patches_of(model: Any) -> int | None:
+    """Patches of an image or tile in a model's vision tower; None where each image has its own number.
+
+    Of transformers' families whose encoder merges patches, the language model's tokens of an image or tile.
+    """
+    if hasattr(model, "get_vision_tower"):
+        return model.get_vision_tower().num_patches_per_side ** 2
+    return family_of(model).image_tokens(model)
+
+
+def layers_of(model: Any) -> int:
+    """Layers of a model's text backbone."""
+    return model.config.get_text_config().num_hidden_layers
 
 
 def layer_of(model: Any, layer: int) -> int:
     """Map a layer index of a 32-layer model to a shallower one's depth."""
-    return min(layer, round(layer * model.config.num_hidden_layers / 32))
+    return min(layer, round(layer * layers_of(model) / 32))
 
 
 def fastv_layer(model: Any) -> int:
@@ -64,23 +75,37 @@ def fastv_layer(model: Any) -> int:
     return max(1, layer_of(model, 2))
 
 
+def _patches_to_prune(model: Any) -> int:
+    """Patches of an image or tile, of which pruning keeps a share.
+
+    Raises:
+        TypeError: each image has its own number.
+    """
+    if (patches := patches_of(model)) is None:
+        raise TypeError(
+            f"images of {type(model).__name__} have any number of tokens, so T per image is no share for FastV and "
+            "SparseVLM to keep: use a method that chooses before the language model"
+        )
+    return patches
+
+
 def _fastv(model: Any, tokens: int, seed: int) -> None:
-    fastv(model, fastv_layer(model), tokens / patches_of(model))
+    fastv(model, fastv_layer(model), tokens / _patches_to_prune(model))
 
 
 def _fastv_average(model: Any, tokens: int, seed: int) -> None:
-    layer, patches = fastv_layer(model), patches_of(model)
-    fastv(model, layer, fastv_keep(tokens, patches, model.config.num_hidden_layers, layer) / patches)
+    layer, patches = fastv_layer(model), _patches_to_prune(model)
+    fastv(model, layer, fastv_keep(tokens, patches, layers_of(model), layer) / patches)
 
 
 def _sparsevlm(model: Any, tokens: int, seed: int) -> None:
-    patches = patches_of(model)
+    patches = _patches_to_prune(model)
     sparsevlm(model, [single_layer_keep(tokens, patches) / patches], [layer_of(model, LAYERS[0])])
 
 
 def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
     published = {number / 576: [count / 576 for count in counts] for number, counts in COUNTS.items()}
-    patches, layers = patches_of(model), model.config.num_hidden_layers
+    patches, layers = _patches_to_prune(model), layers_of(model)
     if layers != 32 or tokens / patches not in published:
         budgets = ", ".join(f"{share * patches:g}" for share in published)
         raise ValueError(

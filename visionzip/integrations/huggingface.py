@@ -190,6 +190,10 @@ class Family:
         """The text backbone."""
         return model.model.language_model
 
+    def image_tokens(self, model: nn.Module) -> int | None:
+        """Tokens of each image or tile before any is left out; None where it depends on the picture's size."""
+        return None
+
 
 @dataclass(eq=False)
 class Zipped:

@@ -70,10 +70,12 @@ class SeamFamily(Family):
     Attributes:
         encoder: how its encoder is read.
         backbone: attribute of the base model that has the language model.
+        side: ``(base)`` to the tokens along the edge of a picture, where all pictures have one size.
     """
 
     encoder: Encoder | None = None
     backbone: str = "language_model"
+    side: Callable[[nn.Module], int] | None = None
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
         """As :meth:`Family.check` says; also that the scored layer compares all of an image's patches."""
@@ -120,6 +122,10 @@ class SeamFamily(Family):
     def language_model(self, model: nn.Module) -> nn.Module:
         """The text backbone."""
         return getattr(model.model, self.backbone)
+
+    def image_tokens(self, model: nn.Module) -> int | None:
+        """A square of them where all pictures have one size."""
+        return None if self.side is None else self.side(model.model) ** 2
 
     def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
         """``rope_deltas``, with which the model counts on where it is given no positions."""

@@ -131,7 +131,7 @@ def square_family(
     """
     encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(_square_layers, blocks))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)
-    return SeamFamily({"image": image}, encoder=encoder, **options)
+    return SeamFamily({"image": image}, encoder=encoder, side=_side, **options)
 
 
 def _square_layers(blocks: str, base: nn.Module) -> list[int]:
