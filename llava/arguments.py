@@ -101,7 +101,7 @@ def setting_of(args: Any) -> dict[str, Any]:
     Raises:
         ValueError: a count is below its limit, ``--keep`` stands beside counts, or the method is unknown.
     """
-    names = ("dominant", "contextual", "keep", "positions", "size_bias")
+    names = ("dominant", "contextual", "keep", "positions", "size_bias", "max_tokens", "min_tokens")
     setting = {name: getattr(args, name, None) for name in names} | {"method": getattr(args, "choose_by", None)}
     given = {name: value for name, value in setting.items() if value is not None}
     if "keep" in given and given.keys() & {"dominant", "contextual"}:
@@ -124,6 +124,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="tokens to keep per tile in all, or their share of the patches (0.25), in the place of --dominant and "
         "--contextual",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="T",
+        help="most tokens per image, tile or frame of a share (default: none)",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=positive,
+        metavar="T",
+        help="least tokens of a small image, tile or frame of a share (default: 1)",
     )
 
 
