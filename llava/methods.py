@@ -40,6 +40,7 @@ class Method:
         seeded: other seeds give other results, so that it is run with several.
         left: for methods that prune inside the language model, the visual tokens that their T counts, of those that
             each of its layers sees; None for those that prune before it.
+        of_picture: it makes the picture smaller, in whatever prepares it; there is nothing to put on a model.
     """
 
     summary: str
@@ -48,6 +49,7 @@ class Method:
     split: Callable[[int], tuple[int, int]] | None = None
     seeded: bool = False
     left: Callable[[Sequence[float]], float] | None = None
+    of_picture: bool = False
 
 
 def patches_of(model: Any) -> int | None:
@@ -116,6 +118,13 @@ def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
     sparsevlm(model, published[tokens / patches], LAYERS)
 
 
+def _resize(model: Any, tokens: int, seed: int) -> None:
+    raise ValueError(
+        f"resize makes pictures smaller, but {type(model).__name__} gets all pictures in one size, or in tiles of one: "
+        "use uniform, which keeps tokens of a grid"
+    )
+
+
 def _before(method: Choosing, summary: str | None = None, **setting: Any) -> Method:
     """A method that chooses before the language model, as it is put on one; with another ``setting`` than its own."""
 
@@ -131,6 +140,7 @@ FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"
 
 METHODS: dict[str, Method] = {
     "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
+    "resize": Method("at most T tokens by a smaller picture, where a model takes any size", _resize, of_picture=True),
     **{name: _before(method) for name, method in CHOOSING.items()},
     "plus-choice": _before(PLUS, "visionzip-plus: its choice alone", positions="consecutive", size_bias=False),
     "plus-positions": _before(PLUS, "visionzip-plus without its size bias", size_bias=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ from seam_checkpoints import save_checkpoint
 from eval.__main__ import main as eval_command
 from eval.benchmarks import scenes
 from eval.config import RunConfig
-from eval.methods import Run
+from eval.methods import Run, plan
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel
 from eval.records import Question
+from llava.model.processor_model import load_processor
 from visionzip import visionzip
 
 
@@ -82,13 +84,46 @@ def test_pruning_inside_where_the_layers_are_known(method: str, checkpoints: dic
             load(checkpoints[name]).attach(run)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_resize_is_as_many_tokens_by_a_smaller_picture(name: str, checkpoints: dict[str, Path], scenes_data: Path):
+    """By the processor's own limit of pixels: whole tokens on each side, so at most T; counted as they are."""
+    model = load(checkpoints[name])
+    prompts = model.prepare(scenes.questions(scenes_data)[:2])
+    whole = model.answers_to(prompts, model.visuals_of(prompts), 4)
+    for tokens, side in ((20, 4), (16, 4), (9, 3), (200, 8)):
+        with model.attached(Run("resize", tokens)):
+            given = model.answers_to(prompts, model.visuals_of(prompts), 4)
+        assert [one.visual_tokens for one in given] == [side * side] * 2
+    assert [one.text for one in given] == [one.text for one in whole]  # of the last budget, which is no smaller
+    with model.attached(Run("resize", 16)):
+        (small,) = model.answers_to(prompts[:1], model.visuals_of(prompts[:1]), 4)
+    processor = load_processor(str(checkpoints[name]))
+    size = {"shortest_edge": 256, "longest_edge": 16 * 8 * 8}
+    image = prompts[0].question.visuals[0].open()[0]
+    inputs = processor(text=prompts[0].text, images=image, size=size, return_tensors="pt")
+    output = model.inner.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert small.text == processor.decode(output, skip_special_tokens=True).strip()
+
+
+def test_resize_where_pictures_have_one_size(checkpoints: dict[str, Path], make_checkpoint: Callable[..., Path]):
+    for name in ("internvl", "gemma3"):
+        with pytest.raises(
+            ValueError, match=r"resize makes pictures smaller, but .* gives a model all pictures in one size"
+        ):
+            load(checkpoints[name]).attach(Run("resize", 4))
+    with pytest.raises(ValueError, match="resize makes pictures smaller, but LlavaLlamaForCausalLM gets all pictures"):
+        load(make_checkpoint()).attach(Run("resize", 4))
+    with pytest.raises(ValueError, match="--method resize: --positions and --size-bias are for tokens that are chosen"):
+        plan(["resize"], [4], 1, positions="original")
+
+
 def test_the_command(checkpoints: dict[str, Path], scenes_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Scores, tokens and cost of a zipped Qwen3-VL beside the whole one."""
+    """Scores, tokens and cost of a zipped Qwen3-VL beside the whole one and smaller pictures."""
     command = ["run", "scenes", "--model-path", str(checkpoints["qwen3_vl"]), "--data", str(scenes_data)]
     command += ["--device", "cpu", "--limit", "6", "--batch-size", "3", "--output", str(tmp_path)]
-    assert eval_command([*command, "--method", "vanilla", "visionzip", "cen-prune", "--tokens", "6"]) == 0
+    assert eval_command([*command, "--method", "vanilla", "visionzip", "resize", "--tokens", "6"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["visual_tokens"] for row in rows[1:]] == [6, 6] and rows[0]["visual_tokens"] > 6
+    assert [row["visual_tokens"] for row in rows] == [64, 6, 4]
     assert rows[0]["flops"] > rows[1]["flops"] > 0 and rows[1]["prefill_seconds"]["median"] > 0
     assert torch.is_inference_mode_enabled() is False
     for more, message in (

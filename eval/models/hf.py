@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.methods import detach
+from llava.methods import METHODS, detach
 from llava.model.processor_model import (
     inputs_of,
     load_model,
     load_processor,
     prompt_of,
     refuse_llava_flags,
+    size_for,
     text_length,
     user_turn,
 )
@@ -59,6 +60,7 @@ class ProcessorModel(Model):
         super().__init__(inner, skip_bad)
         self._processor = processor
         self._attached = False
+        self._size: dict[str, int] | None = None  # of pictures, in the place of the processor's own
 
     @classmethod
     def load(cls, config: RunConfig) -> ProcessorModel:
@@ -101,7 +103,8 @@ class ProcessorModel(Model):
     ) -> tuple[list[str], list[int], tuple[float, float, float]]:
         """See :class:`Model`."""
         images = [[image for one in of_prompt for image in one.images] for of_prompt in visuals]
-        inputs = inputs_of(self._processor, [prompt.text for prompt in prompts], images).to(self.device)
+        texts = [prompt.text for prompt in prompts]
+        inputs = inputs_of(self._processor, texts, images, self._size).to(self.device)
         with watched(self.inner.get_decoder(), self.device) as watch:
             output = self.inner.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -121,9 +124,13 @@ class ProcessorModel(Model):
         if self._attached:
             detach(self.inner)
             self._attached = False
+        self._size = None
         if run is None or run.tokens is None:
             return
         try:
+            if METHODS[run.method].of_picture:
+                self._size = size_for(self._processor, run.tokens)
+                return
             attach(self.inner, run)
         except TypeError as error:
             raise ValueError(f"--method {run.method}: {error}") from error

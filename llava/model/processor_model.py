@@ -5,6 +5,7 @@ Nothing here is of one family: what differs lies in the checkpoint's files and i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -102,10 +103,52 @@ def prompt_of(processor: Any, messages: Sequence[Message]) -> str:
     return processor.tokenizer.apply_chat_template(list(messages), **template)
 
 
-def inputs_of(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
-    """What the processor makes of prompts (B) with some images each: a left-padded batch of tensors."""
-    given = [list(own) for own in images] if any(images) else None
-    return processor(text=list(texts), images=given, padding=True, return_tensors="pt", **_start(processor, texts))
+def inputs_of(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], size: dict[str, int] | None = None
+) -> Any:
+    """What the processor makes of prompts (B) with some images each: a left-padded batch of tensors.
+
+    Args:
+        processor: the model's.
+        texts: the prompts, with a placeholder for each image.
+        images: of each prompt.
+        size: of pictures, from :func:`size_for`; None is the processor's own.
+    """
+    given = {} if size is None else {"images_kwargs": {"size": size}}
+    given |= {"images": [list(own) for own in images]} if any(images) else {}
+    return processor(text=list(texts), padding=True, return_tensors="pt", **given, **_start(processor, texts))
+
+
+def size_for(processor: Any, tokens: int) -> dict[str, int]:
+    """The limits on a picture's pixels with which it has at most so many tokens.
+
+    A picture keeps its shape, and each side is a whole number of tokens, so that it may have fewer.
+
+    Args:
+        processor: of a model that takes pictures of any size, as Qwen-VL's and GLM-V's.
+        tokens: T, of the language model.
+
+    Raises:
+        ValueError: all pictures have one size, or are cut into tiles of one.
+    """
+    images = processor.image_processor
+    limits = ("shortest_edge", "longest_edge")
+    if not hasattr(images, "merge_size") or any(getattr(images.size, name, None) is None for name in limits):
+        raise ValueError(
+            f"resize makes pictures smaller, but {type(images).__name__} gives a model all pictures in one size, or in "
+            "tiles of one: use uniform, which keeps tokens of a grid"
+        )
+    edge, many = images.patch_size * images.merge_size, 32
+    for copies in (images.temporal_patch_size, 1):  # GLM-V counts the pixels of both frames that it makes of a picture
+        trial = copy.copy(images)
+        trial.size = type(images.size)(shortest_edge=edge**2, longest_edge=copies * (many * edge) ** 2)
+        if trial.get_number_of_image_patches(2 * many * edge, 2 * many * edge) == (many * images.merge_size) ** 2:
+            break
+    longest = copies * tokens * edge**2
+    return {
+        "shortest_edge": min(images.size.shortest_edge, longest),
+        "longest_edge": min(images.size.longest_edge, longest),
+    }
 
 
 def text_length(processor: Any, text: str) -> int:
