@@ -168,7 +168,8 @@ class Family:
             ValueError: that module cannot look into this family's encoder.
         """
         raise ValueError(
-            f"pictures show encoders of a fixed size, CLIP and SigLIP; this {type(model).__name__} has another one"
+            f"this reads encoders of a fixed size, CLIP and SigLIP, and {type(model).__name__} has another one: use "
+            "visionzip.integrations.seam_maps.inspect_picture, or visionzip visualize"
         )
 
     def has_original_positions(self, config: VisionZipConfig) -> bool:

@@ -78,7 +78,9 @@ def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
         grid = f"{name}_grid_thw"
         encoder = Encoder(partial(_read_packed, grid), _packed_layers)
         modalities[name] = modality(name, pixels, partial(_grid_frames, grid, pixels, timestamps), encoder)
-    return SeamFamily(modalities, encoder=encoder, rotary=True)
+    images = Encoder(partial(_read_packed, "image_grid_thw"), _packed_layers)
+    frames = partial(_grid_frames, "image_grid_thw", "pixel_values", timestamps)
+    return SeamFamily(modalities, encoder=images, frames=frames, rotary=True)
 
 
 # --- encoders for pictures of one size ---
@@ -148,7 +150,7 @@ def square_family(
     """
     encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(_square_layers, blocks))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)
-    return SeamFamily({"image": image}, encoder=encoder, side=_side, **options)
+    return SeamFamily({"image": image}, encoder=encoder, frames=_square_frames, side=_side, **options)
 
 
 def _square_layers(blocks: str, base: nn.Module) -> list[int]:
