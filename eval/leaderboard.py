@@ -46,8 +46,8 @@ Board = dict[str, Any]
 
 
 def default_methods() -> list[str]:
-    """Every method, but of those that prune inside the language model only the reading of T that has one cut."""
-    return [name for name in METHODS if not name.endswith("-average")]
+    """Every method of a LLaVA; of those that prune inside the language model only the reading of T that has one cut."""
+    return [name for name, method in METHODS.items() if not name.endswith("-average") and not method.of_picture]
 
 
 def leaderboard(args: argparse.Namespace) -> None:

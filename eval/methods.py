@@ -81,7 +81,7 @@ def plan(
             "--dominant and --contextual"
         )
     language = {"positions": positions, "size_bias": size_bias}
-    if language != dict.fromkeys(language) and all(METHODS[method].left for method in at_a_budget):
+    if language != dict.fromkeys(language) and not any(map(_chooses, at_a_budget)):
         raise ValueError(
             f"--method {' '.join(methods)}: --positions and --size-bias are for tokens that are chosen before the "
             "language model: add such a method, or leave the flags out"
@@ -92,12 +92,17 @@ def plan(
             budget,
             seed,
             own if method == "visionzip" else None,
-            **({} if METHODS[method].left else language),
+            **(language if _chooses(method) else {}),
         )
         for budget, own in splits.items()
         for method in at_a_budget
         for seed in (range(seeds) if METHODS[method].seeded else [None])
     ]
+
+
+def _chooses(method: str) -> bool:
+    """Whether a method chooses among the tokens that the language model will get."""
+    return METHODS[method].left is None and not METHODS[method].of_picture
 
 
 def by_row(runs: Iterable[Run]) -> dict[tuple[str, int | None], list[Run]]:
@@ -118,7 +123,7 @@ def attach(model: Any, run: Run) -> None:
     if run.tokens is None:
         return
     patches = patches_of(model)
-    if run.tokens > patches:
+    if patches is not None and run.tokens > patches:
         raise ValueError(f"--tokens {run.tokens}: an image has only {patches} patches in this model; give fewer")
     if run.split is not None:
         visionzip(model, *run.split)

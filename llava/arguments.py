@@ -11,8 +11,9 @@ import torch
 from llava.commands import finite, positive
 from llava.conversation import conv_mode_for, conv_templates, new_conversation
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import config_values, load_pretrained_model
 from llava.model.loading import check_device, checkpoint_path
+from llava.model.processor_model import load_model, load_processor, refuse_llava_flags, takes_processor
 from llava.video import FRAMES
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.config import Positions
@@ -101,7 +102,7 @@ def setting_of(args: Any) -> dict[str, Any]:
     Raises:
         ValueError: a count is below its limit, ``--keep`` stands beside counts, or the method is unknown.
     """
-    names = ("dominant", "contextual", "keep", "positions", "size_bias")
+    names = ("dominant", "contextual", "keep", "positions", "size_bias", "max_tokens", "min_tokens")
     setting = {name: getattr(args, name, None) for name in names} | {"method": getattr(args, "choose_by", None)}
     given = {name: value for name, value in setting.items() if value is not None}
     if "keep" in given and given.keys() & {"dominant", "contextual"}:
@@ -124,6 +125,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="tokens to keep per tile in all, or their share of the patches (0.25), in the place of --dominant and "
         "--contextual",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="T",
+        help="most tokens per image, tile or frame of a share (default: none)",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=positive,
+        metavar="T",
+        help="least tokens of a small image, tile or frame of a share (default: 1)",
     )
 
 
@@ -215,6 +228,14 @@ def add_batch_sizes(parser: argparse.ArgumentParser, default: list[int], what: s
     )
 
 
+def _checked_setting(args: Any, vanilla: bool | None) -> dict[str, Any]:
+    """What the flags say for ``visionzip``, checked; nothing beside ``--vanilla``."""
+    given = setting_of(args)
+    if vanilla and given:
+        raise ValueError(f"--vanilla keeps all visual tokens, but a setting was given too ({given}): choose one")
+    return given
+
+
 def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, Any, Any, str]:
     """Load the model that :func:`add_model_arguments` describes, zipped as it says.
 
@@ -232,13 +253,15 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
         FileNotFoundError: there is no such folder.
     """
     name = get_model_name_from_path(args.model_path)
+    if has_processor(args.model_path):
+        raise ValueError(
+            f"{args.model_path} is a model of transformers with its own processor, which this command does not take: "
+            "use visionzip chat, eval run, or from_pretrained and visionzip(model) in Python"
+        )
     conv_mode = args.conv_mode or conv_mode_for(name)
     new_conversation(conv_mode)  # checks it
-    given = setting_of(args)
-    device = device_of(args)
+    given, device = _checked_setting(args, vanilla), device_of(args)
     checkpoint_path(args.model_path, "--model-path")
-    if vanilla and given:
-        raise ValueError(f"--vanilla keeps all visual tokens, but a setting was given too ({given}): choose one")
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
@@ -252,6 +275,40 @@ def load_from_arguments(args: Any, vanilla: bool | None = None) -> tuple[Any, An
     elif given or vanilla is False:
         visionzip(model, **given)
     return tokenizer, model, image_processor, conv_mode
+
+
+def has_processor(model_path: str) -> bool:
+    """Whether a checkpoint is of a model of transformers that is no LLaVA; False if it has no config to say so."""
+    try:
+        return takes_processor(config_values(model_path))
+    except (OSError, ValueError):
+        return False
+
+
+def load_with_processor(args: Any, vanilla: bool | None = None) -> tuple[Any, Any]:
+    """Load a model of transformers that is no LLaVA, zipped as :func:`add_model_arguments`'s flags say.
+
+    Args:
+        args: the parsed flags, as in :func:`load_from_arguments`.
+        vanilla: the same.
+
+    Returns:
+        model, processor.
+
+    Raises:
+        ValueError: a flag is for LLaVA's families, or a value is not valid, or the model's family cannot be zipped.
+    """
+    refuse_llava_flags(args)
+    given, device = _checked_setting(args, vanilla), device_of(args)
+    processor = load_processor(args.model_path)
+    dtype = "auto" if device.startswith("cuda") else torch.float32
+    model = load_model(args.model_path, processor, device, dtype)
+    if vanilla or (vanilla is None and not given and not getattr(model.config, "visionzip", None)):
+        return model, processor
+    try:
+        return visionzip(model, **given), processor
+    except TypeError as error:
+        raise ValueError(f"{error} (or ask it unzipped, with --vanilla)") from error
 
 
 def sampling(temperature: float, **kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from visionzip import unzip, visionzip
+from visionzip.integrations import family_of
 from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
 from visionzip.language.sparsevlm import COUNTS, LAYERS, single_layer_keep
 from visionzip.methods import METHODS as CHOOSING
@@ -39,6 +40,7 @@ class Method:
         seeded: other seeds give other results, so that it is run with several.
         left: for methods that prune inside the language model, the visual tokens that their T counts, of those that
             each of its layers sees; None for those that prune before it.
+        of_picture: it makes the picture smaller, in whatever prepares it; there is nothing to put on a model.
     """
 
     summary: str
@@ -47,16 +49,27 @@ class Method:
     split: Callable[[int], tuple[int, int]] | None = None
     seeded: bool = False
     left: Callable[[Sequence[float]], float] | None = None
+    of_picture: bool = False
 
 
-def patches_of(model: Any) -> int:
-    """Patches of an image or tile in a model's vision tower."""
-    return model.get_vision_tower().num_patches_per_side ** 2
+def patches_of(model: Any) -> int | None:
+    """Patches of an image or tile in a model's vision tower; None where each image has its own number.
+
+    Of transformers' families whose encoder merges patches, the language model's tokens of an image or tile.
+    """
+    if hasattr(model, "get_vision_tower"):
+        return model.get_vision_tower().num_patches_per_side ** 2
+    return family_of(model).image_tokens(model)
+
+
+def layers_of(model: Any) -> int:
+    """Layers of a model's text backbone."""
+    return model.config.get_text_config().num_hidden_layers
 
 
 def layer_of(model: Any, layer: int) -> int:
     """Map a layer index of a 32-layer model to a shallower one's depth."""
-    return min(layer, round(layer * model.config.num_hidden_layers / 32))
+    return min(layer, round(layer * layers_of(model) / 32))
 
 
 def fastv_layer(model: Any) -> int:
@@ -64,23 +77,37 @@ def fastv_layer(model: Any) -> int:
     return max(1, layer_of(model, 2))
 
 
+def _patches_to_prune(model: Any) -> int:
+    """Patches of an image or tile, of which pruning keeps a share.
+
+    Raises:
+        TypeError: each image has its own number.
+    """
+    if (patches := patches_of(model)) is None:
+        raise TypeError(
+            f"images of {type(model).__name__} have any number of tokens, so T per image is no share for FastV and "
+            "SparseVLM to keep: use a method that chooses before the language model"
+        )
+    return patches
+
+
 def _fastv(model: Any, tokens: int, seed: int) -> None:
-    fastv(model, fastv_layer(model), tokens / patches_of(model))
+    fastv(model, fastv_layer(model), tokens / _patches_to_prune(model))
 
 
 def _fastv_average(model: Any, tokens: int, seed: int) -> None:
-    layer, patches = fastv_layer(model), patches_of(model)
-    fastv(model, layer, fastv_keep(tokens, patches, model.config.num_hidden_layers, layer) / patches)
+    layer, patches = fastv_layer(model), _patches_to_prune(model)
+    fastv(model, layer, fastv_keep(tokens, patches, layers_of(model), layer) / patches)
 
 
 def _sparsevlm(model: Any, tokens: int, seed: int) -> None:
-    patches = patches_of(model)
+    patches = _patches_to_prune(model)
     sparsevlm(model, [single_layer_keep(tokens, patches) / patches], [layer_of(model, LAYERS[0])])
 
 
 def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
     published = {number / 576: [count / 576 for count in counts] for number, counts in COUNTS.items()}
-    patches, layers = patches_of(model), model.config.num_hidden_layers
+    patches, layers = _patches_to_prune(model), layers_of(model)
     if layers != 32 or tokens / patches not in published:
         budgets = ", ".join(f"{share * patches:g}" for share in published)
         raise ValueError(
@@ -89,6 +116,13 @@ def _sparsevlm_average(model: Any, tokens: int, seed: int) -> None:
             "is left after the cut"
         )
     sparsevlm(model, published[tokens / patches], LAYERS)
+
+
+def _resize(model: Any, tokens: int, seed: int) -> None:
+    raise ValueError(
+        f"resize makes pictures smaller, but {type(model).__name__} gets all pictures in one size, or in tiles of one: "
+        "use uniform, which keeps tokens of a grid"
+    )
 
 
 def _before(method: Choosing, summary: str | None = None, **setting: Any) -> Method:
@@ -106,6 +140,7 @@ FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"
 
 METHODS: dict[str, Method] = {
     "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
+    "resize": Method("at most T tokens by a smaller picture, where a model takes any size", _resize, of_picture=True),
     **{name: _before(method) for name, method in CHOOSING.items()},
     "plus-choice": _before(PLUS, "visionzip-plus: its choice alone", positions="consecutive", size_bias=False),
     "plus-positions": _before(PLUS, "visionzip-plus without its size bias", size_bias=False),

@@ -13,12 +13,16 @@ from llava.arguments import (
     add_language_arguments,
     add_method_arguments,
     add_model_arguments,
+    has_processor,
     load_from_arguments,
+    load_with_processor,
 )
 from llava.files import write_atomically
 from llava.images import load_image
 from llava.methods import METHODS as ALL_METHODS
+from llava.model.processor_model import inputs_of, prompt_of, user_turn
 from llava.picture import encoder_inputs
+from visionzip.integrations.seam_maps import inspect_picture
 from visionzip.methods import METHODS
 
 
@@ -26,7 +30,8 @@ def visualize(args: argparse.Namespace) -> None:
     """Draw where a model's vision tower looks and what a method makes of it: five figures, one row per image.
 
     tokens.png (image, attention, kept patches, merged groups), attention.png, overlay.png, layers.png and
-    histogram.png. Of LLaVA-NeXT's tiles the one with the whole image is shown. Videos are not drawn, nor what FastV and
+    histogram.png. Of tiles the one with the whole image is shown. Where an encoder merges patches, as Qwen-VL's, what
+    is called a patch is one of the language model's tokens. Videos are not drawn, nor what FastV and
     SparseVLM prune inside the language model.
 
     Raises:
@@ -44,9 +49,15 @@ def visualize(args: argparse.Namespace) -> None:
         )
     folder = _check_folder(args.output)
     images = [load_image(file) for file in args.image]
-    _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
-    whole = [encoder_inputs(model, image, image_processor)[0] for image in images]
-    maps = figures.inspect_tokens(model, torch.stack(whole))
+    if has_processor(args.model_path):
+        model, processor = load_with_processor(args, vanilla=False)
+        prompt = prompt_of(processor, [user_turn("", 1)])
+        inputs = [inputs_of(processor, [prompt], [[image]]).to(model.device).to(model.dtype) for image in images]
+        maps = [inspect_picture(model, own, image) for own, image in zip(inputs, images, strict=True)]
+    else:
+        _, model, image_processor, _ = load_from_arguments(args, vanilla=False)
+        whole = [encoder_inputs(model, image, image_processor)[0] for image in images]
+        maps = figures.inspect_tokens(model, torch.stack(whole))
     for name, draw in (
         ("tokens", figures.overview),
         ("attention", figures.attention_map),

@@ -148,10 +148,11 @@ class Family:
     timestamps: bool = False
     videos: bool = True
 
-    def build(self, attention: str = "sdpa") -> Any:
-        """A model of random weights that are far from zero."""
+    def build(self, attention: str = "sdpa", **text: Any) -> Any:
+        """A model of random weights that are far from zero; ``text`` changes fields of its language model's config."""
         torch.manual_seed(0)
         config = self.config()
+        config.text_config.update(text)
         config._attn_implementation = attention
         model = getattr(transformers, f"{self.name}ForConditionalGeneration")(config).eval()
         scale_up(model)

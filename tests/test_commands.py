@@ -71,7 +71,7 @@ def test_commands_explain_bad_input(make_checkpoint, image_file: Path, tmp_path:
         (["chat", *model, "--dominant", "0"], "dominant=0 is below 1"),
         (["chat", "--model-path", "/nowhere"], "there is no folder /nowhere"),
         (["chat", *model, "--temperature", "-1"], "temperature=-1.0 is below 0"),
-        (["chat", *model, "--vanilla", "--dominant", "5"], "a budget was given too"),
+        (["chat", *model, "--vanilla", "--dominant", "5"], "a setting was given too"),
         (["benchmark", "tower", "--device", "cuda"], "this machine has no CUDA"),
         (["benchmark", "tower", "--device", "gpu"], "--device gpu is no device"),
         (["benchmark", "tower", "--output", str(tmp_path)], f"--output {tmp_path} is a folder"),

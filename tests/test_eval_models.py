@@ -17,7 +17,7 @@ from eval.__main__ import main as eval_command
 from eval.config import RunConfig
 from eval.methods import Run
 from eval.models import kind_of
-from eval.models.hf import ProcessorModel, prompt_of
+from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
 from llava.model.layouts import KINDS
@@ -98,7 +98,7 @@ def test_what_it_cannot_do_is_said_in_one_line(run: list[str], other_family: Pat
         assert eval_command([*run, *more]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert message in error
-    with pytest.raises(ValueError, match="--method fastv: it prunes inside LLaVA's language models"):
+    with pytest.raises(ValueError, match="--method fastv: VisionZip does not support VipLlava"):
         load(other_family).attach(Run("fastv", 4))
 
 
@@ -106,7 +106,7 @@ def test_images_stand_where_the_question_has_them():
     processor, visual = hf_models.llava_processor(), SimpleNamespace(frames=None)
 
     def prompt(text: str, *visuals: Any) -> str:
-        return prompt_of(Question(1, text, visuals), processor)
+        return question_prompt(Question(1, text, visuals), processor)
 
     assert prompt("Which?", visual, visual) == "user:<image><image>Which? assistant:"
     assert prompt("Is <image> as <image>?", visual, visual) == "user:Is <image> as <image>? assistant:"

@@ -11,6 +11,8 @@ import hf_video_models
 import pytest
 import torch
 from hf_models import IMAGE, IMAGES, VIDEO, llava, llava_batch, llava_next, next_processor
+from seam_models import FAMILIES, Picture
+from seam_models import batch as seam_batch
 from test_fastv import METHODS, TEXTS, batch, embedded, generate
 from test_hf_parity import Pair, load_pair, native_pixels, native_prompts, pictures
 from torch import Tensor
@@ -128,20 +130,20 @@ def test_beams(name: str, pair):
 
 def slow_view(native: Any) -> Any:
     """A model of transformers as :func:`slow_forward` reads one."""
-    language = native.model.language_model
+    language = native.get_decoder()
     return SimpleNamespace(get_model=lambda: language, config=language.config, lm_head=native.lm_head)
 
 
 def embeddings_of(native: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What the language model is given for one prompt (L, D), and where its visual tokens are, by the ids."""
     seen: list[Tensor] = []
-    handle = native.model.language_model.register_forward_pre_hook(
+    handle = native.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
     )
     native(**inputs)
     handle.remove()
-    ids = inputs["input_ids"][0]
-    return seen[0], (ids == IMAGE) | (ids == VIDEO)
+    ids, config = inputs["input_ids"][0], native.config
+    return seen[0], (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))
 
 
 def an_image(family: str) -> tuple[Any, Any]:
@@ -151,13 +153,17 @@ def an_image(family: str) -> tuple[Any, Any]:
     if family == "llava_next":
         inputs = next_processor()(images=IMAGES[0], text="what is <image> here", return_tensors="pt")
         return llava_next(), inputs
+    if family in FAMILIES:
+        return FAMILIES[family].build(), seam_batch(FAMILIES[family], [["what is ", Picture(1), "here"]])
     native, processor = hf_video_models.build(family), hf_video_models.processor_for(family)
     text, video = "a <image> or <video> here", hf_video_models.video(0, 8 if family == "video_llava" else 3)
     return native, processor(images=picture(1, (90, 60)), videos=[video], text=text, return_tensors="pt")
 
 
 @pytest.mark.parametrize("name", SHALLOW)
-@pytest.mark.parametrize("family", ["llava", "llava_next", "onevision", "next_video", "video_llava"])
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "onevision", "next_video", "video_llava", "internvl", "smolvlm"]
+)
 @torch.no_grad()
 def test_every_family(family: str, name: str):
     """Images, tiles and videos: the tokens that the slow reference keeps, and its logits."""
@@ -223,6 +229,16 @@ def test_text_alone_is_left_as_it_is():
     expected = native.generate(**texts, **GREEDY)
     result = fastv(native, 1, 5).generate(**texts, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(result.sequences, expected) and seen_of_prompt(result.past_key_values) == []
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma3"])
+def test_other_layers_are_refused(family: str):
+    """Positions with three axes, norms on queries and keys, features added in deeper layers: nothing is guessed."""
+    native = FAMILIES[family].build()
+    for attach in (fastv, sparsevlm):
+        with pytest.raises(TypeError, match=r"prune inside the layers of llama, mistral, qwen2.*DecoderLayer\. Use"):
+            attach(native)
+    assert not is_pruned(native)
 
 
 def test_errors():

@@ -269,3 +269,18 @@ def test_two_conversations_do_not_disturb_each_other():
         for key in ("attention_mask", "mm_token_type_ids"):
             whole[key] = F.pad(inputs[key], (0, 8), value=int(key == "attention_mask"))
         assert torch.equal(model.generate(**new, **GREEDY)[:, -5:], answers(model, whole))
+
+
+@torch.no_grad()
+def test_a_share_with_a_most_and_a_least():
+    """Of each image: a large one is cut to the cap, a small one keeps what it needs; the setting is stored."""
+    family = FAMILIES["qwen3_vl"]
+    model = visionzip(family.build(), keep=0.5, max_tokens=5, min_tokens=3)
+    inputs = batch(family, [["a", Picture(1, 6, 4), "b", Picture(2, 3, 3), Picture(3, 2, 2), "c"]])
+    runs = family_of(model).modalities["image"].runs(model.model, model._visionzip.config, inputs)
+    assert [(run.full, run.short) for run in runs] == [(24, 5), (9, 4), (4, 3)]
+    whole = inputs["input_ids"].shape[1]
+    assert model(**inputs).logits.shape[1] == whole - (24 + 9 + 4) + (5 + 4 + 3)
+    assert model.config.visionzip | {"max_tokens": 5, "min_tokens": 3} == model.config.visionzip
+    assert "max_tokens" not in visionzip(family.build()).config.visionzip
+    assert visionzip(family.build(), max_tokens=5).config.visionzip["keep"] == 0.5

@@ -211,8 +211,10 @@ def test_save_and_reload(name: str, tmp_path: Any):
 @each
 def test_what_does_not_fit(name: str):
     family = FAMILIES[name]
-    model = visionzip(family.build(), keep=0.4)
-    inputs = batch(family, [["a", sized(family, 1, 3, 4), "b"]])
+    model, inputs = family.build(), batch(family, [["a", sized(family, 1, 3, 4), "b"]])
+    given = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
+    features = model.get_image_features(**given, return_dict=True)
+    visionzip(model, keep=0.4)
     ran = []
     encoder = next(
         getattr(model.model, part) for part in ("visual", "vision_tower", "vision_model") if hasattr(model.model, part)
@@ -226,6 +228,9 @@ def test_what_does_not_fit(name: str):
         (embeds, "needs input_ids, not inputs_embeds"),
         (none, "placeholders .* but no pixel_values were given"),
         ({**inputs, "mm_encoder_outputs": {}}, "mm_encoder_outputs were given beside pixels"),
+        ({**none, "mm_encoder_outputs": {"image": features}}, "mm_encoder_outputs has features of images, among whose"),
+        ({**inputs, "pixel_values": inputs["pixel_values"][..., :-1]}, r"pixel_values must be \(.*own processor"),
+        ({**inputs, "pixel_values": inputs["pixel_values"] * torch.nan}, "pixels that are NaN or infinite"),
     ):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match=message):
@@ -236,3 +241,6 @@ def test_what_does_not_fit(name: str):
             visionzip(model, keep=share)
     with pytest.raises(ValueError, match="method='pool' averages areas"):
         visionzip(model, keep=0.5, method="pool")
+    whole = type(model).__name__
+    with pytest.raises(TypeError, match=rf"Give the whole {whole}, not its base model\. Supported are .* {whole} \("):
+        visionzip(model.model)

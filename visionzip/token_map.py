@@ -197,7 +197,7 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     roles, method, keeps_cls = [None] * len(pixels), None, False
     if encoder.setting is not None:
         method = method_of(setting)
-        roles = _roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
+        roles = roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
         keeps_cls = token_counts(setting, side**2, cls_token).cls_token
     return [
         TokenMap(shown[i], (side, side), attention[i], layer, cls_token, roles[i], keeps_cls, encoder.setting, method)
@@ -252,7 +252,7 @@ def _as_shown(images: Tensor, processor: Any, covered: int) -> Tensor:
     return pixels[:, :, :covered, :covered].permute(0, 2, 3, 1)
 
 
-def _roles_of(compressed: CompressedTokens, cls_token: bool) -> list[PatchRoles]:
+def roles_of(compressed: CompressedTokens, cls_token: bool) -> list[PatchRoles]:
     """Positions in the sequence as numbers of patches, for each image."""
     first = int(cls_token)
     groups = compressed.assignment.cpu()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava.model.layouts import KINDS
-from llava.model.transformers_llava import is_transformers
+from llava.model.processor_model import takes_processor
 
 from .base import Model
 from .hf import ProcessorModel
@@ -18,5 +17,4 @@ from .llava import LlavaModel
 
 def kind_of(checkpoint: Any) -> type[Model]:
     """The class that runs a checkpoint, by its ``config.json``: LLaVAs of both layouts have LLaVA's own prompts."""
-    others = is_transformers(vars(checkpoint)) and checkpoint.model_type not in KINDS
-    return ProcessorModel if others else LlavaModel
+    return ProcessorModel if takes_processor(vars(checkpoint)) else LlavaModel

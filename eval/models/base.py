@@ -99,8 +99,8 @@ class Model(ABC):
         """Answer a batch greedily.
 
         Returns:
-            the texts; each prompt's length in the language model, visual tokens included; and the seconds of vision
-            tower and projector, prefill, and decoding, see :class:`Watch`.
+            the texts; each prompt's visual tokens in the language model; and the seconds of vision tower and projector,
+            prefill, and decoding, see :class:`Watch`.
         """
 
     @abstractmethod
@@ -185,10 +185,10 @@ class Model(ABC):
         asked = [prompt for prompt in batch if errors[prompt.place] is None]
         found = {prompt.place: Given(prompt.place, "", 0, error=errors[prompt.place]) for prompt in batch}
         if asked:
-            texts, lengths, seconds = self.answer(asked, [own[prompt.place] for prompt in asked], max_new_tokens)
+            texts, visual, seconds = self.answer(asked, [own[prompt.place] for prompt in asked], max_new_tokens)
             share = tuple(phase / len(asked) for phase in seconds)
-            for prompt, text, length in zip(asked, texts, lengths, strict=True):
-                found[prompt.place] = Given(prompt.place, text.strip(), length - prompt.text_tokens, share)
+            for prompt, text, tokens in zip(asked, texts, visual, strict=True):
+                found[prompt.place] = Given(prompt.place, text.strip(), tokens, share)
         return list(found.values())
 
 
@@ -209,8 +209,11 @@ class Watch:
         """Before a forward of the language model: the first is the prefill."""
         if len(self._times) == 1:
             embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")  # no mask where there is no padding
-            padded = isinstance(mask, Tensor) and mask.ndim == 2
-            self.lengths += mask.sum(dim=1).tolist() if padded else [embeds.shape[1]] * len(embeds)
+            if isinstance(mask, Mapping):  # by kind of layer
+                mask = mask["full_attention"]
+            if mask is not None and mask.ndim == 4:  # what the last token attends to
+                mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+            self.lengths += [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(dim=1).tolist()
             self._times.append(self._now())
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:

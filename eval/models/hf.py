@@ -1,43 +1,37 @@
 """Any other model of transformers: its own processor, its own chat template, its own ``generate``.
 
 What LLaVA's interface cannot say (images of any size, another template, positions in three dimensions) stays in the
-processor and the model. VisionZip goes on it where the package supports the family.
+processor and the model. Methods go on it where the package supports the family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from visionzip import unzip, visionzip
+from llava.methods import METHODS, detach
+from llava.model.processor_model import (
+    inputs_of,
+    load_model,
+    load_processor,
+    prompt_of,
+    refuse_llava_flags,
+    size_for,
+    text_length,
+    user_turn,
+)
 
 from ..config import RunConfig
-from ..methods import Run
+from ..methods import Run, attach
 from ..records import Question
 from .base import Loaded, Model, Prompt, watched
 
 
-@lru_cache(maxsize=1)  # a run asks for a prompt first and loads the weights then
-def load_processor(path: str) -> Any:
-    """Load a checkpoint's processor, set up to pad on the left.
-
-    Raises:
-        ValueError: it has no chat template.
-    """
-    processor = AutoProcessor.from_pretrained(path)
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"{path} has no chat template (chat_template.jinja): copy the one of its model there")
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
-def prompt_of(question: Question, processor: Any) -> str:
+def question_prompt(question: Question, processor: Any) -> str:
     """The whole prompt for a question, in the processor's template; images go where the text has ``<image>``.
 
     Raises:
@@ -45,20 +39,10 @@ def prompt_of(question: Question, processor: Any) -> str:
     """
     if any(visual.frames for visual in question.visuals):
         raise ValueError("videos are asked about with LLaVA's families alone: this model's processor gets images")
-    pieces = question.text.split(DEFAULT_IMAGE_TOKEN)
-    if len(pieces) == 1:
-        pieces = [*[""] * len(question.visuals), question.text]
-    if len(pieces) - 1 != len(question.visuals):
-        raise ValueError(
-            f"question {question.id}: its text has {len(pieces) - 1} {DEFAULT_IMAGE_TOKEN} for {len(question.visuals)} "
-            "images"
-        )
-    content = []
-    for number, piece in enumerate(pieces):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": piece}] if piece else []
-    turn = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    try:
+        return prompt_of(processor, [user_turn(question.text, len(question.visuals))])
+    except ValueError as error:
+        raise ValueError(f"question {question.id}: {error}") from error
 
 
 class ProcessorModel(Model):
@@ -66,7 +50,7 @@ class ProcessorModel(Model):
 
     Args:
         inner: the model.
-        processor: from :func:`load_processor`.
+        processor: from :func:`llava.model.processor_model.load_processor`.
         skip_bad: see :class:`Model`.
     """
 
@@ -75,7 +59,8 @@ class ProcessorModel(Model):
     def __init__(self, inner: Any, processor: Any, skip_bad: bool = False) -> None:
         super().__init__(inner, skip_bad)
         self._processor = processor
-        self._zipped = False
+        self._attached = False
+        self._size: dict[str, int] | None = None  # of pictures, in the place of the processor's own
 
     @classmethod
     def load(cls, config: RunConfig) -> ProcessorModel:
@@ -84,33 +69,30 @@ class ProcessorModel(Model):
         Raises:
             ValueError: a flag is for LLaVA's families alone.
         """
-        for flag in ("model_base", "load_8bit", "load_4bit"):
-            if getattr(config, flag):
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} is for LLaVA's families: {config.model_path} is of another, leave it out")
+        refuse_llava_flags(config)
         processor, dtype = load_processor(config.model_path), "auto" if "cuda" in config.device else torch.float32
-        inner = AutoModelForImageTextToText.from_pretrained(config.model_path, dtype=dtype).to(config.device).eval()
-        if inner.generation_config.pad_token_id is None:
-            inner.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-        return cls(inner, processor, config.skip_bad)
+        return cls(load_model(config.model_path, processor, config.device, dtype), processor, config.skip_bad)
 
     @classmethod
     def first_prompt(cls, question: Question, config: RunConfig, checkpoint: Any) -> str:
         """See :class:`Model`."""
-        return prompt_of(question, load_processor(config.model_path))
+        return question_prompt(question, load_processor(config.model_path))
 
     def prepare(self, questions: Sequence[Question]) -> list[Prompt]:
         """See :class:`Model`."""
         prompts = []
         for place, question in enumerate(questions):
-            text = prompt_of(question, self._processor)
-            ids = self._processor.tokenizer(text, **self._no_second_start([text])).input_ids
-            prompts.append(Prompt(place, question, text, len(ids) - len(question.visuals)))
+            text, images = question_prompt(question, self._processor), len(question.visuals)
+            around = images * self._around if images else 0
+            prompts.append(Prompt(place, question, text, text_length(self._processor, text) + around))
         return prompts
 
-    def _no_second_start(self, texts: Sequence[str]) -> dict[str, bool]:
-        start = self._processor.tokenizer.bos_token
-        return {"add_special_tokens": not (start and all(text.startswith(start) for text in texts))}
+    @cached_property
+    def _around(self) -> int:
+        """Tokens that the processor writes around an image, without the template's one placeholder of it."""
+        text = prompt_of(self._processor, [user_turn("", 1)])
+        inputs = inputs_of(self._processor, [text], [[Image.new("RGB", (64, 64))]])
+        return self._text_tokens(inputs)[0] - text_length(self._processor, text)
 
     def inputs_of(self, images: Sequence[Image.Image], is_video: bool) -> Loaded:
         """See :class:`Model`."""
@@ -122,45 +104,49 @@ class ProcessorModel(Model):
         """See :class:`Model`."""
         images = [[image for one in of_prompt for image in one.images] for of_prompt in visuals]
         texts = [prompt.text for prompt in prompts]
-        inputs = self._processor(
-            text=texts,
-            images=[own for own in images if own] or None,
-            padding=True,
-            return_tensors="pt",
-            **self._no_second_start(texts),
-        ).to(self.device)
+        inputs = inputs_of(self._processor, texts, images, self._size).to(self.device)
         with watched(self.inner.get_decoder(), self.device) as watch:
             output = self.inner.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
-        return self._processor.batch_decode(new, skip_special_tokens=True), watch.lengths, watch.seconds
+        visual = [length - text for length, text in zip(watch.lengths, self._text_tokens(inputs), strict=True)]
+        return self._processor.batch_decode(new, skip_special_tokens=True), visual, watch.seconds
+
+    def _text_tokens(self, inputs: Any) -> list[int]:
+        """Tokens of each prompt that stand for no image; what the processor writes around one is text."""
+        return (
+            ((inputs["input_ids"] != self.inner.config.image_token_id) & inputs["attention_mask"].bool())
+            .sum(1)
+            .tolist()
+        )
 
     def attach(self, run: Run | None) -> None:
         """See :class:`Model`."""
-        if self._zipped:
-            unzip(self.inner)
-            self._zipped = False
+        if self._attached:
+            detach(self.inner)
+            self._attached = False
+        self._size = None
         if run is None or run.tokens is None:
             return
-        name = type(self.inner).__name__
-        if run.inside:
-            raise ValueError(f"--method {run.method}: it prunes inside LLaVA's language models, not in {name}")
-        budget = dict(zip(("dominant", "contextual"), run.split or (), strict=False))
-        budget = budget or {"keep": run.tokens, "method": run.method, "seed": run.seed}
         try:
-            visionzip(self.inner, **budget, positions=run.positions, size_bias=run.size_bias)
+            if METHODS[run.method].of_picture:
+                self._size = size_for(self._processor, run.tokens)
+                return
+            attach(self.inner, run)
         except TypeError as error:
             raise ValueError(f"--method {run.method}: {error}") from error
-        self._zipped = True
+        self._attached = True
 
     def prefill(self, length: int, text_tokens: int, run: Run) -> tuple[Callable[[], Any], bool]:
         """See :class:`Model`. The head reads the last position, as in ``generate``."""
         weight = self.inner.get_input_embeddings().weight
         prompt = torch.randn(1, length, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        visual = torch.arange(length, device=weight.device)[None] < length - text_tokens
         decoder, head = self.inner.get_decoder(), self.inner.get_output_embeddings()
+        more = {"visual_mask": visual} if run.inside else {}
 
         def fill() -> Any:
-            output = decoder(inputs_embeds=prompt, use_cache=True)
+            output = decoder(inputs_embeds=prompt, use_cache=True, **more)
             head(output.last_hidden_state[:, -1:])
             return output
 
-        return fill, False
+        return fill, run.inside

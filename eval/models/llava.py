@@ -107,7 +107,8 @@ class LlavaModel(Model):
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
             )
-        return self._tokenizer.batch_decode(output, skip_special_tokens=True), watch.lengths, watch.seconds
+        visual = [length - prompt.text_tokens for length, prompt in zip(watch.lengths, prompts, strict=True)]
+        return self._tokenizer.batch_decode(output, skip_special_tokens=True), visual, watch.seconds
 
     def attach(self, run: Run | None) -> None:
         """See :class:`Model`."""

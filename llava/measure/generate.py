@@ -7,10 +7,19 @@ from pathlib import Path
 
 import torch
 
+from llava.arguments import has_processor
 from llava.commands import positive
 from llava.measure.latency import make_rows, plot, print_latency
+from llava.measure.processor import ProcessorRunner
 from llava.measure.report import add_plot_argument, conclude, environment, write_results
-from llava.measure.request import add_request_arguments, check_ways, model_of, setting_of, title_of
+from llava.measure.request import (
+    add_request_arguments,
+    check_ways,
+    model_and_processor,
+    model_of,
+    setting_of,
+    title_of,
+)
 from llava.measure.runner import Runner, make_prompt, time_ways
 
 
@@ -41,11 +50,18 @@ def benchmark_generate(args: argparse.Namespace) -> None:
 def _time(args: argparse.Namespace, new_tokens: int) -> None:
     ways = check_ways(args)
     torch.manual_seed(0)
-    model = model_of(args)
+    own_processor = args.model_path is not None and has_processor(args.model_path)
+    if own_processor:
+        model, processor = model_and_processor(args)
+    else:
+        model = model_of(args)
     rows = []
     for batch in args.batch_sizes:
-        runner = Runner(model, make_prompt(model, args.text_tokens, batch), new_tokens)
-        timed, bare = time_ways(runner, ways, args.rounds, bare=new_tokens == 1)
+        if own_processor:
+            runner = ProcessorRunner(model, processor, args.text_tokens, batch, args.image_edge, new_tokens)
+        else:
+            runner = Runner(model, make_prompt(model, args.text_tokens, batch), new_tokens)
+        timed, bare = time_ways(runner, ways, args.rounds, bare=new_tokens == 1 and not own_processor)
         rows += make_rows(model, runner.prompt, timed, bare, new_tokens)
         report = {"setting": {**setting_of(args), "new_tokens": new_tokens}, "results": rows}
         if args.output:  # after each batch size: a larger one may not fit
@@ -80,4 +96,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser, rounds=5)
+    parser.add_argument(
+        "--image-edge",
+        type=positive,
+        default=1024,
+        metavar="PIXELS",
+        help="of the pictures for a checkpoint with a processor of its own, such as Qwen-VL",
+    )
     add_plot_argument(parser, "latency against visual tokens")

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.measure.processor import PicturePrompt
 from llava.measure.report import Columns, Row, ratio, save_figure, show, spread
-from llava.measure.runner import FIRST_TOKEN, PHASES, Prompt, Watch, Way, encoder_layers
+from llava.measure.runner import Prompt, Watch, Way, encoder_layers
 from llava.measure.timing import Measurement
 from llava.screen import say
 from visionzip.encoder import reads_of
@@ -16,7 +17,11 @@ from visionzip.methods import token_counts
 
 
 def make_rows(
-    model: Any, prompt: Prompt, timed: Mapping[Way, Measurement], bare: Mapping[int, Measurement], new_tokens: int
+    model: Any,
+    prompt: Prompt | PicturePrompt,
+    timed: Mapping[Way, Measurement],
+    bare: Mapping[int, Measurement],
+    new_tokens: int,
 ) -> list[Row]:
     """Make a row of each way; seconds and ratios as median and quartiles over the rounds.
 
@@ -38,7 +43,7 @@ def make_rows(
         * ``tokens_per_second``: of all answers together while they are decoded, after the first token; None for one;
         * ``flops``: operations by :mod:`visionzip.flops`: ``vision`` (tower, compression, projector),
           ``language_model`` (exact, by each layer's length; what a method spends on choosing inside it is left out),
-          and ``paper``;
+          and ``paper``; None of a model with a processor of its own;
         * ``bare_speed_up``: what the bare language model gains between vanilla's length and this one's;
         * ``of_bare``: the prefill's speed-up as a share of that; None where layers differ in length.
     """
@@ -46,7 +51,7 @@ def make_rows(
     rows = []
     for way, own in timed.items():
         watch: Watch = own.last
-        seconds = {**own.phases, "first_token": own.sum_of(*FIRST_TOKEN), "total": own.total}
+        seconds = {**own.phases, "first_token": _first_token(own), "total": own.total}
         decoded = len(prompt.images) * (new_tokens - 1)
         rows.append(
             {
@@ -62,17 +67,22 @@ def make_rows(
                 "speed_up": vanilla and _speed_up(vanilla, own, decoded > 0),
                 "tokens_per_second": spread([decoded / time for time in own.phases["decode"]]) if decoded else None,
                 "kv_cache_mib": watch.cache_bytes / 2**20,
-                "flops": _flops(model, prompt, watch),
+                "flops": _flops(model, prompt, watch) if isinstance(prompt, Prompt) else None,
                 **_beside_bare(vanilla, own, bare),
             }
         )
     return rows
 
 
+def _first_token(own: Measurement) -> list[float]:
+    """From pixels to the first token's logits: all phases but the last."""
+    return own.sum_of(*(phase for phase in own.phases if phase != "decode"))
+
+
 def _speed_up(vanilla: Measurement, own: Measurement, decoded: bool) -> dict[str, dict[str, Any]]:
     found = {
         "prefill": ratio(vanilla.phases["prefill"], own.phases["prefill"]),
-        "first_token": ratio(vanilla.sum_of(*FIRST_TOKEN), own.sum_of(*FIRST_TOKEN)),
+        "first_token": ratio(_first_token(vanilla), _first_token(own)),
         "total": ratio(vanilla.total, own.total),
     }
     return found | ({"decode": ratio(vanilla.phases["decode"], own.phases["decode"])} if decoded else {})
@@ -124,7 +134,7 @@ def print_latency(rows: Sequence[Row], title: str) -> None:
         base = whole.get(row["batch"])
         return f"{base['flops']['language_model'] / row['flops']['language_model']:.2f}" if base else ""
 
-    times = [("first token" if name == "first_token" else name, name) for name in (*PHASES, "first_token", "total")]
+    times = [(name.replace("_", " "), name) for name in rows[0]["seconds"]]
     decoding = [gain("decode x", "decode"), ("tokens/s", lambda row: f"{row['tokens_per_second']['median']:.1f}")]
     columns: Columns = [
         ("batch", lambda row: str(row["batch"])),
@@ -136,7 +146,7 @@ def print_latency(rows: Sequence[Row], title: str) -> None:
             for name, key in (("prefill x", "prefill"), ("first x", "first_token"), ("total x", "total"))
         ),
         *(decoding if rows[0]["tokens_per_second"] else []),
-        ("FLOPs x", fewer_flops),
+        *([("FLOPs x", fewer_flops)] if rows[0]["flops"] else []),
         ("KV MiB", lambda row: f"{row['kv_cache_mib']:.1f}"),
     ]
     show(title, columns, rows, names=2)

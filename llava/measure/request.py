@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument
+from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument, has_processor
 from llava.commands import positive
 from llava.measure.report import check_request
 from llava.measure.runner import Way
 from llava.measure.shapes import SHAPES, build_model
 from llava.methods import METHODS, detach, per_tile
 from llava.model.builder import config_values, load_pretrained_model
+from llava.model.processor_model import load_model, load_processor
 
 TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --method says nothing
 
@@ -34,7 +35,8 @@ def check_ways(args: argparse.Namespace) -> list[Way]:
         )
     if args.transformers and args.model_path:
         raise ValueError("--transformers is about --shape: a checkpoint's own layout decides, so leave it out")
-    args.methods = args.methods or list(TIMED)
+    own_processor = args.model_path is not None and has_processor(args.model_path)
+    args.methods = args.methods or list(TIMED[:2] if own_processor else TIMED)
     if args.shape:
         shape = SHAPES[args.shape]
         tokens = tokens or [32 * shape.tiles if shape.tiles > 1 else 64]
@@ -63,6 +65,18 @@ def model_of(args: argparse.Namespace) -> Any:
     return model
 
 
+def model_and_processor(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Load a checkpoint of a model of transformers that is no LLaVA, with no method on it, and its processor.
+
+    Raises:
+        ValueError: something was asked for that is of LLaVA's families alone.
+    """
+    if getattr(args, "compile", False):
+        raise ValueError(f"--compile is for LLaVA's families: {args.model_path} is of another, leave it out")
+    processor = load_processor(args.model_path)
+    return load_model(args.model_path, processor, args.device, getattr(torch, args.dtype)), processor
+
+
 def title_of(args: argparse.Namespace) -> str:
     """Say in a line what is measured."""
     what = f"{args.shape}, random weights" if args.shape else args.model_path
@@ -87,7 +101,7 @@ def add_request_arguments(parser: argparse.ArgumentParser, rounds: int | None) -
         dest="methods",
         nargs="+",
         choices=list(METHODS),
-        help=f"ways to compare (default: {', '.join(TIMED)})",
+        help=f"ways to compare (default: {', '.join(TIMED)}; the first two of a model with a processor of its own)",
     )
     add_tokens_argument(parser, "image, all its tiles together", "160 of a LLaVA-NeXT, else 64")
     parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")

@@ -60,7 +60,7 @@ class Turn:
 
 
 _ONE_CACHE = "a conversation has one cache, and one answer to a question: leave it out"
-_REFUSED = REFUSED | {
+REFUSED_OF_CONVERSATIONS = {
     "num_beams": Refused(_ONE_CACHE, (1,)),
     "num_return_sequences": Refused(_ONE_CACHE, (1,)),
     "cache_implementation": Refused("a conversation keeps its own cache: leave it out"),
@@ -69,8 +69,20 @@ _REFUSED = REFUSED | {
     ),
     "return_dict_in_generate": Refused("a session returns a Turn: leave it out", (False,)),
 }
-_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "streamer", "images"}
-_OWN |= {"image_sizes", "generation_config", "position_ids", "token_sizes"}
+OWN_ARGUMENTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "streamer", "images"}
+OWN_ARGUMENTS |= {"image_sizes", "generation_config", "position_ids", "token_sizes"}
+
+
+def answer_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate`` for an answer, greedy and of at most 512 tokens if they do not say otherwise.
+
+    Raises:
+        ValueError: an answer has no limit.
+    """
+    settings = {"max_new_tokens": 512, "do_sample": False, **given}
+    if type(limit := settings["max_new_tokens"]) is not int or limit < 1:
+        raise ValueError(f"max_new_tokens={limit!r}: an answer of a conversation needs a limit, give 1 or more")
+    return settings
 
 
 class ChatSession:
@@ -93,18 +105,27 @@ class ChatSession:
     ) -> None:
         if new_conversation(conv_mode).sep_style is SeparatorStyle.PLAIN:
             raise ValueError(f"conv_mode={conv_mode!r} is for pretraining and has no turns: use 'vicuna_v1' or another")
-        if taken := sorted(_OWN & generate_kwargs.keys()):
+        if taken := sorted(OWN_ARGUMENTS & generate_kwargs.keys()):
             raise ValueError(f"{', '.join(taken)} cannot be given to a session: it gives them to generate itself")
-        check_settings(_REFUSED, model, generate_kwargs)
-        generate_kwargs = {"max_new_tokens": 512, "do_sample": False, **generate_kwargs}
-        if type(limit := generate_kwargs["max_new_tokens"]) is not int or limit < 1:
-            raise ValueError(f"max_new_tokens={limit!r}: an answer of a conversation needs a limit, give 1 or more")
+        check_settings(REFUSED | REFUSED_OF_CONVERSATIONS, model, generate_kwargs)
+        generate_kwargs = answer_settings(generate_kwargs)
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.conv_mode = conv_mode
         self.generate_kwargs = generate_kwargs
         self.reset()
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        """What the template calls the user and the model."""
+        user, assistant = self.conversation.roles
+        return user or "USER", assistant or "ASSISTANT"
+
+    @property
+    def prompt(self) -> str:
+        """The conversation in its template."""
+        return self.conversation.get_prompt()
 
     def reset(self) -> None:
         """Forget everything said and seen."""
@@ -176,7 +197,7 @@ class ChatSession:
         positions, row = self._prompt(conversation.get_prompt(), self._visual + visual)
         known = self._reuse(positions)
 
-        clock = _Clock(streamer)
+        clock = Clock(streamer)
         room = self.model.config.max_position_embeddings - row.end
         sizes = {} if row.sizes is None else {"token_sizes": row.sizes[None]}
         try:
@@ -272,14 +293,20 @@ class ChatSession:
         return known
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Passes tokens on and notes when the first and the last came (arriving on the host, they are synchronised)."""
 
     def __init__(self, inner: BaseStreamer | None) -> None:
         self.inner = inner
         self.start = self.first = self.last = time.perf_counter()
+        self.fed = 0
         self._prompt_came = False
         self._counting = False
+
+    def before_prefill(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note when the language model is given the prompt, and how long it is: its forward pre-hook."""
+        if not self.fed:
+            self.fed, self.start = kwargs["inputs_embeds"].shape[1], time.perf_counter()
 
     def put(self, value: Tensor) -> None:
         """Take the prompt (first call, empty here) or a new token."""

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,15 +20,20 @@ from llava.arguments import (
     add_generation_arguments,
     add_image_argument,
     add_language_arguments,
+    add_method_arguments,
     add_model_arguments,
+    has_processor,
     load_from_arguments,
+    load_with_processor,
     sampling,
 )
 from llava.commands import hint, parser_of, run_command
 from llava.images import load_image
 from llava.model.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
+from llava.serve.processor_chat import ProcessorSession
 from llava.video import load_video
+from visionzip import visionzip
 
 _COMMANDS = {
     "/image": "FILE: the next question is about this image too",
@@ -47,14 +53,13 @@ def chat(args: argparse.Namespace) -> None:
     openers = {"/image": load_image, "/video": partial(load_video, frames=args.frames)}
     first = [load_image(file) for file in args.image or []]
     first += [load_video(file, args.frames) for file in args.video or []]
-    tokenizer, model, image_processor, conv_mode = load_from_arguments(args, getattr(args, "vanilla", None))
-    session = ChatSession(model, tokenizer, image_processor, conv_mode, **generate_kwargs)
+    session, template = _open_session(args, generate_kwargs)
     console = screen.console()
-    screen.say(f"{describe(model)} · template {conv_mode} · /help lists the commands", "dim", console)
+    screen.say(f"{describe(session.model)} · template {template} · /help lists the commands", "dim", console)
     pending = first
-    user, assistant = session.conversation.roles
-    streamer = _Wrapped(tokenizer, console)
-    while line := _read_line(f"{user or 'USER'}: "):
+    user, assistant = session.roles
+    streamer = _Wrapped(session.tokenizer, console)
+    while line := _read_line(f"{user}: "):
         command, _, rest = line.partition(" ")
         if command == "/exit":
             break
@@ -73,25 +78,43 @@ def chat(args: argparse.Namespace) -> None:
             elif re.fullmatch(r"/\w*", command):  # a path or a fraction is no command
                 raise ValueError(f"unknown command {command!r}{hint(command, _COMMANDS)}")
             else:
-                streamer.begin(f"{assistant or 'ASSISTANT'}: ")
+                streamer.begin(f"{assistant}: ")
                 turn = session.ask(line, pending, streamer)
                 pending = []
                 screen.say(str(turn), "dim", console)
                 if args.debug:
-                    screen.say(repr(session.conversation.get_prompt()), "", console)
+                    screen.say(repr(session.prompt), "", console)
         except KeyboardInterrupt:
             screen.say("\ncancelled: the conversation is as it was before this line", "dim", console)
         except (ValueError, OSError) as error:  # a wrong file or an overlong conversation does not end the chat
             screen.say(str(error), "red", console)
 
 
+def _open_session(args: argparse.Namespace, generate_kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """Load the model, and begin a conversation in its template."""
+    vanilla = getattr(args, "vanilla", None)
+    if has_processor(args.model_path):
+        if args.video:
+            raise ValueError(f"--video is for LLaVA's families: the processor of {args.model_path} gets images")
+        model, processor = load_with_processor(args, vanilla)
+        if not hasattr(model, "_visionzip"):
+            with suppress(TypeError):  # of no family that can be zipped
+                visionzip(model, keep=1.0)  # the stock model's answers, with a cache that later turns can use
+        return ProcessorSession(model, processor, **generate_kwargs), "of the checkpoint"
+    tokenizer, model, image_processor, conv_mode = load_from_arguments(args, vanilla)
+    return ChatSession(model, tokenizer, image_processor, conv_mode, **generate_kwargs), conv_mode
+
+
 def describe(model: Any) -> str:
     """One line on the model: class, device and type, VisionZip's setting."""
-    setting = model.get_vision_tower().visionzip
+    on = getattr(model, "_visionzip", None)
+    setting = model.get_vision_tower().visionzip if hasattr(model, "get_vision_tower") else on and on.config
     zipped = "not zipped"
-    if setting and setting.keep is None:
+    if setting is None or setting.keep == 1.0:
+        pass
+    elif setting.keep is None:
         zipped = f"VisionZip {setting.dominant} + {setting.contextual}"
-    elif setting:
+    else:
         zipped = f"{setting.method}, {setting}"
     precision = str(model.dtype).removeprefix("torch.")
     return f"{type(generating_module(model)).__name__} on {model.device}, {precision} · {zipped}"
@@ -151,7 +174,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_zipped_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip chat``."""
-    _add_arguments(parser, "the checkpoint's own, else 54 + 10")
+    _add_arguments(parser, "the checkpoint's own, else 54 + 10; half of today's families' tokens")
+    add_method_arguments(parser)
     parser.add_argument("--vanilla", action="store_true", help="keep all visual tokens")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from visionzip.integrations.checks import (
     held_by,
     hold,
     pad_token,
+    refuse_features,
     refuse_outputs,
     refuse_positions,
     refuse_videos,
@@ -30,6 +32,7 @@ from visionzip.integrations.held import Held, original_positions
 from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
 from visionzip.integrations.placeholders import Shortened, Visual, find_runs, shorten
 
+GENERATING: ContextVar[bool] = ContextVar("generating", default=False)  # encoder outputs are generate's own
 SIZES = "token_sizes"  # in mm_encoder_outputs (B, L) and, as an argument, of a language model with a size bias
 
 Call = tuple[tuple[()], dict[str, Any]]
@@ -45,6 +48,8 @@ def before_model(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[st
     for name in zipped.pixels:
         if given.get(name) is not None:
             return (), _encoded_first(zipped, module, given)
+    if (outputs := given.get("mm_encoder_outputs")) and not GENERATING.get():
+        refuse_features(zipped.family, outputs)
     ids = given.get("input_ids")
     if ids is None or given.get("mm_encoder_outputs") is not None or torch.compiler.is_compiling():
         return None

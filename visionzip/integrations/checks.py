@@ -28,6 +28,19 @@ def refuse_outputs(given: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_features(family: Family, outputs: Mapping[str, Any]) -> None:
+    """Refuse features of images that the user has encoded: they are those of all tokens, or of another choice.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if given := [name for name in family.modalities if outputs.get(name) is not None]:
+        raise ValueError(
+            f"mm_encoder_outputs has features of {given[0]}s, among whose tokens a zipped model chooses itself: give "
+            "the pixels instead, or unzip(model) first"
+        )
+
+
 def check_mask(given: Mapping[str, Any]) -> None:
     """Check a mask that masks something for its length.
 

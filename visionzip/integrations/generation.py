@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionzip.integrations.calls import SIZES, prepare
+from visionzip.integrations.calls import GENERATING, SIZES, prepare
 from visionzip.integrations.checks import (
     NO_IDS,
     cached_length,
     has_pixels,
     hold,
     mask_misfit,
+    refuse_features,
     refuse_outputs,
     renamed,
     visuals,
@@ -78,6 +79,7 @@ def generate(
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(NO_IDS)
         refuse_outputs(kwargs)
+    refuse_features(zipped.family, kwargs.get("mm_encoder_outputs") or {})
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
         refuse_drafts_behind_a_cache(model, generation_config, kwargs)
@@ -104,7 +106,11 @@ def generate(
 
     shown = _show_users_prompt(own, kwargs, prompt, length)
     hold(kwargs.get("past_key_values"), None)  # in case that this is broken off
-    result = stock(**own, **kwargs)
+    token = GENERATING.set(True)
+    try:
+        result = stock(**own, **kwargs)
+    finally:
+        GENERATING.reset(token)
     sequences = result if isinstance(result, Tensor) else result.sequences
     held = held and held.repeated(len(sequences) // len(prompt))
     hold(getattr(result, "past_key_values", kwargs.get("past_key_values")), held)

@@ -20,9 +20,10 @@ What ``generate`` returns begins with the user's own prompts. Everything else th
 short ones: logits, hidden states and attentions, and the KV cache. So a Trainer's ``compute_metrics``,
 ``compute_loss_func`` and ``label_smoothing_factor``, which compare logits with labels outside the model, do not fit.
 
-Refused, each with an error that names the cure: pixels beside ``inputs_embeds`` or ``mm_encoder_outputs``;
-``logits_to_keep`` as positions and ``cu_seq_lens_*``, which point at tokens of the long prompts; masks of four
-dimensions beside pixels; a zipped ``assistant_model`` for prompts with images; a second turn with the cache of the
+Refused, each with an error that names the cure: pixels beside ``inputs_embeds`` or ``mm_encoder_outputs``, and features
+of images in the latter; ``logits_to_keep`` as positions and ``cu_seq_lens_*``, which point at tokens of the long
+prompts; masks of four dimensions beside pixels; a zipped ``assistant_model`` for prompts with images; a second turn
+with the cache of the
 first whose mask has the long prompts' length, or, in a batch of unequal prompts, that is padded anew or has a cache
 that ``generate`` has not filled; encoders and projectors that the family's functions do not know.
 
@@ -178,7 +179,8 @@ class Family:
             ValueError: that module cannot look into this family's encoder.
         """
         raise ValueError(
-            f"pictures show encoders of a fixed size, CLIP and SigLIP; this {type(model).__name__} has another one"
+            f"this reads encoders of a fixed size, CLIP and SigLIP, and {type(model).__name__} has another one: use "
+            "visionzip.integrations.seam_maps.inspect_picture, or visionzip visualize"
         )
 
     def has_original_positions(self, config: VisionZipConfig) -> bool:
@@ -199,6 +201,10 @@ class Family:
     def language_model(self, model: nn.Module) -> nn.Module:
         """The text backbone."""
         return model.model.language_model
+
+    def image_tokens(self, model: nn.Module) -> int | None:
+        """Tokens of each image or tile before any is left out; None where it depends on the picture's size."""
+        return None
 
 
 @dataclass(eq=False)

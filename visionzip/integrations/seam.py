@@ -70,10 +70,14 @@ class SeamFamily(Family):
     Attributes:
         encoder: how its encoder is read.
         backbone: attribute of the base model that has the language model.
+        frames: how images make up runs of placeholders.
+        side: ``(base)`` to the tokens along the edge of a picture, where all pictures have one size.
     """
 
     encoder: Encoder | None = None
     backbone: str = "language_model"
+    frames: Framing | None = None
+    side: Callable[[nn.Module], int] | None = None
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
         """As :meth:`Family.check` says; also that the scored layer compares all of an image's patches."""
@@ -121,6 +125,10 @@ class SeamFamily(Family):
         """The text backbone."""
         return getattr(model.model, self.backbone)
 
+    def image_tokens(self, model: nn.Module) -> int | None:
+        """A square of them where all pictures have one size."""
+        return None if self.side is None else self.side(model.model) ** 2
+
     def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
         """``rope_deltas``, with which the model counts on where it is given no positions."""
         if self.rotary and held.after is not None:
@@ -166,8 +174,8 @@ def _encode(
     scored = reads & {"scores", "keys"} and not all(_is_whole(config, size) for size in sizes)
     with encoder.read(base, config.layer, arguments) if scored else nullcontext(_nothing) as read:
         output = stock_features(base, name, taken | {"return_dict": True})
-    layers = [_flat(output.pooler_output), *map(_flat, getattr(output, "deepstack_features", None) or ())]
-    chosen = _choose(layers, sizes, *read(), _real(arguments[pixels]), config)
+    layers = [flat(output.pooler_output), *map(flat, getattr(output, "deepstack_features", None) or ())]
+    chosen = _choose(layers, sizes, *read(), real_pixels(arguments[pixels]), config)
     tokens, *deepstack = [_by_run(layer, counts) for layer in chosen.layers]
     numbers = [frame for count in counts for frame in range(count)]
     starts = [frame * rows * columns for frame, (rows, columns) in zip(numbers, sizes, strict=True)]
@@ -185,7 +193,7 @@ def _is_whole(config: VisionZipConfig, size: Size) -> bool:
     return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
 
 
-def _real(pixels: Tensor) -> Tensor:
+def real_pixels(pixels: Tensor) -> Tensor:
     """Pixels of all frames, one behind the other: Idefics has them by prompt, with black ones that fill up."""
     if pixels.ndim < 5:
         return pixels
@@ -197,7 +205,7 @@ def shown(pixels: Tensor) -> Tensor:
     return (pixels != 0).flatten(2).any(dim=-1)
 
 
-def _flat(features: Any) -> Tensor:
+def flat(features: Any) -> Tensor:
     """All tokens (n, D) of all frames, in whatever form the model returns them."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)

@@ -46,14 +46,21 @@ def _packed_layers(base: nn.Module) -> list[int]:
     return [layer - depth for layer in getattr(base.visual, "fullatt_block_indexes", range(depth))]
 
 
-def _grid_frames(name: str, timestamps: bool, base: nn.Module, arguments: Arguments) -> list[Frames]:
+def _grid_frames(name: str, pixels: str, timestamps: bool, base: nn.Module, arguments: Arguments) -> list[Frames]:
     """By ``image_grid_thw``; with timestamps each frame of a video has a run of its own.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: it is missing, or is of other pixels.
     """
     if (grid := arguments.get(name)) is None:
         raise ValueError(f"{name} must have (frames, rows, columns) of each: pass all that the processor returned")
+    shape, patch = tuple(arguments[pixels].shape), base.visual.patch_embed
+    wanted = (int(grid.prod(dim=1).sum()), patch.in_channels * patch.temporal_patch_size * patch.patch_size**2)
+    if shape != wanted:
+        raise ValueError(
+            f"{pixels} must be {wanted} for this model and {name} {grid.tolist()}, got {shape}: pass all that the "
+            "model's own processor returned"
+        )
     merge = base.visual.spatial_merge_size
     found = [Frames(count, (rows // merge, columns // merge)) for count, rows, columns in grid.tolist()]
     return [Frames(1, frames.size) for frames in found for _ in range(frames.count)] if timestamps else found
@@ -70,8 +77,10 @@ def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos"))[: 1 + videos]:
         grid = f"{name}_grid_thw"
         encoder = Encoder(partial(_read_packed, grid), _packed_layers)
-        modalities[name] = modality(name, pixels, partial(_grid_frames, grid, timestamps), encoder)
-    return SeamFamily(modalities, encoder=encoder, rotary=True)
+        modalities[name] = modality(name, pixels, partial(_grid_frames, grid, pixels, timestamps), encoder)
+    images = Encoder(partial(_read_packed, "image_grid_thw"), _packed_layers)
+    frames = partial(_grid_frames, "image_grid_thw", "pixel_values", timestamps)
+    return SeamFamily(modalities, encoder=images, frames=frames, rotary=True)
 
 
 # --- encoders for pictures of one size ---
@@ -112,7 +121,17 @@ def _first(value: Any) -> int:
 
 
 def _square_frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
-    pixels = arguments["pixel_values"]
+    """One for each picture.
+
+    Raises:
+        ValueError: they have another size than the model's.
+    """
+    pixels, edge = arguments["pixel_values"], _first(base.config.vision_config.image_size)
+    if pixels.ndim not in (4, 5) or tuple(pixels.shape[-3:]) != (3, edge, edge):
+        raise ValueError(
+            f"pixel_values must be (N, 3, {edge}, {edge}) for this model, got {tuple(pixels.shape)}: prepare "
+            "the inputs with the model's own processor"
+        )
     count = len(pixels) if pixels.ndim == 4 else int(shown(pixels).sum())
     return [Frames(1, (_side(base),) * 2)] * count
 
@@ -131,7 +150,7 @@ def square_family(
     """
     encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(_square_layers, blocks))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)
-    return SeamFamily({"image": image}, encoder=encoder, **options)
+    return SeamFamily({"image": image}, encoder=encoder, frames=_square_frames, side=_side, **options)
 
 
 def _square_layers(blocks: str, base: nn.Module) -> list[int]:

@@ -25,6 +25,8 @@ from visionzip.methods import has_size_bias
 Model = TypeVar("Model", bound=nn.Module)
 
 _HANDLES = "_visionzip_pruning"  # attribute of the model: the hooks that are attached
+_BACKBONES = ("language_model", "text_model")  # attributes of a base model
+_KNOWN = ("llama", "mistral", "qwen2")  # families of transformers whose layers are scored
 _IMAGES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 
@@ -32,14 +34,20 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
     """Put a method's hooks on a model, in the place of any that are there.
 
     Raises:
-        TypeError: the model is of no supported family, or has no language model.
+        TypeError: the model is of no supported family, or has no language model, or one whose layers are others.
         ValueError: a layer or a number to keep is outside its limits, or the model is zipped with a size bias.
     """
     target = _generating(model)
     base = getattr(target, "base_model", None)
-    backbone = getattr(base, "language_model", base)
+    backbone = next((own for name in _BACKBONES if (own := getattr(base, name, None)) is not None), base)
     if not hasattr(backbone, "layers"):
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
+    layer = type(backbone.layers[0])
+    if not {f"transformers.models.{name}.modeling_{name}" for name in _KNOWN} & {c.__module__ for c in layer.__mro__}:
+        raise TypeError(
+            f"FastV and SparseVLM prune inside the layers of {', '.join(_KNOWN)}, with positions of one axis; those of "
+            f"this {type(target).__name__} are {layer.__name__}. Use a method that chooses before the language model"
+        )
     _check(pruning, len(backbone.layers))
     if (stored := getattr(target.config, "visionzip", None)) and has_size_bias(VisionZipConfig.from_dict(stored)):
         raise ValueError(
