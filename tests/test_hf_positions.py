@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import hf_video_models
 import pytest
 import torch
-from hf_models import FAMILIES, IMAGE, IMAGES, PATCHES, content, llava, llava_batch, llava_processor
+from hf_models import FAMILIES, IMAGE, IMAGES, PATCHES, VIDEO, content, llava, llava_batch, llava_processor
 from hf_plain import plain_encode
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -150,6 +151,27 @@ def test_cached_answers_equal_those_without_a_cache(setting: dict[str, Any], opt
     greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
     anew = {name: value for name, value in greedy.items() if name != "cache_implementation"} | {"use_cache": False}
     assert torch.equal(model.generate(**inputs, **greedy), model.generate(**inputs, **anew))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", [{"positions": "original"}, {"size_bias": True}], ids=str)
+@pytest.mark.parametrize("family", ["llava_next", "onevision", "next_video", "video_llava"])
+def test_every_family_decodes_as_without_a_cache(family: str, setting: dict[str, Any]):
+    """Also those whose model hands the ids to its base model by place, not by name."""
+    if family in FAMILIES:
+        make, processor = FAMILIES[family]
+        model, inputs = make(), processor()(images=IMAGES[:1], text="a <image> b", return_tensors="pt")
+    else:
+        model, processor = hf_video_models.build(family), hf_video_models.processor_for(family)
+        video = hf_video_models.video(0, 8 if family == "video_llava" else 3)
+        inputs = processor(images=IMAGES[:1], videos=[video], text="a <image> or <video> b", return_tensors="pt")
+    visionzip(model, **KEPT | {"keep": 2}, **setting)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    answer = model.generate(**inputs, **greedy)
+    assert torch.equal(model.generate(**inputs, **greedy, use_cache=False), answer)
+    inputs.pop("attention_mask")  # in training, too, a jump of positions begins no other prompt
+    cached, alone = (model(**inputs, use_cache=use_cache).logits for use_cache in (True, False))
+    torch.testing.assert_close(alone, cached, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
