@@ -235,6 +235,15 @@ def test_packed_prompts_do_not_go_with_original_positions():
         model(input_ids=ids, pixel_values=pixels, position_ids=positions)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_needs_text_behind_the_image(side: str):
+    """``generate`` goes on from the last token, which is no image's end; a forward is told where that is."""
+    model = visionzip(llava(), **KEPT, positions="original")
+    with pytest.raises(ValueError, match=r"prompt 1 ends with an image.*put text behind it"):
+        model.generate(**llava_batch(side, ["a <image> b, c and d", "b <image>"]))
+    visionzip(model, positions="consecutive").generate(**llava_batch(texts=["b <image>"]), max_new_tokens=1)
+
+
 # --- tiles ---
 
 
