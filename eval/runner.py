@@ -64,6 +64,7 @@ def run(config: RunConfig) -> None:
     kind = kind_of(checkpoint)
     config = _completed(config, benchmark, own, kind)
     budget = explicit_budget(config, checkpoint)
+    config = with_own_language(config, checkpoint, budget)
     runs = plan(config.method, config.tokens, config.seeds, budget, config.positions, config.size_bias)
     data = data_of(benchmark, config)
     every = with_frames(data.questions(), config.frames)
@@ -289,6 +290,15 @@ def explicit_budget(config: RunConfig, checkpoint: Any) -> tuple[int, int] | Non
             f"--method {setting.method} and --tokens, a number"
         )
     return setting.dominant, setting.contextual
+
+
+def with_own_language(config: RunConfig, checkpoint: Any, budget: tuple[int, int] | None) -> RunConfig:
+    """The same with the checkpoint's own positions and size bias where its own K and M are run, unless flags say."""
+    if budget is None or config.dominant is not None or "visionzip" not in config.method:
+        return config
+    own = visionzip.VisionZipConfig.from_dict(checkpoint.visionzip)
+    size_bias = own.size_bias if config.size_bias is None else config.size_bias
+    return replace(config, positions=config.positions or own.positions, size_bias=size_bias)
 
 
 def template_for(model_path: str, benchmark: Benchmark) -> str:
