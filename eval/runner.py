@@ -62,9 +62,8 @@ def run(config: RunConfig) -> None:
     """
     benchmark, own, checkpoint = BENCHMARKS[config.benchmark], world(), config_of(config.model_path)
     kind = kind_of(checkpoint)
-    config = _completed(config, benchmark, own, kind)
+    config = with_own_language(_completed(config, benchmark, own, kind), checkpoint)
     budget = explicit_budget(config, checkpoint)
-    config = with_own_language(config, checkpoint, budget)
     runs = plan(config.method, config.tokens, config.seeds, budget, config.positions, config.size_bias)
     data = data_of(benchmark, config)
     every = with_frames(data.questions(), config.frames)
@@ -292,11 +291,12 @@ def explicit_budget(config: RunConfig, checkpoint: Any) -> tuple[int, int] | Non
     return setting.dominant, setting.contextual
 
 
-def with_own_language(config: RunConfig, checkpoint: Any, budget: tuple[int, int] | None) -> RunConfig:
+def with_own_language(config: RunConfig, checkpoint: Any) -> RunConfig:
     """The same with the checkpoint's own positions and size bias where its own K and M are run, unless flags say."""
-    if budget is None or config.dominant is not None or "visionzip" not in config.method:
+    stored = getattr(checkpoint, "visionzip", None)
+    if not stored or config.tokens or config.dominant is not None or "visionzip" not in config.method:
         return config
-    own = visionzip.VisionZipConfig.from_dict(checkpoint.visionzip)
+    own = visionzip.VisionZipConfig.from_dict(stored)
     size_bias = own.size_bias if config.size_bias is None else config.size_bias
     return replace(config, positions=config.positions or own.positions, size_bias=size_bias)
 

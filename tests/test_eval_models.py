@@ -21,7 +21,7 @@ from eval.models import kind_of
 from eval.models.hf import ProcessorModel, prompt_of
 from eval.models.llava import LlavaModel
 from eval.records import Question
-from eval.runner import explicit_budget, with_own_language
+from eval.runner import with_own_language
 from llava.model.layouts import KINDS
 
 
@@ -134,9 +134,9 @@ def test_text_and_images_share_a_batch(other_family: Path, scenes_data: Path):
 def test_a_checkpoints_own_budget_comes_with_its_own_positions_and_size_bias():
     checkpoint = SimpleNamespace(visionzip={"dominant": 5, "contextual": 2, "positions": "original", "size_bias": True})
     config = RunConfig("scenes", "checkpoint", Path("out"))
-    own = with_own_language(config, checkpoint, explicit_budget(config, checkpoint))
+    own = with_own_language(config, checkpoint)
     assert (own.positions, own.size_bias) == ("original", True)
     flags = replace(config, positions="consecutive", size_bias=False)
-    assert with_own_language(flags, checkpoint, explicit_budget(flags, checkpoint)) == flags
+    assert with_own_language(flags, checkpoint) == flags
     for other in (replace(config, tokens=(16,)), replace(config, dominant=5, contextual=2)):
-        assert with_own_language(other, checkpoint, explicit_budget(other, checkpoint)) == other
+        assert with_own_language(other, checkpoint) == other
