@@ -62,7 +62,7 @@ def run(config: RunConfig) -> None:
     """
     benchmark, own, checkpoint = BENCHMARKS[config.benchmark], world(), config_of(config.model_path)
     kind = kind_of(checkpoint)
-    config = _completed(config, benchmark, own, kind)
+    config = with_own_language(_completed(config, benchmark, own, kind), checkpoint)
     budget = explicit_budget(config, checkpoint)
     runs = plan(config.method, config.tokens, config.seeds, budget, config.positions, config.size_bias)
     data = data_of(benchmark, config)
@@ -289,6 +289,16 @@ def explicit_budget(config: RunConfig, checkpoint: Any) -> tuple[int, int] | Non
             f"--method {setting.method} and --tokens, a number"
         )
     return setting.dominant, setting.contextual
+
+
+def with_own_language(config: RunConfig, checkpoint: Any) -> RunConfig:
+    """The same with the checkpoint's own positions and size bias where its own K and M are run, unless flags say."""
+    stored = getattr(checkpoint, "visionzip", None)
+    if not stored or config.tokens or config.dominant is not None or "visionzip" not in config.method:
+        return config
+    own = visionzip.VisionZipConfig.from_dict(stored)
+    size_bias = own.size_bias if config.size_bias is None else config.size_bias
+    return replace(config, positions=config.positions or own.positions, size_bias=size_bias)
 
 
 def template_for(model_path: str, benchmark: Benchmark) -> str:

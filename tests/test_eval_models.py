@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from eval.models import kind_of
 from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
+from eval.runner import with_own_language
 from llava.model.layouts import KINDS
 
 
@@ -127,3 +129,14 @@ def test_text_and_images_share_a_batch(other_family: Path, scenes_data: Path):
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.visual_tokens for one in together] == [one.visual_tokens for one in alone] == [0, PATCHES, PATCHES]
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_checkpoints_own_budget_comes_with_its_own_positions_and_size_bias():
+    checkpoint = SimpleNamespace(visionzip={"dominant": 5, "contextual": 2, "positions": "original", "size_bias": True})
+    config = RunConfig("scenes", "checkpoint", Path("out"))
+    own = with_own_language(config, checkpoint)
+    assert (own.positions, own.size_bias) == ("original", True)
+    flags = replace(config, positions="consecutive", size_bias=False)
+    assert with_own_language(flags, checkpoint) == flags
+    for other in (replace(config, tokens=(16,)), replace(config, dominant=5, contextual=2)):
+        assert with_own_language(other, checkpoint) == other

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import hf_video_models
 import pytest
 import torch
-from hf_models import FAMILIES, IMAGE, IMAGES, PATCHES, content, llava, llava_batch, llava_processor
+from hf_models import FAMILIES, IMAGE, IMAGES, PATCHES, VIDEO, content, llava, llava_batch, llava_processor
 from hf_plain import plain_encode
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -153,6 +154,27 @@ def test_cached_answers_equal_those_without_a_cache(setting: dict[str, Any], opt
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("setting", [{"positions": "original"}, {"size_bias": True}], ids=str)
+@pytest.mark.parametrize("family", ["llava_next", "onevision", "next_video", "video_llava"])
+def test_every_family_decodes_as_without_a_cache(family: str, setting: dict[str, Any]):
+    """Also those whose model hands the ids to its base model by place, not by name."""
+    if family in FAMILIES:
+        make, processor = FAMILIES[family]
+        model, inputs = make(), processor()(images=IMAGES[:1], text="a <image> b", return_tensors="pt")
+    else:
+        model, processor = hf_video_models.build(family), hf_video_models.processor_for(family)
+        video = hf_video_models.video(0, 8 if family == "video_llava" else 3)
+        inputs = processor(images=IMAGES[:1], videos=[video], text="a <image> or <video> b", return_tensors="pt")
+    visionzip(model, **KEPT | {"keep": 2}, **setting)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    answer = model.generate(**inputs, **greedy)
+    assert torch.equal(model.generate(**inputs, **greedy, use_cache=False), answer)
+    inputs.pop("attention_mask")  # in training, too, a jump of positions begins no other prompt
+    cached, alone = (model(**inputs, use_cache=use_cache).logits for use_cache in (True, False))
+    torch.testing.assert_close(alone, cached, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_decoding_loop_of_ones_own():
     model = visionzip(llava(), **KEPT, positions="original", size_bias=True)
     inputs = llava_batch(texts=["a <image> b"])
@@ -211,6 +233,15 @@ def test_packed_prompts_do_not_go_with_original_positions():
     positions = torch.arange(ids.shape[1] // 2).repeat(1, 2)
     with pytest.raises(ValueError, match=r"position_ids start anew, .* give each prompt a row of its own"):
         model(input_ids=ids, pixel_values=pixels, position_ids=positions)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_needs_text_behind_the_image(side: str):
+    """``generate`` goes on from the last token, which is no image's end; a forward is told where that is."""
+    model = visionzip(llava(), **KEPT, positions="original")
+    with pytest.raises(ValueError, match=r"prompt 1 ends with an image.*put text behind it"):
+        model.generate(**llava_batch(side, ["a <image> b, c and d", "b <image>"]))
+    visionzip(model, positions="consecutive").generate(**llava_batch(texts=["b <image>"]), max_new_tokens=1)
 
 
 # --- tiles ---

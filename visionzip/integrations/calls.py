@@ -66,12 +66,14 @@ def before_model(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[st
 
 def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
     """Forward pre-hook of the base model: ids and encoder outputs are there; what no ``generate`` hands on is added."""
+    if args:  # LLaVA-NeXT hands the ids on by place
+        kwargs = dict(zip(_parameters(type(base)), args, strict=False)) | kwargs
     outputs = kwargs.get("mm_encoder_outputs")
     if outputs is None:
-        alone = before_model(zipped, base, args, kwargs)
+        alone = before_model(zipped, base, (), kwargs)
         if alone is None:
-            return None
-        args, kwargs = alone
+            return (), kwargs
+        kwargs = alone[1]
         outputs = kwargs["mm_encoder_outputs"]
     ids, embeds, added = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), {}
     if outputs.get(SIZES) is not None:
@@ -82,7 +84,7 @@ def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, 
     if zipped.original and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
         # Without either, transformers takes positions that jump for several prompts packed into one row.
         added["attention_mask"] = None if ids is None else torch.ones_like(ids)
-    return args, kwargs | added
+    return (), kwargs | added
 
 
 @torch.compiler.disable  # reads the ids

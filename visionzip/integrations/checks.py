@@ -122,6 +122,23 @@ def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None
         )
 
 
+def refuse_images_at_the_end(arguments: Mapping[str, Any], visuals: list[Visual]) -> None:
+    """Refuse prompts with original positions that end with an image, for ``generate``, which counts on from the last.
+
+    Raises:
+        ValueError: one does; what follows would take the last kept token's place for the image's end.
+    """
+    ids, mask = arguments["input_ids"], arguments["attention_mask"][:, -arguments["input_ids"].shape[1] :]
+    last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+    ends = ids.gather(1, last[:, None].to(ids.device))[:, 0]
+    for row, token in enumerate(ends.tolist()):
+        if token in [visual.token_id for visual in visuals]:
+            raise ValueError(
+                f"prompt {row} ends with an image, behind which positions='original' has no token to go on from: put "
+                "text behind it (a line break will do), or set positions='consecutive'"
+            )
+
+
 def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:
     """Refuse videos of a family whose videos are not compressed: GLM-V's have the placeholders of images.
 

@@ -18,6 +18,7 @@ from visionzip.integrations.checks import (
     hold,
     mask_misfit,
     refuse_features,
+    refuse_images_at_the_end,
     refuse_outputs,
     renamed,
     visuals,
@@ -97,6 +98,8 @@ def generate(
     _refuse_settings(zipped, model, generation_config, kwargs)
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
+    if zipped.original:
+        refuse_images_at_the_end(kwargs, found)
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
     if whole:
         kwargs.pop("position_ids", None)  # counted by the mask
