@@ -250,6 +250,18 @@ def png(*size: int) -> bytes:
     return file.getvalue()
 
 
+def image_file(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_formats_of_browsers_and_cameras_are_opened(kind: str):
+    (upload,) = read_uploads(sent((f"a.{kind.lower()}", image_file(kind))))
+    assert upload.open().size == (8, 6)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -262,6 +274,8 @@ def png(*size: int) -> bytes:
         ('[{"name": "a.png", "data": "http://127.0.0.1/a.png"}]', "a.png came without base64 data"),
         ('{"name": "a.png"}', "the upload is no list of images"),
         ("nonsense", "the upload is no list of images"),
+        ("[" * 100_000, "the upload is no list of images"),
+        (sent(("a.png", image_file("EPS"))), "a.png is of the format EPS, which is not opened here"),  # it is a program
     ],
 )
 def test_uploads_that_are_refused(text: str, problem: str):
@@ -335,6 +349,7 @@ def test_names_of_files_are_found_wherever_they_are():
     assert names_file(b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}')
     assert names_file(b'{"data": [1, [{"url": "http://a"}]]}') and names_file(b'{"data": [{"p\\u0061th": "x"}]}')
     assert not names_file(b'{"data": ["path", 3, null], "event_data": {"patches": [[1, 2]]}}') and not names_file(b"")
+    assert names_file(b"[" * 100_000)  # too deep to be looked through
 
 
 def test_without_gradio_one_line_says_what_to_install(
