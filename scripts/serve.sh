@@ -76,15 +76,18 @@ install_server
 [[ "${1:-}" != --install ]] || exit 0
 
 MODEL_PATH="${MODEL_PATH:-$ROOT/checkpoints/llava-mini}"
+if [[ -d "$MODEL_PATH" ]]; then MODEL_PATH="$(cd "$MODEL_PATH" && pwd)"; fi # else a name on the hub
 SETTING="${SETTING-{\"dominant\": 27, \"contextual\": 5\}}"
 NAME="$(basename "$MODEL_PATH")"
 if grep -q '"LlavaL\|"LlavaM\|"LlavaQ' "$MODEL_PATH/config.json" 2>/dev/null; then # LLaVA's layout, which vLLM does not read
-    converted="$ROOT/results/serve/$NAME"
-    if [[ "$MODEL_PATH/config.json" -nt "$converted/config.json" ]]; then
+    converted="$ROOT/results/serve/$NAME" stamp="$ROOT/results/serve/$NAME.from"
+    # another checkpoint may have the same name
+    if [[ "$(cat "$stamp" 2>/dev/null)" != "$MODEL_PATH" || "$MODEL_PATH/config.json" -nt "$converted/config.json" ]]; then
         say "converting $MODEL_PATH to $converted"
-        rm -rf "$converted" # left from an older checkpoint, by this script
+        rm -rf "$converted" "$stamp" # left from an older checkpoint, by this script
         mkdir -p "$ROOT/results/serve"
         (cd "$ROOT" && "$SERVE_ENV/bin/python" -m llava.cli convert "$MODEL_PATH" "$converted" --to transformers)
+        echo "$MODEL_PATH" >"$stamp"
     fi
     MODEL_PATH="$converted"
 fi

@@ -99,10 +99,63 @@ def test_patches_picked_by_hand_are_what_the_model_sees(desk: Desk, talk: Talk):
     (exchange,) = talk.exchanges
     assert exchange.answers["zipped"].visual_tokens == len(corner)
     assert exchange.answers["zipped"].turn.text != "yellow"
+    assert exchange.setting == "visionzip, 32 tokens, patches picked by hand"
     assert exchange.answers["vanilla"] is before["vanilla"]  # nothing has changed for it
     assert desk.model.get_vision_tower().visionzip.tokens(144) == 32  # the setting is back
     data = desk.picture(talk.pictures[0], Setting(32))
     assert [patch for patch, role in enumerate(data["tiles"][0]["role"]) if role == "kept"] == sorted(corner)
+
+
+def test_patches_picked_while_an_answer_comes_are_for_the_next_one(desk: Desk, talk: Talk):
+    for exchange in desk.ask(talk, RING.question, Setting(32)):
+        if exchange and exchange.partial.get("zipped"):
+            talk.pictures[0].picks = ((0, 1, 2),)
+    assert talk.exchanges[-1].answers["zipped"].visual_tokens == 32
+    assert "by hand" not in talk.exchanges[-1].setting
+    second = ask(desk, talk, "Which shape is white?", Setting(32))["zipped"]
+    assert (second.visual_tokens, second.turn.cached_tokens) == (3, 0)  # not the cache of other patches
+
+
+SETTINGS = [
+    Setting(8),
+    Setting(8, positions="original"),
+    Setting(8, size_bias=True),
+    Setting(8, "visionzip-plus"),
+    Setting(8, "visionzip-plus", "consecutive", size_bias=False),
+]
+
+
+def test_positions_and_size_bias_reach_the_zipped_answer(desk: Desk, model: tuple[Any, ...]):
+    """Each setting answers as a session of its own; and no two of them answer all the same."""
+    tokenizer, llava, processor, conv_mode = model
+    heard = []
+    for setting in SETTINGS:
+        answers = []
+        for example in (RING, LETTERS, EXAMPLES[-1]):
+            talk = Talk()
+            talk.add([example.upload()])
+            answers.append(ask(desk, talk, example.question, setting)["zipped"].turn.text)
+            switches = {"positions": setting.positions, "size_bias": setting.size_bias}
+            zipped = visionzip(unzip(llava), keep=setting.keep, method=setting.method, **switches)
+            session = ChatSession(zipped, tokenizer, processor, conv_mode, max_new_tokens=12)
+            assert answers[-1] == session.ask(example.question, [example.upload().open()]).text
+        heard.append(tuple(answers))
+    assert len(set(heard)) == len(SETTINGS)
+    assert len(set(map(str, SETTINGS))) == len(SETTINGS)  # and the page says which is which
+
+
+def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...]):
+    """The page has no control for layer, merge rule and seed; the split is the model's at the model's budget."""
+    with pytest.warns(UserWarning, match="layer -3"):
+        visionzip(model[1], dominant=20, contextual=12, layer=-3, merge="average", seed=5)
+    desk = Desk(*model)
+    own = desk.model.get_vision_tower().visionzip
+    handlers = Handlers(desk)
+    handlers.setting("visionzip", "tokens", 32).put_on(desk.model)
+    assert desk.model.get_vision_tower().visionzip == own
+    handlers.setting("random", "tokens", 16).put_on(desk.model)
+    other = desk.model.get_vision_tower().visionzip
+    assert (other.keep, other.layer, other.merge, other.seed) == (16, -3, "average", 5)
 
 
 def test_each_image_has_its_own_picks(desk: Desk, talk: Talk):
@@ -197,6 +250,18 @@ def png(*size: int) -> bytes:
     return file.getvalue()
 
 
+def image_file(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_formats_of_browsers_and_cameras_are_opened(kind: str):
+    (upload,) = read_uploads(sent((f"a.{kind.lower()}", image_file(kind))))
+    assert upload.open().size == (8, 6)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -209,6 +274,8 @@ def png(*size: int) -> bytes:
         ('[{"name": "a.png", "data": "http://127.0.0.1/a.png"}]', "a.png came without base64 data"),
         ('{"name": "a.png"}', "the upload is no list of images"),
         ("nonsense", "the upload is no list of images"),
+        ("[" * 100_000, "the upload is no list of images"),
+        (sent(("a.png", image_file("EPS"))), "a.png is of the format EPS, which is not opened here"),  # it is a program
     ],
 )
 def test_uploads_that_are_refused(text: str, problem: str):
@@ -282,6 +349,7 @@ def test_names_of_files_are_found_wherever_they_are():
     assert names_file(b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}')
     assert names_file(b'{"data": [1, [{"url": "http://a"}]]}') and names_file(b'{"data": [{"p\\u0061th": "x"}]}')
     assert not names_file(b'{"data": ["path", 3, null], "event_data": {"patches": [[1, 2]]}}') and not names_file(b"")
+    assert names_file(b"[" * 100_000)  # too deep to be looked through
 
 
 def test_without_gradio_one_line_says_what_to_install(

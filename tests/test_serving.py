@@ -93,6 +93,7 @@ def test_the_encoder_sees_no_more_at_once_than_its_budget():
         ({"keep": 6, "method": "scop"}, "did you mean 'scope'"),
         ({"keeps": 6}, "unknown VisionZip settings"),
         ({"keep": 0}, "keep=0 is below 1"),
+        ({"keep": 6, "dominant": 3}, "keep=6 beside dominant: give one or the other"),
         ({"keep": 7, "method": "pool"}, "7"),
         (64, r'give a dict, such as \{"keep": 64\}'),
     ],

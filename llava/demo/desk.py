@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -80,7 +81,9 @@ class Desk:
         own = self.model.get_vision_tower().visionzip
         if own is None:
             return Setting(max(1, round(self.patches * 2 / 9)))
-        return Setting(own.tokens(self.patches), own.method, own.positions, own.size_bias)
+        split = (own.dominant, own.contextual) if own.keep is None else None
+        rest = {"layer": own.layer, "merge": own.merge, "seed": own.seed, "split": split}
+        return Setting(own.tokens(self.patches), own.method, own.positions, own.size_bias, **rest)
 
     def warm_up(self) -> None:
         """Answer once on both sides, so that the first visitor does not wait for kernels to be loaded."""
@@ -163,17 +166,21 @@ class Desk:
         talk.sides[slot] = side
         side.is_stopped = is_stopped
         side.generate_kwargs["stopping_criteria"] = [Stop(is_stopped)]
+        # As they are now: the visitor may pick others while the answer comes.
+        picks = {id(picture): picture.picks for turn in (*before, exchange) for picture in turn.pictures if zipped}
+        if any(picks.get(id(picture)) for picture in exchange.pictures):
+            exchange.setting += ", patches picked by hand"
 
         def write(text: str) -> None:
             exchange.partial[slot] += text
             put(None)
 
         def key(turns: Sequence[Exchange]) -> Any:
-            picks = [picture.picks for turn in turns for picture in turn.pictures]
-            return [turn.number for turn in turns], [setting, picks] if zipped else None
+            seen = [picks.get(id(picture)) for turn in turns for picture in turn.pictures]
+            return [turn.number for turn in turns], [setting, seen] if zipped else None
 
         def opened(turn: Exchange) -> list[Image.Image]:
-            side.picks += [picture.picks if zipped else None for picture in turn.pictures]
+            side.picks += [picks.get(id(picture)) for picture in turn.pictures]
             return [picture.upload.open() for picture in turn.pictures]
 
         side.picks = []
@@ -234,7 +241,8 @@ class Desk:
             if method == "vanilla":
                 unzip(self.model)
             else:
-                Setting(keep, method).put_on(self.model)
+                own = {"positions": None, "size_bias": None}  # each method's
+                replace(self.default, keep=keep, method=method, **own).put_on(self.model)
             side = _Side(self, is_stopped)
             turn = side.ask(question, [image])
             shown = picture_data(self.model, image, self.image_processor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any
 
 from starlette.responses import PlainTextResponse
@@ -66,10 +65,14 @@ async def _read(receive: Receive) -> tuple[bytes, PlainTextResponse | None]:
 
 
 def names_file(body: bytes) -> bool:
-    """Whether a JSON body has an object with a path or an address in it, as gradio writes files."""
+    """Whether a JSON body has an object with a path or an address in it, as gradio writes files; or may have it."""
     waiting: list[Any] = []
-    with suppress(ValueError):
+    try:
         waiting.append(json.loads(body))
+    except RecursionError:  # nested deeper than it can be looked through
+        return True
+    except ValueError:
+        pass
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -51,7 +52,8 @@ class Handlers:
         if not isinstance(budget, int | float) or not 1 <= budget <= top:
             raise ValueError(f"a budget of {budget} is outside 1 to {top} {unit}")
         keep = round(budget) if unit == TOKENS else budget / 100
-        return Setting(keep, method, POSITIONS[positions], SIZE_BIAS[size_bias])
+        chosen = {"positions": POSITIONS[positions], "size_bias": SIZE_BIAS[size_bias]}
+        return replace(self.desk.default, keep=keep, method=method, **chosen)  # layer, merge and seed stay the model's
 
     def _picture(self, talk: Talk, setting: Setting, view: str | None = None, layer: int | None = None) -> str:
         if not talk.pictures:

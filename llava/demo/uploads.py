@@ -21,6 +21,8 @@ MAX_IMAGES = 8  # of a conversation
 MAX_TOTAL = 24 * 2**20  # bytes of a conversation's image files
 _SHOWN, _THUMBNAIL = 1024, 96  # pixels of the longest edge, as the page shows an image
 _LONGEST_NAME = 60
+# Those that Pillow decodes by itself: for EPS, say, it starts another program on the file.
+_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Upload:
         """The image as it is seen, upright and in RGB.
 
         Raises:
-            ValueError: it is no image, is damaged, or has too many pixels.
+            ValueError: it is no image, is damaged, of another format than these, or has too many pixels.
         """
         if len(self.data) > MAX_BYTES:
             raise ValueError(
                 f"{self.name} has {len(self.data) / 2**20:.1f} MB, more than {MAX_BYTES >> 20}: scale it down"
             )
-        width, height = _size(self.data)
+        kind, (width, height) = _head(self.data)
+        if kind is not None and kind not in _FORMATS:
+            raise ValueError(f"{self.name} is of the format {kind}, which is not opened here: save it as PNG or JPEG")
         if width * height > MAX_PIXELS:
             raise ValueError(
                 f"{self.name} has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million: scale it down"
@@ -70,13 +74,13 @@ class Upload:
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _size(data: bytes) -> tuple[int, int]:
-    """Pixels that a file says it has, read from its first bytes; none where it says nothing."""
+def _head(data: bytes) -> tuple[str | None, tuple[int, int]]:
+    """Format and pixels that a file says it has, read from its first bytes; None where it says nothing."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.size
+            return image.format, image.size
     except Exception:  # whatever Pillow's readers raise: load_image says it
-        return 0, 0
+        return None, (0, 0)
 
 
 def read_uploads(text: str, present: Sequence[Upload] = ()) -> list[Upload]:
@@ -91,7 +95,7 @@ def read_uploads(text: str, present: Sequence[Upload] = ()) -> list[Upload]:
     """
     try:
         uploads = [_upload(entry) for entry in json.loads(text)]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             "the upload is no list of images with a name and base64 data: send it from the page"
         ) from error

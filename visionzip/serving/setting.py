@@ -35,6 +35,10 @@ def served_setting(hf_config: Any) -> VisionZipConfig | None:
         return None
     if not isinstance(values, dict):
         raise ValueError(f'config.visionzip={values!r} is no setting: give a dict, such as {{"keep": 64}}')
+    if values.get("keep") is not None and (counts := values.keys() & {"dominant", "contextual"}):
+        raise ValueError(
+            f"config.visionzip has keep={values['keep']} beside {', '.join(sorted(counts))}: give one or the other"
+        )
     layers, vision = hf_config.vision_feature_layer, hf_config.vision_config
     if not isinstance(layers, int):
         raise ValueError(
