@@ -66,8 +66,10 @@ class AnyFamily(SeamFamily):
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
         """As :meth:`Family.check` says; also that the method needs nothing of the encoder but its tokens."""
-        Family.check(self, model, config)
         name = type(model).__name__
+        if not hasattr(getattr(model, "model", None), "get_image_features"):
+            raise TypeError(f"{name} has no base model with get_image_features as .model: it cannot be zipped")
+        Family.check(self, model, config)
         if not method_of(config).reads <= _KNOWN or has_size_bias(config):
             fitting = ", ".join(own.name for own in METHODS.values() if own.reads <= _KNOWN and own.keeps_patches)
             raise ValueError(
