@@ -143,12 +143,12 @@ def _vision(config: Any, name: str, default: int) -> int:
 
 
 def images(model: Any) -> Iterator[dict[str, Any]]:
-    """Ways to give a class two images, the second one larger where sizes are free."""
+    """Ways to give a class two images, the first one larger where sizes are free."""
     noise = torch.Generator().manual_seed(0)
     config, taken = model.config, inspect.signature(type(model.model).get_image_features).parameters
     patch, side = _vision(config, "patch_size", PATCH), _vision(config, "image_size", SIDE)
     frames, channels = _vision(config, "temporal_patch_size", 1), _vision(config, "in_channels", 3)
-    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    grid = torch.tensor([[1, 4, 8], [1, 4, 4]])
     if "image_grid_thw" in taken:
         merge = {"image_merge_sizes": torch.tensor([2, 2])} if "image_merge_sizes" in taken else {}
         flat = channels * patch**2
