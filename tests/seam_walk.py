@@ -62,30 +62,25 @@ def classes() -> Iterator[type]:
             continue
         module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
         for own in vars(module).values():
-            if isinstance(own, type) and own.__module__ == module.__name__ and hasattr(own, "generate"):
-                if "mm_encoder_outputs" in inspect.signature(own.forward).parameters:
-                    yield own
+            here = isinstance(own, type) and own.__module__ == module.__name__ and hasattr(own, "generate")
+            if here and "mm_encoder_outputs" in inspect.signature(own.forward).parameters:
+                yield own
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     """A config's values made small; lists with an entry for each layer keep the first and the last."""
     layers = next((values[name] for name in ("num_hidden_layers", "depth", "num_layers") if name in values), None)
-    small = {}
-    for name, value in values.items():
-        if name in _DERIVED or not isinstance(name, str):
-            continue
-        if name.startswith("rope") and isinstance(value, dict):
-            value = _rope(value)
-        elif isinstance(value, dict):
-            value = shrunk(value)
-        elif isinstance(value, list) and len(value) == layers:
-            value = [value[0], value[-1]]
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = next((number for pattern, number in _SMALL if re.search(pattern, name)), value)
-        elif value is None and name in _MISSING:
-            value = _MISSING[name]
-        small[name] = value
-    return small
+    return {name: _small(name, value, layers) for name, value in values.items() if name not in _DERIVED}
+
+
+def _small(name: str, value: Any, layers: int | None) -> Any:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return _rope(value) if name.startswith("rope") else shrunk(value)
+    if isinstance(value, list) and len(value) == layers:
+        return [value[0], value[-1]]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return next((number for pattern, number in _SMALL if re.search(pattern, name)), value)
+    return _MISSING.get(name) if value is None else value
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:

@@ -159,14 +159,15 @@ Written by `WRITE_FAMILIES=1 pytest tests/test_seam_walk.py`, which finds every 
 `forward` takes `mm_encoder_outputs`, builds a tiny random model of each by rule, and runs it.
 
 - **all methods**: a family of its own, named in `visionzip/integrations`, with tests of its own.
-- **without attention**: `visionzip(model, keep=0.5, method="cen-prune")`, or `divprune`, `norm`, `random`, `uniform`; others
-  read the encoder's attention, of which nothing is known there. Checked of two rows with an image each, one padded:
-  `keep=1.0` is the stock class bit for bit, in `forward` and `generate`; `keep=0.5` with `norm` equals the stock class
-  given the tokens that a plain choice keeps; cached decoding is recomputation; `unzip` is exact. Videos, sound and
-  images whose placeholders are cut into rows are refused there.
+- **without attention**: `visionzip(model, keep=0.5, method="cen-prune")`, or `divprune`, `norm`, `random`, `uniform`;
+  others read the encoder's attention, of which nothing is known there. Checked of two rows with an image each, one of
+  them padded: `keep=1.0` is the stock class bit for bit, in `forward` and `generate`; `keep=0.5` with `norm` equals the
+  stock class given the tokens that a plain choice keeps; cached decoding is recomputation; `unzip` is exact. The prompts
+  have one run of placeholders for each image. Where a processor cuts them into rows (Mistral 3's does), and with videos
+  or sound, these classes refuse before the encoder runs.
 - **refused**: what `visionzip(model)` says.
-- **not tried**: its default config could not be made small by rule, or the stock class did not take what is made for it.
-  It may work; the line says how far it came.
+- **not tried**: its default config could not be made small by rule, or the stock class did not take what is made for
+  it. It may work; the line says how far it came.
 
 | class | VisionZip | |
 |---|---|---|
