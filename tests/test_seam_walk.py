@@ -162,7 +162,7 @@ Written by `WRITE_FAMILIES=1 pytest tests/test_seam_walk.py`, which finds every 
 - **without attention**: `visionzip(model, keep=0.5, method="cen-prune")`, or `divprune`, `norm`, `random`, `uniform`;
   others read the encoder's attention, of which nothing is known there. Checked of two rows with an image each, one of
   them padded: `keep=1.0` is the stock class bit for bit, in `forward` and `generate`; `keep=0.5` with `norm` equals the
-  stock class given the tokens that a plain choice keeps; cached decoding is recomputation; `unzip` is exact. The prompts
+  stock class given the tokens that a plain choice keeps; cached decoding is recomputation; `unzip` is exact. Prompts
   have one run of placeholders for each image. Where a processor cuts them into rows (Mistral 3's does), and with videos
   or sound, these classes refuse before the encoder runs.
 - **refused**: what `visionzip(model)` says.
