@@ -51,6 +51,7 @@ _CHANGES: dict[str, dict[str, Any]] = {  # what no rule gives a class's config
     "Dots3Note": {"vision_config.adapter_input_size": 32, "audio_config.adapter_input_size": 32},
     "MistralLarge4": {"text_config.kv_source_layers": [0, 0]},
 }
+CUT = ("Mistral3",)  # whose processor, Pixtral's, ends each row of an image's placeholders
 _MISSING = {"pad_token_id": PAD, "image_token_id": IMAGE, "video_token_id": VIDEO}
 _DERIVED = ("id2label", "label2id", "per_layer_config", "dtype", "transformers_version", "architectures")
 
@@ -157,6 +158,12 @@ def images(model: Any) -> Iterator[dict[str, Any]]:
         pixels = torch.randn(2, 16, 3 * patch**2, generator=noise)
         shapes = {"spatial_shapes": torch.tensor([[4, 4]] * 2), "pixel_attention_mask": torch.ones(2, 16).long()}
         yield {"pixel_values": pixels, **shapes}
+    if "image_position_ids" in taken:  # 6 x 6 patches, and 3 x 6 with as many that are none
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1).expand(2, -1, -1).clone()
+        places[1, 18:] = -1
+        for wide in (patch, 3 * patch):
+            pixels = torch.rand(2, 36, channels * wide**2, generator=noise)
+            yield {"pixel_values": pixels, "image_position_ids": places}
     if "high_res_pixel_values" in taken:
         sizes["high_res_pixel_values"] = torch.randn(2, 3, side, side, generator=noise)
     yield {"pixel_values": torch.randn(2, 3, side, side, generator=noise), **sizes}
@@ -186,12 +193,19 @@ def encode(model: Any) -> tuple[dict[str, Any], list[int]]:
     raise ValueError(f"takes images in none of {len(said)} ways; first: {said[0]}")
 
 
-def prompts(lengths: list[int], given: dict[str, Any]) -> dict[str, Any]:
-    """Two rows with an image each, the shorter one padded on the left."""
-    rows = [
-        [BOS, 20, START, *[IMAGE] * lengths[0], END, 30, 31],
-        [BOS, START, *[IMAGE] * lengths[1], END, 40],
-    ]
+def prompts(lengths: list[int], given: dict[str, Any], cut: int | None = None) -> dict[str, Any]:
+    """Two rows with an image each, the shorter one padded on the left.
+
+    Args:
+        lengths: placeholders of each.
+        given: the images.
+        cut: as processors do that end each row of an image's placeholders, so many, with a token of its own.
+    """
+
+    def image(length: int) -> list[int]:
+        return [token for at in range(length) for token in ([IMAGE, 50] if cut and (at + 1) % cut == 0 else [IMAGE])]
+
+    rows = [[BOS, 20, START, *image(lengths[0]), END, 30, 31], [BOS, START, *image(lengths[1]), END, 40]]
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -78,12 +78,11 @@ def test_what_cannot_be_told_is_refused_before_the_encoder_runs():
     ran: list[Any] = []
     model.model.vision_tower.register_forward_pre_hook(lambda *call: ran.append(call))
     ids = inputs["input_ids"]
-    side = int((ids[0] == IMAGE).sum() ** 0.5)
-    row = [BOS, *[*[IMAGE] * side, 50] * side]  # as its processor: a token ends each row of an image
-    rows = inputs | {"input_ids": torch.tensor([row] * 2), "attention_mask": torch.ones(2, len(row)).long()}
+    length = int((ids[0] == IMAGE).sum())
+    rows = inputs | prompts([length] * 2, {}, cut=4)
     more = inputs | {"image_mask": torch.ones_like(ids)}
     for wrong, message in (
-        (rows, f"the prompts have {2 * side} runs of image placeholders for 2 images: .* cut into rows"),
+        (rows, f"the prompts have {length // 2} runs of image placeholders for 2 images: .* cut into rows"),
         (more, "image_mask .* has an entry for every token"),
         (inputs | {"input_features": torch.zeros(1, 4)}, "prompts with sound are not compressed"),
         (inputs | {"pixel_values_videos": torch.zeros(1, 4)}, "videos of this family are not compressed"),

@@ -69,8 +69,8 @@ def benchmark_families(args: argparse.Namespace) -> None:
     edge = args.image_size
     report.show(f"{args.model}, scaled, random weights, {edge} x {edge}, {args.dtype}", _COLUMNS, rows)
     say(
-        "medians; x: faster than whole in the same round. choose: from the encoder's end to the language model; adds: "
-        "what encoding and choosing take longer than whole's; of bare: the prefill's gain by the bare language model's.",
+        "medians; x: faster than whole in the same round. choose: from the encoder's end to the prefill; adds: what "
+        "encoding and choosing take longer than for whole; of bare: the prefill's gain by the bare language model's.",
         "dim",
     )
     report.conclude(args, {"setting": report.settings_of(args), "results": rows})

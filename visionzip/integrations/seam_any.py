@@ -164,6 +164,8 @@ def _weights(arguments: Arguments) -> list[list[int]]:
     for name in ("image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes"):
         if (grid := arguments.get(name)) is not None:
             ways.append([int(own.prod()) for own in torch.as_tensor(grid)])
+    if (places := arguments.get("image_position_ids")) is not None:  # of patches, -1 where an image has no more
+        ways.append((places != -1).all(dim=-1).sum(dim=-1).tolist())
     pixels = arguments["pixel_values"]
     if not ways and isinstance(pixels, Tensor) and pixels.ndim >= 4:
         ways.append([1] * len(pixels))
