@@ -94,6 +94,21 @@ def test_what_cannot_be_told_is_refused_before_the_encoder_runs():
     assert not ran
 
 
+@torch.no_grad()
+def test_images_in_another_order_than_their_placeholders_are_refused():
+    """Also truncated ones; how many tokens an image has is known when the encoder has run."""
+    model, inputs = tiny("Exaone4_5_")
+    visionzip(model, keep=0.5, method="norm")
+    swapped = {name: inputs[name].flip(0) for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=r"images of \[4, 8\] placeholders where .* makes \[8, 4\] tokens"):
+        model(**inputs | swapped)
+    fewer = {name: inputs[name].clone() for name in swapped}
+    fewer["input_ids"][0, 4] = 50
+    fewer["input_ids"][0, 3] = 50
+    with pytest.raises(ValueError, match="do not truncate prompts"):
+        model(**inputs | fewer)
+
+
 def test_classes_that_cannot_be_zipped_say_why():
     fuyu = build(transformers.FuyuForCausalLM)
     with pytest.raises(TypeError, match="FuyuForCausalLM reads last_hidden_state of its image encoder"):

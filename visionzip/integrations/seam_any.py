@@ -154,7 +154,7 @@ def _lengths(found: list[int], arguments: Arguments) -> list[int]:
     raise ValueError(
         f"the prompts have {len(found)} runs of image placeholders for {' or '.join(map(str, tried)) or 'unknown'} "
         "images: of this class VisionZip knows images of one run each, not such as are cut into rows or have parts of "
-        "unequal length. unzip(model) first, or give one image a prompt"
+        "unequal length. unzip(model) first, or use a class that docs/families.md names"
     )
 
 
@@ -179,14 +179,14 @@ def _encode(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> E
     taken = {name: arguments[name] for name in names if arguments.get(name) is not None}
     output = stock_features(base, "image", taken | {"return_dict": True})
     layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
-    if "input_ids" in arguments:
-        lengths = [run.full for run in _runs(base, config, arguments)]
-    else:  # get_image_features alone
-        lengths = [len(own) for own in output.pooler_output]
-    if any(len(layer) != sum(lengths) for layer in layers):
+    tokens = output.pooler_output
+    made = [len(tokens)] if isinstance(tokens, Tensor) and tokens.ndim == 2 else [len(own) for own in tokens]
+    lengths = [run.full for run in _runs(base, config, arguments)] if "input_ids" in arguments else made
+    fits = all(len(layer) == sum(lengths) for layer in layers)
+    if not fits or (len(made) == len(lengths) and made != lengths):
         raise ValueError(
-            f"the prompts have {sum(lengths)} image placeholders where {type(base).__name__} makes {len(layers[0])} "
-            "tokens: do not truncate prompts, and use the model's own processor"
+            f"the prompts have images of {lengths} placeholders where {type(base).__name__} makes {made} tokens: do "
+            "not truncate prompts, give images in the order of the prompts, and use the model's own processor"
         )
     seen = _pixels(arguments["pixel_values"], lengths)
     chosen = choose_in_frames(layers, [(1, length) for length in lengths], None, None, seen, config)
