@@ -148,7 +148,7 @@ def images(model: Any) -> Iterator[dict[str, Any]]:
     if "image_grid_thw" in taken:
         merge = {"image_merge_sizes": torch.tensor([2, 2])} if "image_merge_sizes" in taken else {}
         flat = channels * patch**2
-        for shape in ([flat * frames], [flat * 2], [channels, patch, patch], [channels, frames, patch, patch]):
+        for shape in ([flat * frames], [flat * 2], [flat], [channels, patch, patch], [channels, frames, patch, patch]):
             yield {"pixel_values": torch.randn(48, *shape, generator=noise), "image_grid_thw": grid, **merge}
     sizes = {"image_sizes": torch.tensor([[side, side]] * 2)} if "image_sizes" in taken else {}
     if "target_sizes" in taken:
