@@ -12,6 +12,7 @@ BENCHMARKS: Commands = {
     "generate": ("llava.measure.generate:add_generate_arguments", "from pixels to the last token"),
     "memory": ("llava.measure.memory:add_memory_arguments", "peak memory and KV cache of a prefill"),
     "frames": ("llava.measure.frames:add_frames_arguments", "time and memory of videos with more and more frames"),
+    "families": ("llava.measure.families:add_families_arguments", "scaled Qwen models: whole, zipped and resized"),
     "mining": (
         "llava.measure.mining:add_mining_arguments",
         "Mini-Gemini's patch info mining, of all patches and of the kept ones",

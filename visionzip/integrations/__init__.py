@@ -1,5 +1,7 @@
 """Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
 
+Classes of transformers that are not named here have :mod:`visionzip.integrations.seam_any`.
+
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
 family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
 ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +89,16 @@ def family_of(model: nn.Module) -> Family:
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
             return _load(_TRANSFORMERS[name][0])
+    if (family := _any_family(model)) is not None:
+        return family
     raise TypeError(f"{type(model).__name__} is no model of transformers that VisionZip supports")
+
+
+def _any_family(model: nn.Module) -> Family | None:
+    """The family of a class of transformers that is not named here."""
+    if not any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
+        return None
+    return import_module(f"{__name__}.seam_any").any_family(model)
 
 
 def _load(place: str) -> Family:
@@ -94,11 +106,11 @@ def _load(place: str) -> Family:
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 
 
-def _of_transformers(place: str, name: str) -> Integration:
+def _of_transformers(load: Callable[[], Family], name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
             # Not before it is used: what is behind takes seconds to import.
-            return getattr(import_module(f"{__name__}.attach"), function)(_load(place), model, *args)
+            return getattr(import_module(f"{__name__}.attach"), function)(load(), model, *args)
 
         return call
 
@@ -115,7 +127,7 @@ REGISTRY: dict[str, Integration] = {
     "llava.model.language_model.video_llava.VideoLlavaLlamaForCausalLM": _VIDEO_LLAVA,
     "llava.model.llava_arch.LlavaMetaForCausalLM": _LLAVA,
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
-    **{name: _of_transformers(*place) for name, place in _TRANSFORMERS.items()},
+    **{key: _of_transformers(partial(_load, place), name) for key, (place, name) in _TRANSFORMERS.items()},
 }
 
 
@@ -128,11 +140,14 @@ def find_integration(model: nn.Module) -> Integration:
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in REGISTRY:
             return REGISTRY[name]
+    if (family := _any_family(model)) is not None:
+        return _of_transformers(lambda: family, "any that takes mm_encoder_outputs (transformers)")
     supported = ", ".join(f"{name.rpartition('.')[2]} ({integration.family})" for name, integration in REGISTRY.items())
     own = type(model).__name__
     whole = f"{own.removesuffix('Model')}ForConditionalGeneration"
     known = any(name.endswith(f".{whole}") for name in REGISTRY)
     hint = f" Give the whole {whole}, not its base model." if known else ""
     raise TypeError(
-        f"VisionZip does not support {own}.{hint} Supported are these classes and what derives from them: {supported}"
+        f"VisionZip does not support {own}.{hint} Supported are these classes and what derives from them: {supported}; "
+        "and with methods that read no attention, any class of transformers whose forward takes mm_encoder_outputs"
     )

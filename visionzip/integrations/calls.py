@@ -205,7 +205,7 @@ def _outputs(family: Family, encoded: Chosen, short: Shortened) -> dict[str, Any
         # A prompt's images in one piece: for beams, GLM-4V's generate would repeat each behind itself.
         counts = [sum(edit.modality == name and edit in new for edit in row) for row in short.edits]
         modality = family.modalities[name]
-        outputs[name] = modality.output(own if modality.stacked else own.in_pieces(counts))
+        outputs[name] = modality.output(own if modality.stacks(own) else own.in_pieces(counts))
     if any(own.sizes for _, own in encoded.values()):
         outputs[SIZES] = short.spread({key: sizes for key, (_, sizes) in _by_run(encoded).items()}, 1.0, 1.0)
     return outputs

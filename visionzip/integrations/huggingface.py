@@ -75,6 +75,7 @@ class Encoded(NamedTuple):
         sizes: (T,) float32 of each, patches that a token stands for; None without a size bias.
         hidden: what they were before the projector, as ``last_hidden_state`` of the model's own output.
         deepstack: for each layer of the language model that gets some, (T, hidden_size) of each run.
+        stock: the model's own output, whose other fields are passed on; None where the family needs none.
     """
 
     tokens: list[Tensor]
@@ -82,6 +83,7 @@ class Encoded(NamedTuple):
     sizes: list[Tensor] | None = None
     hidden: Tensor | None = None
     deepstack: list[list[Tensor]] | None = None
+    stock: Any = None
 
     def of_runs(self, chosen: list[int]) -> Encoded:
         """Those of some runs alone."""
@@ -90,7 +92,8 @@ class Encoded(NamedTuple):
             return [values[index] for index in chosen]
 
         deepstack = self.deepstack and [pick(layer) for layer in self.deepstack]
-        return Encoded(pick(self.tokens), pick(self.places), self.sizes and pick(self.sizes), self.hidden, deepstack)
+        sizes = self.sizes and pick(self.sizes)
+        return self._replace(tokens=pick(self.tokens), places=pick(self.places), sizes=sizes, deepstack=deepstack)
 
     def in_pieces(self, counts: list[int]) -> Encoded:
         """The same tokens and deepstack, so many runs of them joined to one; other values are left out."""
@@ -99,9 +102,8 @@ class Encoded(NamedTuple):
             values = iter(runs)
             return [torch.cat([next(values) for _ in range(count)]) for count in counts if count]
 
-        return Encoded(
-            join(self.tokens), [], hidden=self.hidden, deepstack=self.deepstack and list(map(join, self.deepstack))
-        )
+        deepstack = self.deepstack and list(map(join, self.deepstack))
+        return self._replace(tokens=join(self.tokens), places=[], sizes=None, deepstack=deepstack)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Modality:
     stacked: bool = False
     former_pixels: str | None = None
     pooled_patches: Callable[[nn.Module], int] | None = None
+
+    def stacks(self, encoded: Encoded) -> bool:
+        """Whether the model takes these tokens as one tensor."""
+        return self.stacked
 
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
         """What the base model's own ``get_image_features`` would return of these tokens."""

@@ -72,7 +72,7 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
     for visual in visuals:
         used = 0
         for row, prompt in enumerate((input_ids == visual.token_id).cpu()):  # one transfer, not one per run
-            for start, length in _stretches(prompt):
+            for start, length in stretches(prompt):
                 own = _split_run(start, length, visual, used, row)
                 used += len(own)
                 edits[row] += own
@@ -86,7 +86,7 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
     return [sorted(row) for row in edits]
 
 
-def _stretches(mask: Tensor) -> list[tuple[int, int]]:
+def stretches(mask: Tensor) -> list[tuple[int, int]]:
     """Start and length of each stretch of true values in a mask (L,)."""
     steps = torch.diff(mask.int(), prepend=mask.new_zeros(1).int(), append=mask.new_zeros(1).int())
     starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()

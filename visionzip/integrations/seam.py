@@ -174,8 +174,8 @@ def _encode(
     scored = reads & {"scores", "keys"} and not all(_is_whole(config, size) for size in sizes)
     with encoder.read(base, config.layer, arguments) if scored else nullcontext(_nothing) as read:
         output = stock_features(base, name, taken | {"return_dict": True})
-    layers = [flat(output.pooler_output), *map(flat, getattr(output, "deepstack_features", None) or ())]
-    chosen = _choose(layers, sizes, *read(), real_pixels(arguments[pixels]), config)
+    layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
+    chosen = choose_in_frames(layers, sizes, *read(), real_pixels(arguments[pixels]), config)
     tokens, *deepstack = [_by_run(layer, counts) for layer in chosen.layers]
     numbers = [frame for count in counts for frame in range(count)]
     starts = [frame * rows * columns for frame, (rows, columns) in zip(numbers, sizes, strict=True)]
@@ -205,7 +205,7 @@ def shown(pixels: Tensor) -> Tensor:
     return (pixels != 0).flatten(2).any(dim=-1)
 
 
-def flat(features: Any) -> Tensor:
+def flat_tokens(features: Any) -> Tensor:
     """All tokens (n, D) of all frames, in whatever form the model returns them."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
@@ -226,7 +226,7 @@ class _Chosen(NamedTuple):
     sizes: list[Tensor]
 
 
-def _choose(
+def choose_in_frames(
     layers: list[Tensor],
     sizes: list[Size],
     scores: Tensor | None,

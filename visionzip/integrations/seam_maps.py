@@ -15,7 +15,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
 from visionzip.integrations import family_of
 from visionzip.integrations.huggingface import stock_features
-from visionzip.integrations.seam import SeamFamily, flat, real_pixels
+from visionzip.integrations.seam import SeamFamily, flat_tokens, real_pixels
 from visionzip.methods import EncoderRead, method_of
 from visionzip.token_map import TokenMap, roles_of
 
@@ -53,7 +53,7 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     count = rows * columns
     with ExitStack() as stack:
         reads = [stack.enter_context(family.encoder.read(base, layer, given)) for layer in layers]
-        features = flat(stock_features(base, "image", given | {"return_dict": True}).pooler_output)
+        features = flat_tokens(stock_features(base, "image", given | {"return_dict": True}).pooler_output)
         read = [own() for own in reads]
     attention = torch.stack([scores[-count:].float() for scores, _ in read])
     decides = layers.index(config.layer)
