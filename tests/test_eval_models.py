@@ -93,7 +93,7 @@ def scenes_questions(run: list[str]) -> list[Question]:
 
 def test_what_it_cannot_do_is_said_in_one_line(run: list[str], other_family: Path, capsys):
     for more, message in (
-        (["--method", "visionzip", "--tokens", "4"], "--method visionzip: "),
+        (["--method", "visionzip", "--tokens", "4"], "method='visionzip' reads the attention of the image encoder"),
         (["--method", "vanilla", "--conv-mode", "v1"], "has a chat template of its own, so leave the flag out"),
         (["--method", "vanilla", "--load-8bit"], "--load-8bit is for LLaVA's families"),
     ):

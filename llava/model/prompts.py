@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.visual import VisualTokens
+from visionzip.integrations.checks import ends_with_an_image
 
 
 def check_prompts(input_ids: Tensor | None) -> None:
@@ -81,10 +82,7 @@ def refuse_images_at_the_end(prompts: Sequence[Tensor]) -> None:
     """
     for row, prompt in enumerate(prompts):
         if prompt[-1] == IMAGE_TOKEN_INDEX:
-            raise ValueError(
-                f"prompt {row} ends with an image, behind which positions='original' has no token to go on from: put "
-                "text behind it (a line break will do), or set positions='consecutive'"
-            )
+            raise ends_with_an_image(row)
 
 
 def images_per_row(markers: list[int], images: int, training: bool) -> list[int]:

@@ -140,12 +140,12 @@ def find_integration(model: nn.Module) -> Integration:
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in REGISTRY:
             return REGISTRY[name]
-    if (family := _any_family(model)) is not None:
-        return _of_transformers(lambda: family, "any that takes mm_encoder_outputs (transformers)")
     supported = ", ".join(f"{name.rpartition('.')[2]} ({integration.family})" for name, integration in REGISTRY.items())
     own = type(model).__name__
     whole = f"{own.removesuffix('Model')}ForConditionalGeneration"
     known = any(name.endswith(f".{whole}") for name in REGISTRY)
+    if not known and (family := _any_family(model)) is not None:
+        return _of_transformers(lambda: family, "any that takes mm_encoder_outputs (transformers)")
     hint = f" Give the whole {whole}, not its base model." if known else ""
     raise TypeError(
         f"VisionZip does not support {own}.{hint} Supported are these classes and what derives from them: {supported}; "

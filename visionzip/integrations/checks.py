@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visionzip.encoder import check_finite
 from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Family, Zipped
-from visionzip.integrations.placeholders import Visual
+from visionzip.integrations.placeholders import Edit, Visual
 
 NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
 
@@ -122,21 +122,25 @@ def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None
         )
 
 
-def refuse_images_at_the_end(arguments: Mapping[str, Any], visuals: list[Visual]) -> None:
+def refuse_images_at_the_end(arguments: Mapping[str, Any], edits: list[list[Edit]]) -> None:
     """Refuse prompts with original positions that end with an image, for ``generate``, which counts on from the last.
 
     Raises:
         ValueError: one does; what follows would take the last kept token's place for the image's end.
     """
     ids, mask = arguments["input_ids"], arguments["attention_mask"][:, -arguments["input_ids"].shape[1] :]
-    last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-    ends = ids.gather(1, last[:, None].to(ids.device))[:, 0]
-    for row, token in enumerate(ends.tolist()):
-        if token in [visual.token_id for visual in visuals]:
-            raise ValueError(
-                f"prompt {row} ends with an image, behind which positions='original' has no token to go on from: put "
-                "text behind it (a line break will do), or set positions='consecutive'"
-            )
+    lasts = (ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)).tolist()
+    for row, (last, own) in enumerate(zip(lasts, edits, strict=True)):
+        if any(edit.start <= last < edit.start + edit.full for edit in own):
+            raise ends_with_an_image(row)
+
+
+def ends_with_an_image(row: int) -> ValueError:
+    """Word the error of a prompt with original positions that ends with an image."""
+    return ValueError(
+        f"prompt {row} ends with an image, behind which positions='original' (Qwen-VL's always are) has no token to go "
+        "on from: put text behind it (a line break will do), or set positions='consecutive'"
+    )
 
 
 def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:

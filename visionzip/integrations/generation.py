@@ -24,6 +24,7 @@ from visionzip.integrations.checks import (
     visuals,
 )
 from visionzip.integrations.huggingface import Zipped
+from visionzip.integrations.placeholders import find_runs
 from visionzip.methods import has_size_bias
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def generate(
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
     if zipped.original:
-        refuse_images_at_the_end(kwargs, found)
+        refuse_images_at_the_end(kwargs, find_runs(prompt, found))
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
     if whole:
         kwargs.pop("position_ids", None)  # counted by the mask
