@@ -11,6 +11,7 @@ import hf_video_models
 import pytest
 import torch
 from hf_models import IMAGE, IMAGES, VIDEO, llava, llava_batch, llava_next, next_processor
+from seam_models import FAMILIES
 from test_fastv import METHODS, TEXTS, batch, embedded, generate
 from test_hf_parity import Pair, load_pair, native_pixels, native_prompts, pictures
 from torch import Tensor
@@ -244,3 +245,12 @@ def test_errors():
         native(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
     with pytest.raises(ValueError, match=r"remove_pruning\(model\) to train"):
         native(**inputs, labels=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_three_axes_are_refused(name: str):
+    model = FAMILIES[name].build()
+    for attach, _ in SHALLOW.values():
+        with pytest.raises(TypeError, match=r"three axes \(M-RoPE\).* use visionzip\(model, keep=…\)"):
+            attach(model)
+        assert not is_pruned(model)

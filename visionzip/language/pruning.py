@@ -32,7 +32,7 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
     """Put a method's hooks on a model, in the place of any that are there.
 
     Raises:
-        TypeError: the model is of no supported family, or has no language model.
+        TypeError: the model is of no supported family, has no language model, or one whose positions have three axes.
         ValueError: a layer or a number to keep is outside its limits, or the model is zipped with a size bias.
     """
     target = _generating(model)
@@ -40,6 +40,11 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
     backbone = getattr(base, "language_model", base)
     if not hasattr(backbone, "layers"):
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
+    if hasattr(base, "get_rope_index"):  # behind the cut, patches would stand in a line
+        raise TypeError(
+            f"{type(target).__name__} has positions with three axes (M-RoPE), and pruning inside a language model knows "
+            "one: use visionzip(model, keep=…)"
+        )
     _check(pruning, len(backbone.layers))
     if (stored := getattr(target.config, "visionzip", None)) and has_size_bias(VisionZipConfig.from_dict(stored)):
         raise ValueError(
