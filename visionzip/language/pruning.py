@@ -42,8 +42,8 @@ def attach_pruning(model: Model, pruning: Pruning) -> Model:
         raise TypeError(f"{type(target).__name__} is no language model: give the LLaVA model, not its vision tower")
     if hasattr(base, "get_rope_index"):  # behind the cut, patches would stand in a line
         raise TypeError(
-            f"{type(target).__name__} has positions with three axes (M-RoPE), and pruning inside a language model knows "
-            "one: use visionzip(model, keep=…)"
+            f"{type(target).__name__} has positions with three axes (M-RoPE), and pruning inside a language model "
+            "knows one: use visionzip(model, keep=…)"
         )
     _check(pruning, len(backbone.layers))
     if (stored := getattr(target.config, "visionzip", None)) and has_size_bias(VisionZipConfig.from_dict(stored)):
