@@ -136,7 +136,8 @@ def test_visualize_and_benchmark(name: str, saved, tmp_path: Path):
     tiles = 1 if name == "video_llava" else 5
     request = [*model, "--tokens", str(7 * tiles), "--rounds", "1", "--dtype", "float32", "--output", str(output)]
     assert main(["benchmark", "prefill", *request]) == 0
-    vanilla, zipped = json.loads(output.read_text())["results"]
+    vanilla, zipped, *others = json.loads(output.read_text())["results"]
+    assert [row["method"] for row in others] == ["fastv", "sparsevlm"]
     newlines = {"onevision": 8, "next_video": 8, "video_llava": 0}[name]  # one for each row of the grid
     assert (vanilla["visual_tokens"], zipped["visual_tokens"]) == (16 * tiles + newlines, 7 * tiles)
 

@@ -94,12 +94,13 @@ def mining_of(way: str, model: MGMLlamaForCausalLM, images: Tensor, budget: tupl
     if way == "kept":
         visionzip(model, *budget)
     tower = model.get_vision_tower()
+    keeps_cls = tower.counts is not None and tower.counts.cls_token
     encoded = tower.encode(model.whole_images(images).to(device=tower.device, dtype=tower.dtype), model._project)
     unzip(model)
     maps = model.get_vision_tower_aux()(images)
     if way == "released":
         return partial(released_mining, model, encoded.tokens, maps)
-    return partial(model.look_closer, encoded, maps)
+    return partial(model.look_closer, encoded, maps, keeps_cls)
 
 
 def benchmark_mining(args: argparse.Namespace) -> None:

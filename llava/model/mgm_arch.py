@@ -188,7 +188,8 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         tower = self.get_vision_tower()
         batch = tiles.flatten(0, 1).to(device=tower.device, dtype=tower.dtype)
         encoded = tower.encode(batch, self._project)
-        tokens = encoded.tokens + self.look_closer(encoded, self.get_vision_tower_aux()(high))
+        keeps_cls = tower.counts is not None and tower.counts.cls_token
+        tokens = encoded.tokens + self.look_closer(encoded, self.get_vision_tower_aux()(high), keeps_cls)
         encoded = replace(encoded, tokens=self._project(tokens))
         merged = dict(zip(used, encoded.split([tiles.shape[1]] * len(used)), strict=True))
         return [lay_out(merged[place], tower) for place in first]
@@ -231,12 +232,13 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         low = torch.cat([_resized(large, edge), cells]) if has_whole else cells
         return ImagePair(low.to(high.dtype), high)
 
-    def look_closer(self, encoded: EncodedImage, maps: Sequence[Tensor]) -> Tensor:
+    def look_closer(self, encoded: EncodedImage, maps: Sequence[Tensor], keeps_cls: bool) -> Tensor:
         """Patch info mining: what is added to each token.
 
         Args:
             encoded: (B * T, N, D), what the CLIP tower makes of T tiles of each of B images.
             maps: the high-resolution tower's, of the B images.
+            keeps_cls: the first token of each tile is CLS.
 
         Returns:
             (B * T, N, D).
@@ -245,7 +247,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         if encoded.kept is None:
             patches = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         else:  # of all but the first token, where that is CLS
-            patches = encoded.kept[:, int(tower.counts.cls_token) :] - int(tower.cls_token)
+            patches = encoded.kept[:, int(keeps_cls) :] - int(tower.cls_token)
         side, (grid, has_whole) = tower.num_patches_per_side, _grid(self.config)
         size = maps[0].shape[-1] // (grid * side)  # positions along an edge of a patch
         tiles, places = (values.unflatten(0, (len(maps[0]), -1)) for values in (tokens, patches.to(maps[0].device)))
