@@ -20,7 +20,7 @@ def bench(*flags: object) -> int:
 def test_two_endpoints_get_the_same_load_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The same pictures for both, none twice unless they are shared, as many at a time as there are clients."""
     with ChatServer(0.1, 587) as slow, ChatServer(0.02, 75) as fast:
-        flags = ("--clients", 3, "--seconds", 1, "--rounds", 1, "--tokens", 7, "--image-size", 32)
+        flags = ("--clients", 3, "--seconds", 1, "--rounds", 1, "--max-new-tokens", 7, "--image-size", 32)
         files = ("--output", tmp_path / "out.json", "--plot", tmp_path / "out.svg", "--extra", '{"ignore_eos": true}')
         assert bench("--endpoints", f"vanilla={slow.url}", f"zipped={fast.url}", *flags, *files) == 0
     said = capsys.readouterr().out

@@ -28,7 +28,7 @@ from eval.table import facts, main_table
 from visionzip import visionzip
 
 # An average over both layers is more than half of the tokens, and SparseVLM's is published for 32 layers.
-IN_TWO_LAYERS = [method for method in METHODS if not method.endswith("-average")]
+IN_TWO_LAYERS = [name for name, own in METHODS.items() if not (name.endswith("-average") or own.of_picture)]
 
 
 def test_score_of_an_answers_file(scenes_data: Path, tmp_path: Path, capsys):

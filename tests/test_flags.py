@@ -160,8 +160,8 @@ def test_what_means_the_same_is_spelt_the_same():
     [
         (llava.cli.main, ["chta"], "visionzip: unknown command 'chta': did you mean 'chat'?"),
         (llava.cli.main, ["Chat2"], "did you mean 'chat'?"),
-        (llava.cli.main, ["frobnicate"], "unknown command 'frobnicate'; There are chat, visualize, "),
-        (llava.cli.main, [], "visionzip: give a command, one of chat, visualize, "),
+        (llava.cli.main, ["frobnicate"], "unknown command 'frobnicate'; There are chat, demo, visualize, "),
+        (llava.cli.main, [], "visionzip: give a command, one of chat, demo, visualize, "),
         (llava.cli.main, ["--verison"], "unknown flag --verison: did you mean --version?"),
         (llava.cli.main, ["benchmark"], "visionzip benchmark: give a command, one of tower, "),
         (llava.cli.main, ["benchmark", "towr"], "visionzip benchmark: unknown command 'towr': did you mean 'tower'?"),

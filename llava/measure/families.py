@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.arguments import add_measuring_arguments
-from llava.commands import positive
+from llava.commands import finite, positive
 from llava.measure import report
 from llava.measure.report import Columns, Row
 from llava.measure.timing import Clock, Measurement, time_interleaved
@@ -196,7 +196,7 @@ def _bare(model: Any, length: int, device: str) -> None:
 def add_families_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip benchmark families``."""
     parser.add_argument("--model", choices=MODELS, default="qwen3-vl", help="scaled model of random weights")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="shares to keep")
+    parser.add_argument("--keep", type=finite, nargs="+", default=[0.5, 0.25], metavar="SHARE", help="shares to keep")
     parser.add_argument("--image-size", type=positive, default=1024, metavar="PIXELS", help="edge of the image")
     parser.add_argument("--text-tokens", type=positive, default=60, metavar="N", help="text tokens of the prompt")
     add_measuring_arguments(parser, 3, "bfloat16" if torch.cuda.is_available() else "float32")

@@ -88,7 +88,7 @@ def put_under_load(endpoint: Endpoint, clients: int, kind: str, number: int, arg
             seed = (args.seed, number) if kind == "shared" else (args.seed, number, own, turn)
             picture = make_picture(seed, args.image_size)
             question = QUESTIONS[(own + turn) % len(QUESTIONS)]
-            replies.append(endpoint.ask(question, [picture], args.tokens, extra_of(args)))
+            replies.append(endpoint.ask(question, [picture], args.max_new_tokens, extra_of(args)))
             if time.perf_counter() - start >= args.seconds:
                 return replies
         return replies
@@ -160,7 +160,7 @@ def benchmark_serve(args: argparse.Namespace) -> None:
             loads: dict[str, list[Load]] = {name: [] for name in endpoints}
             for endpoint in endpoints.values():
                 endpoint.ask(
-                    QUESTIONS[0], [make_picture((args.seed, index, 0, 0, 1), args.image_size)], args.tokens, {}
+                    QUESTIONS[0], [make_picture((args.seed, index, 0, 0, 1), args.image_size)], args.max_new_tokens, {}
                 )
             for turn in range(args.rounds):
                 names = list(endpoints)
@@ -226,7 +226,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", nargs="+", choices=KINDS, default=list(KINDS), help="of the requests of a round")
     parser.add_argument("--seconds", type=positive, default=20, metavar="S", help="of each endpoint's turn")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of each endpoint in a cell")
-    parser.add_argument("--tokens", type=positive, default=16, metavar="N", help="longest answer")
+    parser.add_argument("--max-new-tokens", type=positive, default=16, metavar="N", help="longest answer")
     parser.add_argument("--image-size", type=positive, default=336, metavar="PIXELS", help="edge of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument(
