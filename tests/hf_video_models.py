@@ -6,6 +6,7 @@ transformers' video processors need torchvision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hf_models
@@ -102,3 +103,10 @@ def processor_for(family: str, *, edge: int = 56, padding_side: str = "left", **
 def video(seed: int, frames: int = 3) -> np.ndarray:
     """A video of noise (F, 60, 90, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (frames, 60, 90, 3), dtype=np.uint8)
+
+
+# A model and its processor of each of transformers' LLaVA families, those without videos too.
+STOCK: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    **hf_models.FAMILIES,
+    **{name: (lambda name=name: build(name), lambda name=name: processor_for(name)) for name in FAMILIES},
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +67,10 @@ def test_the_patches_of_dominant_only_in_tiles(load: Any):
         assert torch.equal(model(input_ids=ids, images=tiles, image_sizes=sizes).logits, expected)
 
 
-STOCK: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    **hf_models.FAMILIES,
-    **{
-        name: (lambda name=name: hf_video_models.build(name), lambda name=name: hf_video_models.processor_for(name))
-        for name in hf_video_models.FAMILIES
-    },
-}
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("family", STOCK)
+@pytest.mark.parametrize("family", hf_video_models.STOCK)
 def test_the_patches_of_dominant_only_in_models_of_transformers(family: str):
-    model, processor = (make() for make in STOCK[family])
+    model, processor = (make() for make in hf_video_models.STOCK[family])
     inputs = processor(images=[hf_models.IMAGES[0]], text=["what is <image> here"], return_tensors="pt")
     images = inputs.get("pixel_values", inputs.get("pixel_values_images")).flatten(0, -4)
     visionzip(model, keep=5, method="dominant-only")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import hf_models
@@ -20,13 +19,6 @@ from visionzip.methods import METHODS
 from visionzip.token_map import TokenMap, inspect_tokens, token_data
 from visionzip.visualize import overview, token_overlay
 
-STOCK: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    **hf_models.FAMILIES,
-    **{
-        name: (lambda name=name: hf_video_models.build(name), lambda name=name: hf_video_models.processor_for(name))
-        for name in hf_video_models.FAMILIES
-    },
-}
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -67,10 +59,10 @@ def test_every_method_in_models_of_transformers(method: str):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", STOCK)
+@pytest.mark.parametrize("family", hf_video_models.STOCK)
 def test_every_family_of_transformers(family: str):
     """All tiles of an image: their dominant patches are what the model passes on first."""
-    model, processor = (make() for make in STOCK[family])
+    model, processor = (make() for make in hf_video_models.STOCK[family])
     inputs = processor(images=[hf_models.IMAGES[0]], text=["what is <image> here"], return_tensors="pt")
     images = inputs.get("pixel_values", inputs.get("pixel_values_images")).flatten(0, -4)
     visionzip(model, dominant=5, contextual=2)
@@ -132,7 +124,7 @@ def test_frames_of_videos(make_video_checkpoint: Any):
 @torch.no_grad()
 def test_frames_of_videos_in_models_of_transformers():
     """Video-LLaVA's; other families pool a frame before they choose, so that no patch is one of their tokens."""
-    model, processor = (make() for make in STOCK["video_llava"])
+    model, processor = (make() for make in hf_video_models.STOCK["video_llava"])
     video = pixels(3)[None]
     visionzip(model, dominant=5, contextual=2)
     passed = model.model.get_video_features(video).last_hidden_state
@@ -142,7 +134,7 @@ def test_frames_of_videos_in_models_of_transformers():
         kept = [0] + [1 + patch for patch in tokens.roles.dominant.nonzero().flatten().tolist()]
         assert torch.equal(passed[index, :5], states[index, kept])
     assert len(maps) == 3
-    pooling, processor = (make() for make in STOCK["onevision"])
+    pooling, processor = (make() for make in hf_video_models.STOCK["onevision"])
     with pytest.raises(ValueError, match=r"got \(1, 3, 3, 56, 56\).*only Video-LLaVA chooses among their patches"):
         inspect_tokens(pooling, video, processor)
 
