@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,6 +175,9 @@ def test_stop(browser: Browser, ring: Path):
     browser.wait(lambda: browser.kept() == 26)
     browser.ask("What color is the ring?")
     assert browser.answers() == [("yellow", "yellow")]
+    browser.press("Stop")  # nothing is running any more: the line stays what it is
+    time.sleep(1)
+    assert browser.status() == "answered"
 
 
 def test_files_that_are_no_images(browser: Browser, ring: Path, tmp_path: Path):

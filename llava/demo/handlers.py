@@ -108,12 +108,12 @@ class Handlers:
     def begin(self, talk: Talk) -> Change:
         """A question comes."""
         talk.begin()
-        return {"status": show.status("waiting for the model …")}
+        return {"status": show.status("waiting for the model …", busy=True)}
 
     def stop(self, talk: Talk) -> Change:
-        """Stop the answer at the next token."""
+        """Stop the answer at the next token; what is stopped says so itself."""
         talk.stop()
-        return {"status": show.status("stopping …")}
+        return {}
 
     def forget(self, talk: Talk) -> Change:
         """Begin anew."""
@@ -141,7 +141,7 @@ class Handlers:
             line = f"answering, {now - start:.0f} s …" if exchange else f"waiting for the model, {now - start:.0f} s …"
             yield {
                 "conversation": show.conversation([*before, *([exchange] if exchange else [])]),
-                "status": show.status(line),
+                "status": show.status(line, busy=True),
             }
 
     def example(self, talk: Talk, example: Example, *controls: Any) -> Change:
@@ -167,4 +167,5 @@ class Handlers:
             if row is not None:
                 rows.append(row)
             line = f"{len(rows)} of {len(METHODS) + 1} methods: {question}"
-            yield {"strip": show.strip(shown, rows), "status": show.status(line)}
+            busy = len(rows) <= len(METHODS)
+            yield {"strip": show.strip(shown, rows), "status": show.status(line, busy=busy)}

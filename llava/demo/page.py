@@ -34,7 +34,7 @@ _CHANGES = {
     "choose": ("picture", "status"),
     "pick": ("status",),
     "begin": ("status",),
-    "stop": ("status",),
+    "stop": (),
     "forget": ("picture", "conversation", "status", "question", "strip"),
     "begin_with": ("picture", "conversation", "status", "question"),
     "ask": ("conversation", "status"),
@@ -42,6 +42,9 @@ _CHANGES = {
     "compare": ("strip", "status"),
 }
 _CLEAR = "(question, status) => [status.includes('answered') ? '' : question]"  # in the browser, where an answer came
+# In the browser, before the server hears of it: an answer to the click could come after the line of what was stopped,
+# and would stay.
+_STOPPING = f"(status) => [status.includes('vz-busy') ? `{show.status('stopping …', busy=True)}` : status]"
 _STOPPED = "stopped: the conversation is as it was before this question"
 
 logger = logging.getLogger(__name__)
@@ -184,6 +187,14 @@ class Page:
         self._on(changes, do.redraw, controls, trigger_mode="always_last", **model)
         self._on(parts["picture"].select, do.choose, controls, event=True, **model)
         self._on(parts["picture"].input, do.pick, [], event=True, trigger_mode="multiple", queue=False)
+        gr.on(
+            [parts["stop"].click],
+            fn=None,
+            js=_STOPPING,
+            inputs=[parts["status"]],
+            outputs=[parts["status"]],
+            api_name=False,
+        )
         self._on(parts["stop"].click, do.stop, [], queue=False)
         self._on(parts["new"].click, do.forget, [], queue=False)
         asks = ([parts["ask"].click, parts["question"].submit], do.ask, [parts["question"], *controls])
@@ -224,17 +235,17 @@ class Page:
         """Arguments of an event: the handler gets the visitor's conversation, and says what changes by name."""
         changes = _CHANGES[handler.__name__]
 
-        def row(talk: Talk, change: Change) -> list[Any]:
+        def row(talk: Talk, change: Change) -> Any:
             talk.shown |= change
             values = [talk.shown.get(part, "") for part in changes]
-            return values if len(values) > 1 else values[0]
+            return values if len(values) > 1 else values[0] if values else None
 
-        def failed(talk: Talk, error: Exception) -> list[Any]:
+        def failed(talk: Talk, error: Exception) -> Any:
             stopped = isinstance(error, StoppedError)
             line = show.status(_STOPPED) if stopped else show.status(in_one_line(error), error=True)
             return row(talk, {"status": line, "conversation": show.conversation(talk.exchanges), "uploads": ""})
 
-        def once(request: gr.Request, *values: Any) -> list[Any]:
+        def once(request: gr.Request, *values: Any) -> Any:
             talk = Talk()  # of one that has ended
             try:
                 talk = self.visitors.talk(request.session_hash)
@@ -242,10 +253,10 @@ class Page:
             except Exception as error:
                 return failed(talk, error)
 
-        def with_event(request: gr.Request, data: gr.EventData, *values: Any) -> list[Any]:
+        def with_event(request: gr.Request, data: gr.EventData, *values: Any) -> Any:
             return once(request, data, *values)
 
-        def growing(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        def growing(request: gr.Request, *values: Any) -> Iterator[Any]:
             talk = Talk()
             try:
                 talk = self.visitors.talk(request.session_hash)

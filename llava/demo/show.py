@@ -13,12 +13,20 @@ _NAMES = {"vanilla": "All tokens", "zipped": "VisionZip"}
 _MISSING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
-def status(text: str, error: bool = False) -> str:
-    """One line on what goes on, or on what went wrong; nothing for no text."""
+def status(text: str, error: bool = False, busy: bool = False) -> str:
+    """One line on what goes on, or on what went wrong; nothing for no text.
+
+    Args:
+        text: the line.
+        error: it says what went wrong.
+        busy: the model is at work, or about to be: what the button Stop can end.
+    """
     if not text:
         return ""
     line = escape(" ".join(text.split()))
-    return f'<p class="vz-error" role="alert">{line}</p>' if error else f'<p class="vz-status">{line}</p>'
+    if error:
+        return f'<p class="vz-error" role="alert">{line}</p>'
+    return f'<p class="vz-status{" vz-busy" if busy else ""}">{line}</p>'
 
 
 def conversation(exchanges: Sequence[Exchange]) -> str:
