@@ -40,6 +40,16 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(there)
 
 
+def test_the_forms_for_issues_are_as_github_reads_them():
+    for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert form["name"] and form["description"] and isinstance(form["labels"], list)
+        fields = [field["id"] for field in form["body"]]
+        assert len(set(fields)) == len(fields) > 2
+        for field in form["body"]:
+            assert field["type"] in {"textarea", "input", "dropdown", "checkboxes"} and field["attributes"]["label"]
+
+
 def test_every_public_name_is_in_the_reference():
     text = (ROOT / "docs/reference/visionzip.md").read_text(encoding="utf-8")
     for name in visionzip.__all__:
