@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from seam_models import END, FAMILIES, IMAGE, START, VIDEO, Family, Part, Picture, batch
 from torch import Tensor
 from transformers import DynamicCache
@@ -18,7 +19,7 @@ GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 def sized(family: Family, seed: int, rows: int, columns: int) -> Picture:
     """A picture of this size where the family has sizes."""
-    return Picture(seed, rows, columns) if family.grids else Picture(seed)
+    return Picture(seed, rows, columns) if family.sizes else Picture(seed)
 
 
 def mixed(family: Family) -> list[list[Part]]:
@@ -123,6 +124,14 @@ def test_a_decoding_loop_of_ones_own(name: str):
     assert torch.equal(torch.cat(said, dim=1), answers(model, inputs, suppress_tokens=never))
 
 
+def joined(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """One behind the other; pictures are filled up to one size, as processors do."""
+    if first.ndim == 4:
+        height, width = (max(edges) for edges in zip(first.shape[2:], second.shape[2:], strict=True))
+        first, second = (F.pad(own, (0, width - own.shape[3], 0, height - own.shape[2])) for own in (first, second))
+    return torch.cat([first, second], dim=dim)
+
+
 @each
 @torch.no_grad()
 def test_three_turns_with_a_kept_cache(name: str):
@@ -136,8 +145,8 @@ def test_three_turns_with_a_kept_cache(name: str):
         last = sofar["input_ids"][:, -1:] if sofar else new["input_ids"][:, :0]
         whole = {}
         for key, values in new.items():
-            dim = {"pixel_values": 1 if values.ndim == 5 else 0, "image_grid_thw": 0}.get(key, 1)
-            whole[key] = torch.cat([sofar[key], values], dim=dim) if key in sofar else values
+            dim = {"pixel_values": 1 if values.ndim == 5 else 0, "image_grid_thw": 0, "image_sizes": 0}.get(key, 1)
+            whole[key] = joined(sofar[key], values, dim) if key in sofar else values
         sofar |= whole
         expected = model.generate(**sofar, **GREEDY)
         length = 0 if cache is None else cache.get_seq_length()
@@ -212,7 +221,7 @@ def test_save_and_reload(name: str, tmp_path: Any):
 def test_what_does_not_fit(name: str):
     family = FAMILIES[name]
     model, inputs = family.build(), batch(family, [["a", sized(family, 1, 3, 4), "b"]])
-    given = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
+    given = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw", "image_sizes")}
     features = model.get_image_features(**given, return_dict=True)
     visionzip(model, keep=0.4)
     ran = []
