@@ -74,7 +74,8 @@ def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[T
     places = places.to(positions.device)
     index = places.clamp(min=0).expand(*positions.shape[:-2], -1, -1)
     own = positions.gather(-1, index).masked_fill(places < 0, 0)
-    highest = positions if positions.ndim == 2 else positions.amax(dim=0)
+    # Text goes on behind an image's rows and columns; of Qwen2.5-VL, the time of a long video is ahead of that.
+    highest = positions if positions.ndim == 2 else positions[1:].amax(dim=0)
     highest = highest.cummax(dim=1).values
     # A token's part of the prompt ends where the next one begins: a run's last one stands for all behind it.
     length = positions.shape[-1]

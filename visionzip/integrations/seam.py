@@ -98,7 +98,7 @@ class SeamFamily(Family):
                 f"layer={config.layer} of this {type(model).__name__}'s encoder does not compare all patches of an "
                 f"image with each other: use one of {', '.join(map(str, layers))}, or leave it out"
             )
-        check_setting(config, model, 64, lays_out_patches=True)
+        check_setting(config, model, 64, lays_out_patches=True, whole_videos="video" in self.modalities)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
         """Half of each image's tokens, by the last encoder layer that can be read."""
