@@ -74,6 +74,7 @@ _TRANSFORMERS = {
         ("glm46v.modeling_glm46v.Glm46V", "seam_families.GLM4V", "GLM-4.6V"),
         ("internvl.modeling_internvl.InternVL", "seam_families.INTERNVL", "InternVL"),
         ("gemma3.modeling_gemma3.Gemma3", "seam_families.GEMMA3", "Gemma 3"),
+        ("gemma4.modeling_gemma4.Gemma4", "seam_gemma4.GEMMA4", "Gemma 4"),
         ("idefics3.modeling_idefics3.Idefics3", "seam_families.IDEFICS3", "Idefics3"),
         ("mistral3.modeling_mistral3.Mistral3", "seam_pixtral.PIXTRAL", "Mistral 3"),
         ("smolvlm.modeling_smolvlm.SmolVLM", "seam_families.IDEFICS3", "SmolVLM"),
