@@ -36,7 +36,7 @@ from llava.model.prompts import (
 )
 from llava.model.tiles import Layout, tile_layouts, unpad_image
 from llava.model.visual import VisualTokens, check_embeds, lay_out
-from visionzip.encoder import check_finite
+from visionzip.encoder import check_finite, check_tokens
 from visionzip.integrations.generation import refuse_drafts_behind_a_cache, with_mask_of_ids
 from visionzip.language.positions import next_positions
 
@@ -299,6 +299,8 @@ class LlavaMetaForCausalLM(CheckedLoading):
             check_images(images)
             takes = images_per_row(markers, self.count_markers(images), training=labels is not None)
             visual = self.placed_tokens(images, image_sizes)
+            if visual and not self.training:
+                check_tokens([image.tokens for image in visual])
         original = any(image.places is not None for image in visual)
         if original and labels is None:
             refuse_images_at_the_end(prompts)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from visionzip.encoder import check_tokens
 from visionzip.integrations.checks import (
     NO_IDS,
     cached_length,
@@ -201,7 +202,10 @@ def _encode(zipped: Zipped, base: nn.Module, given: Mapping[str, Any], found: li
         chosen = sorted(edit.index for edit in new if edit.modality == visual.modality)
         if chosen:  # images that a cache holds are not encoded again where no new one is
             modality = zipped.family.modalities[visual.modality]
-            encoded[visual.modality] = chosen, modality.encode(base, zipped.config, given).of_runs(chosen)
+            own = modality.encode(base, zipped.config, given).of_runs(chosen)
+            if not base.training:
+                check_tokens(own.tokens, modality.pixels)
+            encoded[visual.modality] = chosen, own
     return encoded
 
 
