@@ -13,20 +13,22 @@ _NAMES = {"vanilla": "All tokens", "zipped": "VisionZip"}
 _MISSING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
-def status(text: str, error: bool = False, busy: bool = False) -> str:
+def status(text: str, error: bool = False, busy: bool = False, waiting: bool = False) -> str:
     """One line on what goes on, or on what went wrong; nothing for no text.
 
     Args:
         text: the line.
         error: it says what went wrong.
-        busy: the model is at work, or about to be: what the button Stop can end.
+        busy: the model is at work: what the button Stop can end.
+        waiting: it will be, when others have had their turn.
     """
     if not text:
         return ""
     line = escape(" ".join(text.split()))
     if error:
         return f'<p class="vz-error" role="alert">{line}</p>'
-    return f'<p class="vz-status{" vz-busy" if busy else ""}">{line}</p>'
+    kind = "vz-status" + " vz-busy" * (busy or waiting) + " vz-waiting" * waiting
+    return f'<p class="{kind}">{line}</p>'
 
 
 def conversation(exchanges: Sequence[Exchange]) -> str:
@@ -95,6 +97,8 @@ def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, la
         {
             "images": [{"name": each.upload.name, "url": each.upload.thumbnail} for each in talk.pictures],
             "selected": talk.selected,
+            "drawn": talk.drawn,
+            "picked": talk.picked,
             "url": talk.pictures[talk.selected].upload.shown,
             "picks": talk.pictures[talk.selected].picks,
             "view": view,

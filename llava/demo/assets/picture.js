@@ -163,7 +163,8 @@ function count() {
 function send() {
   state.number += 1;
   const patches = state.picks && state.picks.map((each) => [...each].sort((one, other) => one - other));
-  trigger('input', { image: shown.selected, number: state.number, patches });
+  find('.vz-info').closest('.vz-picture').dataset.picks = state.number; // a question waits for them
+  trigger('input', { image: shown.selected, drawn: shown.drawn, number: state.number, patches });
   drawPatches();
   drawHistogram();
   count();
@@ -188,7 +189,9 @@ function receive() {
     if (other || state.layer >= data.layers) { state.layer = shown.layer ?? data.layer; }
     state.tile = Math.min(state.tile, data.tiles.length - 1);
     if (!data.method && state.view === 'groups') { state.view = 'kept'; }
-    state.picks = shown.picks && shown.picks.map((each) => new Set(each));
+    // Those picked since the server drew this, on the same picture, are on their way to it.
+    const newer = !other && shown.drawn === before.drawn && shown.picked < state.number;
+    if (!newer) { state.picks = shown.picks && shown.picks.map((each) => new Set(each)); }
   }
   draw();
 }
