@@ -110,7 +110,11 @@ class Browser:
         return self.driver.find_element("xpath", path).text.split()[0]
 
     def status(self) -> str:
-        return self.one("#vz-line").text.strip()
+        return self.one("#vz-line [aria-live]").text.strip()
+
+    def place(self) -> str:
+        """Gradio's words on the queue, beside the status."""
+        return self.one("#vz-line .wrap").text.strip()
 
     def kept(self) -> int:
         """Patches that the picture shows as they are."""

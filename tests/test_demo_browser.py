@@ -164,9 +164,14 @@ def test_two_tabs_at_once(browser: Browser, ring: Path):
         browser.driver.switch_to.window(first)
 
 
+def ramble(browser: Browser) -> None:
+    """Ask what the model answers with 1900 words: there is time to do something meanwhile."""
+    browser.field("Question").send_keys("a a a a a a" + Keys.ENTER)
+    browser.wait(lambda: len(browser.one("article.vanilla .vz-answer").text.split()) > 3)
+
+
 def test_stop(browser: Browser, ring: Path):
-    browser.field("Question").send_keys("hi" + Keys.ENTER)  # without an image the model rambles on and on
-    browser.wait(lambda: len(browser.one("article.vanilla .vz-answer").text.split()) > 12)
+    ramble(browser)
     browser.press("Stop")
     browser.wait(lambda: browser.status() == "stopped: the conversation is as it was before this question")
     assert not browser.answers()
@@ -178,6 +183,43 @@ def test_stop(browser: Browser, ring: Path):
     browser.press("Stop")  # nothing is running any more: the line stays what it is
     time.sleep(1)
     assert browser.status() == "answered"
+
+
+def test_a_new_conversation_ends_an_answer(browser: Browser, ring: Path):
+    ramble(browser)
+    browser.press("New")
+    browser.wait(lambda: not browser.status() and "Both answers" in browser.one("#vz-talk").text)
+    browser.upload(ring)
+    browser.wait(lambda: browser.kept() == 26)
+    browser.ask("What color is the ring?")
+    assert browser.answers() == [("yellow", "yellow")]
+
+
+def test_an_example_ends_an_answer(browser: Browser):
+    ramble(browser)
+    browser.press("2: attention")
+    browser.wait(lambda: browser.answers() == [("K", "K")] and browser.status() == "answered")
+
+
+def test_waiting_for_others(browser: Browser):
+    """The place in the queue is shown; Stop ends a question that waits at once, not when its turn comes."""
+    first = browser.driver.current_window_handle
+    ramble(browser)
+    browser.driver.switch_to.new_window("tab")
+    try:
+        browser.open()
+        browser.press("2: attention")
+        browser.wait(lambda: browser.place().startswith("queue: 1/1"))
+        assert browser.status() == "waiting for the model …"
+        browser.press("Stop")
+        assert browser.status().startswith("stopped")
+        assert not browser.place()
+    finally:
+        browser.driver.close()
+        browser.driver.switch_to.window(first)
+    assert browser.status().startswith("answering")
+    browser.press("Stop")
+    browser.wait(lambda: browser.status().startswith("stopped"))
 
 
 def test_files_that_are_no_images(browser: Browser, ring: Path, tmp_path: Path):

@@ -44,10 +44,13 @@ _STOPPED = "stopped: the conversation is as it was before this question"
 
 # In the browser, at the click. A question's number; and the number of the last pick, which is to be seen before.
 _PICKED = "Number(document.querySelector('.vz-picture')?.dataset.picks ?? 0)"
-_ASKING = f"(number) => [number + 1, {_PICKED}, `{show.status('waiting for the model …', waiting=True)}`]"
+_ASKING = f"(number) => [number + 1, {_PICKED}, `{show.status('waiting for the model …', busy=True, waiting=True)}`]"
+_SENDING = (
+    f"(status) => [status.includes('vz-busy') ? status : `{show.status('waiting for the model …', waiting=True)}`]"
+)
 _LEAVING = "(number) => [number + 1, '', '', '', '']"
 _STOPPING = (
-    f"(status) => [status.includes('vz-waiting') ? `{show.status(_STOPPED)}`"
+    f"(status) => [status.includes('vz-busy vz-waiting') ? `{show.status(_STOPPED)}`"
     f" : status.includes('vz-busy') ? `{show.status('stopping …', busy=True)}` : status]"
 )
 _PICKING = (
@@ -85,6 +88,7 @@ class Events:
         """Connect all of them; inside of the page's blocks."""
         parts, do = self.parts, self.handlers
         controls = self._parts("method", "unit", "budget", "positions", "size_bias")
+        self._in_browser(parts["uploads"].upload, _SENDING, ["status"], ["status"])
         self._on(parts["uploads"].upload, do.add_images, [parts["uploads"], *controls], **LINE)
         self._on(parts["unit"].input, do.limits, self._parts("unit", "budget"))
         changes = [parts[name].change for name in ("method", "budget", "positions", "size_bias")]
@@ -120,7 +124,7 @@ class Events:
             return self.handlers.example(talk, example, *values)
 
         parts, counted = self.parts, self._parts("number", "picked")
-        line = show.status("waiting for the model …", waiting=True)
+        line = show.status("waiting for the model …", busy=True, waiting=True)
         asking = f"(number) => [number + 1, 0, {json.dumps(example.question)}, `{line}`]"
         clicked = self._in_browser(button.click, asking, ["number"], ["number", "picked", "question", "status"])
         self._then(clicked, self.handlers.leave, [parts["number"]], api_name=False, **AT_ONCE)
@@ -192,6 +196,7 @@ class Events:
             "fn": growing if grows else with_event if event else once,
             "inputs": inputs,
             "outputs": self._parts(*changes),
-            "show_progress": "hidden",
+            "show_progress": "minimal" if "status" in changes else "hidden",
+            "show_progress_on": self._parts("status") if "status" in changes else None,
             "api_name": handler.__name__,
         }

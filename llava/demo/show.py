@@ -20,14 +20,14 @@ def status(text: str, error: bool = False, busy: bool = False, waiting: bool = F
         text: the line.
         error: it says what went wrong.
         busy: the model is at work: what the button Stop can end.
-        waiting: it will be, when others have had their turn.
+        waiting: others have their turn before; gradio's place in the queue stands beside it.
     """
     if not text:
         return ""
     line = escape(" ".join(text.split()))
     if error:
         return f'<p class="vz-error" role="alert">{line}</p>'
-    kind = "vz-status" + " vz-busy" * (busy or waiting) + " vz-waiting" * waiting
+    kind = "vz-status" + " vz-busy" * busy + " vz-waiting" * waiting
     return f'<p class="{kind}">{line}</p>'
 
 
