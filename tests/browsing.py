@@ -120,6 +120,10 @@ class Browser:
         """Patches that the picture shows as they are."""
         return len(self.all(".vz-patches rect[fill-opacity='0']"))
 
+    def info(self) -> str:
+        """The line on the patch under the pointer."""
+        return self.one(".vz-info").text.strip()
+
     def show(self, view: str) -> None:
         self.driver.find_element("xpath", f"//*[contains(@class, 'vz-views')]//span[.='{view}']").click()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
+import json
 import sys
 import threading
 import weakref
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from served_page import CONTROLS, MODEL, free_port, sent
 
@@ -160,6 +163,18 @@ def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...
     handlers.setting("random", "tokens", 16).put_on(desk.model)
     other = desk.model.get_vision_tower().visionzip
     assert (other.keep, other.layer, other.merge, other.seed) == (16, -3, "average", 5)
+
+
+def test_the_figure_of_misalignment(desk: Desk, talk: Talk):
+    """Figure 14: what a patch attends to most is elsewhere and kept, as the example's hint says."""
+    example = EXAMPLES[-1]
+    data = json.loads(Handlers(desk).example(talk, example, *CONTROLS)["picture"])
+    assert data["view"] == example.view == "pairs"
+    (tile,) = data["data"]["tiles"]
+    shares = torch.frombuffer(bytearray(base64.b64decode(tile["pairs"])), dtype=torch.uint8).view(144, 144)
+    most = shares.argmax(dim=1)
+    assert {tile["role"][patch] for patch in most} == {"kept"} and tile["role"].count("kept") == 26
+    assert (most == torch.arange(144)).float().mean() < 0.05
 
 
 def test_each_image_has_its_own_picks(desk: Desk, talk: Talk):

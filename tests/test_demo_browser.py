@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_tokens_picked_by_hand(browser: Browser, ring: Path):
     patches = browser.one(".vz-patches")  # and by keyboard: from patch 5 one down, which is 17
     patches.send_keys(Keys.ARROW_DOWN, Keys.SPACE)
     assert "4 of 144 patches picked by hand" in browser.one(".vz-count").text
-    assert "row 2, column 6" in browser.one(".vz-info").text and "picked by hand" in browser.one(".vz-info").text
+    assert "row 2, column 6" in browser.info() and "picked by hand" in browser.info()
     browser.press("Ask again")
     browser.wait(lambda: browser.figure("zipped", "visual tokens") == "4")
     assert browser.answers()[0][0] == "yellow" != browser.answers()[0][1]
@@ -131,6 +132,27 @@ def test_layers_and_groups(browser: Browser):
     browser.show("Merged groups")
     assert len(browser.all(".vz-patches rect.target")) == 5
     assert len({each.get_attribute("fill") for each in browser.all(".vz-patches [fill^=hsl]")}) == 5
+
+
+def test_what_a_patch_attends_to(browser: Browser, ring: Path):
+    """Figure 14: the picture follows the pointer; and on another image, where the visitor asks for it."""
+
+    def colors() -> list[str]:
+        return [each.get_attribute("fill") for each in browser.all(".vz-patches [data-patch]")]
+
+    browser.press("14: misalignment")
+    browser.wait(lambda: browser.status() == "answered")
+    assert len(browser.all(".vz-patches rect.dominant")) == 26
+    before = colors()
+    patches = browser.one(".vz-patches")
+    patches.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN)  # from the first patch one down
+    assert re.fullmatch(r"row 2, column 1 · attends most to row \d+, column \d+, which is kept", browser.info())
+    assert "of this patch's attention" in browser.one(".vz-share").text and colors() != before
+    browser.upload(ring)
+    browser.wait(lambda: len(browser.all(".vz-images img")) == 2)
+    browser.wait(lambda: len(browser.all(".vz-patches rect.dominant")) == 26)
+    browser.show("Kept")
+    browser.wait(lambda: browser.kept() == 26)
 
 
 def test_compare(browser: Browser):

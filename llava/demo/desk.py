@@ -93,13 +93,13 @@ class Desk:
             pass
         self.leave(talk)
 
-    def picture(self, picture: Picture, setting: Setting) -> dict[str, Any]:
+    def picture(self, picture: Picture, setting: Setting, pairs: bool = False) -> dict[str, Any]:
         """What :func:`llava.picture.picture_data` says of an image under a setting, or under its picks."""
         image = picture.upload.open()
         with self._lock:
             setting.put_on(self.model)
             with _picked(self.model, picture.picks):
-                return picture_data(self.model, image, self.image_processor)
+                return picture_data(self.model, image, self.image_processor, pairs)
 
     def ask(self, talk: Talk, question: str, setting: Setting) -> Iterator[Exchange]:
         """Ask both sides the next question; yields the exchange as it grows, and then stands in ``talk.exchanges``.

@@ -58,7 +58,8 @@ class Handlers:
     def _picture(self, talk: Talk, setting: Setting, view: str | None = None, layer: int | None = None) -> str:
         if not talk.pictures:
             return ""
-        return show.picture(talk, self.desk.picture(talk.pictures[talk.selected], setting), view, layer)
+        data = self.desk.picture(talk.pictures[talk.selected], setting, talk.pairs)
+        return show.picture(talk, data, view, layer)
 
     def limits(self, talk: Talk, unit: str, budget: float) -> Change:
         """The slider goes on in other units, with what comes closest to its budget."""
@@ -86,11 +87,11 @@ class Handlers:
         return {"picture": self._picture(talk, setting), "status": show.status(line)}
 
     def choose(self, talk: Talk, event: gr.EventData, *controls: Any) -> Change:
-        """Show another image of the conversation."""
+        """Show another image of the conversation, or also what its patches attend to."""
         number = event.image
         if type(number) is not int or not 0 <= number < len(talk.pictures):
             raise ValueError(f"there is no image {number!r}: the conversation has {len(talk.pictures)}")
-        talk.selected = number
+        talk.selected, talk.pairs = number, event.pairs is True
         return {"picture": self._picture(talk, self.setting(*controls))}
 
     def pick(self, talk: Talk, event: gr.EventData) -> Change:
@@ -153,6 +154,7 @@ class Handlers:
         """Begin anew with an example's image and question."""
         cleared = self.forget(talk)
         talk.add([example.upload()])
+        talk.pairs = example.view == "pairs"
         return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
             "status": show.status(example.hint),

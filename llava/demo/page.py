@@ -103,7 +103,7 @@ class Page:
                 )
             with gr.Column(scale=7, min_width=320):
                 with gr.Row(elem_id="vz-examples"):
-                    gr.HTML("<h2>The paper's figures</h2>", apply_default_css=False, min_width=120, scale=0)
+                    _html("<h2>Paper's figures</h2>")
                     parts["examples"] = [gr.Button(example.label, size="sm", min_width=90) for example in EXAMPLES]
                 self._lay_out_controls(desk)
                 parts["status"] = _html("", html_template=asset("status.html"), elem_id="vz-line")

@@ -142,6 +142,7 @@ class Talk:
         self.pictures: list[Picture] = []
         self.waiting: list[Picture] = []  # for the next question
         self.selected = 0
+        self.pairs = False  # whether the picture says what each patch attends to
         self.exchanges: list[Exchange] = []
         self.sides: dict[str, Any] = {}  # a ChatSession each
         self.leaving = False  # a new one is to begin
