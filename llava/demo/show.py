@@ -122,11 +122,11 @@ def strip(shown: Picture, rows: Sequence[tuple[str, dict[str, Any] | None, Answe
     cells = []
     for method, data, answer in rows:
         if isinstance(answer, str) or data is None:
-            cells.append(f'<li><h4>{escape(method)}</h4><p class="vz-error">{escape(str(answer))}</p></li>')
+            cells.append(f'<li><h3>{escape(method)}</h3><p class="vz-error">{escape(str(answer))}</p></li>')
             continue
         cost = f"{answer.visual_tokens} visual tokens, first in {_seconds(answer.first_token)}"
         cells.append(
-            f"<li><h4>{escape(method)}</h4>{_kept(shown, method, data)}"
+            f"<li><h3>{escape(method)}</h3>{_kept(shown, method, data)}"
             f'<p class="vz-answer">{escape(answer.turn.text or "(no words)")}</p><p class="vz-cost">{cost}</p></li>'
         )
     return f'<ol class="vz-strip">{"".join(cells)}</ol>' if cells else ""
