@@ -73,7 +73,7 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any, pairs: bo
         - ``tokens`` [before, after]: in the encoder, of all its inputs; and visual tokens that are left of them (those
           before, if the model is not zipped), without newlines;
         - ``layers``: how many have attention; ``layer``: the index, from 0, of the one that decides;
-        - ``pairable``: whether ``pairs`` can be had of this model;
+        - ``pairable``: whether ``pairs`` can be had of this model; ``pickable``: whether patches can be picked;
         - ``tiles``: of each encoder input what :func:`visionzip.token_map.token_data` says: one, or the whole image and
           then its tiles row by row. With ``pairs`` each has these too, as
           :func:`visionzip.pair_attention.packed_pairs` packs them.
@@ -106,5 +106,6 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any, pairs: bo
         "layers": len(first.attention),
         "layer": first.layer,
         "pairable": True,
+        "pickable": True,
         "tiles": tiles,
     }

@@ -36,6 +36,7 @@ from llava.demo.desk import Desk  # noqa: E402
 from llava.demo.examples import EXAMPLES  # noqa: E402
 from llava.demo.guard import names_file  # noqa: E402
 from llava.demo.handlers import Handlers  # noqa: E402
+from llava.demo.models import LlavaModel  # noqa: E402
 from llava.demo.page import Page  # noqa: E402
 from llava.demo.talk import Setting, StoppedError, Talk  # noqa: E402
 from llava.demo.uploads import MAX_BYTES, MAX_IMAGES, Upload, read_uploads  # noqa: E402
@@ -54,7 +55,7 @@ def model() -> tuple[Any, ...]:
 @pytest.fixture
 def desk(model: tuple[Any, ...]) -> Desk:
     unzip(model[1])
-    return Desk(*model, do_sample=False, max_new_tokens=12)
+    return Desk(LlavaModel(*model), do_sample=False, max_new_tokens=12)
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...
     """The page has no control for layer, merge rule and seed; the split is the model's at the model's budget."""
     with pytest.warns(UserWarning, match="layer -3"):
         visionzip(model[1], dominant=20, contextual=12, layer=-3, merge="average", seed=5)
-    desk = Desk(*model)
+    desk = Desk(LlavaModel(*model))
     own = desk.model.get_vision_tower().visionzip
     handlers = Handlers(desk)
     handlers.setting("visionzip", "tokens", 32).put_on(desk.model)
@@ -281,7 +282,7 @@ def test_old_conversations_give_their_caches_back(desk: Desk, monkeypatch: pytes
 @pytest.mark.parametrize("family", ["llava-next", "mini-gemini"])
 def test_other_families(family: str, load: Any, make_mgm: Any):
     loaded = load(**NEXT) if family == "llava-next" else load_pretrained_model(str(make_mgm()), device="cpu")
-    desk = Desk(*loaded[:3], "vicuna_v1", max_new_tokens=3)
+    desk = Desk(LlavaModel(*loaded[:3], "vicuna_v1"), max_new_tokens=3)
     talk = Talk()
     talk.add([RING.upload()])
     answer = ask(desk, talk, RING.question, Setting(5))

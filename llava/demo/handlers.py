@@ -17,6 +17,7 @@ from llava.demo.uploads import read_uploads
 from visionzip.methods import METHODS
 
 TOKENS, SHARE = "tokens", "percent"
+LABELS = {TOKENS: "Tokens of each image or tile", SHARE: "Percent of the patches"}
 OWN = "the method's own"
 POSITIONS = {OWN: None, "consecutive": "consecutive", "original": "original"}
 SIZE_BIAS = {OWN: None, "on": True, "off": False}
@@ -33,6 +34,14 @@ class Handlers:
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+        self.units = (TOKENS, SHARE) if desk.patches else (SHARE,)  # that a budget can be in
+
+    def budget(self) -> tuple[str, int, int]:
+        """What the controls begin with: unit, top and value of the slider."""
+        own, patches = self.desk.default, self.desk.patches
+        if not patches:
+            return SHARE, 100, max(1, round(100 * own.keep))
+        return TOKENS, patches, min(patches, own.keep)
 
     def setting(self, method: str, unit: str, budget: float, positions: str = OWN, size_bias: str = OWN) -> Setting:
         """What the controls say.
@@ -42,7 +51,7 @@ class Handlers:
         """
         for value, known in (
             (method, METHODS),
-            (unit, (TOKENS, SHARE)),
+            (unit, self.units),
             (positions, POSITIONS),
             (size_bias, SIZE_BIAS),
         ):
@@ -66,9 +75,9 @@ class Handlers:
         patches = self.desk.patches
         if unit == TOKENS:
             value = min(patches, max(1, round(budget * patches / 100)))
-            return {"budget": gr.Slider(maximum=patches, value=value, label="Tokens of each image or tile")}
+            return {"budget": gr.Slider(maximum=patches, value=value, label=LABELS[TOKENS])}
         value = min(100, max(1, round(100 * budget / patches)))
-        return {"budget": gr.Slider(maximum=100, value=value, label="Percent of the patches")}
+        return {"budget": gr.Slider(maximum=100, value=value, label=LABELS[SHARE])}
 
     def add_images(self, talk: Talk, text: str, *controls: Any) -> Change:
         """Put uploaded images to the next question."""
@@ -155,9 +164,12 @@ class Handlers:
         cleared = self.forget(talk)
         talk.add([example.upload()])
         talk.pairs = example.view == "pairs"
+        hint = example.hint
+        if talk.pairs and not self.desk.page_model.pairable:
+            hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
         return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
-            "status": show.status(example.hint),
+            "status": show.status(hint),
         }
 
     def compare(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:

@@ -13,7 +13,8 @@ from llava.demo.desk import Desk
 from llava.demo.events import Events
 from llava.demo.examples import EXAMPLES
 from llava.demo.guard import Guard
-from llava.demo.handlers import OWN, POSITIONS, SHARE, SIZE_BIAS, TOKENS, Handlers
+from llava.demo.handlers import LABELS, OWN, POSITIONS, SIZE_BIAS, Handlers
+from llava.demo.models import PageModel
 from llava.demo.uploads import MAX_BYTES
 from llava.demo.visitors import Visitors
 from llava.serve.cli import describe
@@ -49,10 +50,10 @@ class Page:
         self.blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
 
     @classmethod
-    def of(cls, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str, name: str, **settings: Any) -> Page:
+    def of(cls, page_model: PageModel, name: str, **settings: Any) -> Page:
         """The page of a model that has answered once, so that the first visitor need not wait for its kernels."""
-        desk = Desk(tokenizer, model, image_processor, conv_mode, **settings)
-        about = f"{name}: {describe(model).rpartition(' · ')[0]}"  # without the setting, which the page changes
+        desk = Desk(page_model, **settings)
+        about = f"{name}: {describe(page_model.model).rpartition(' · ')[0]}"  # without the setting, which changes
         desk.warm_up()
         return cls(desk, about)
 
@@ -119,12 +120,12 @@ class Page:
 
     def _lay_out_controls(self, desk: Desk) -> None:
         parts, own = self.parts, desk.default
+        unit, top, value = self.handlers.budget()
         with gr.Row(elem_id="vz-controls"):
             parts["method"] = gr.Dropdown(list(METHODS), value=own.method, label="Method", scale=3, min_width=120)
-            parts["budget"] = gr.Slider(
-                1, desk.patches, value=own.tokens(desk.patches), step=1, label="Tokens of each image or tile", scale=4
-            )
-            parts["unit"] = gr.Radio([TOKENS, SHARE], value=TOKENS, label="Budget in", scale=4, min_width=220)
+            parts["budget"] = gr.Slider(1, top, value=value, step=1, label=LABELS[unit], scale=4)
+            units = list(self.handlers.units)
+            parts["unit"] = gr.Radio(units, value=unit, label="Budget in", scale=4, min_width=220)
         with gr.Accordion("More of the method", open=False), gr.Row():
             parts["positions"] = gr.Dropdown(
                 list(POSITIONS), value=own.positions or OWN, label="Positions of kept tokens"

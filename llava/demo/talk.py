@@ -11,9 +11,11 @@ from typing import Any
 
 from llava.demo.uploads import Upload
 from llava.serve.chat import Turn
-from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip import unzip, visionzip
 from visionzip.config import MergeRule, Positions
 
+Picks = tuple[tuple[int, ...], ...]
+"""Patches picked by hand: of each tile of an image its numbers, row by row from 0."""
 _PATIENCE = 5.0  # seconds
 
 
@@ -69,10 +71,6 @@ class Setting:
             return {"dominant": self.split[0], "contextual": self.split[1]}
         return {"keep": self.keep}
 
-    def tokens(self, patches: int) -> int:
-        """Tokens of an image of N patches."""
-        return min(patches, VisionZipConfig(keep=self.keep).tokens(patches))
-
     def __str__(self) -> str:
         budget = f"{self.keep} tokens" if isinstance(self.keep, int) else f"{self.keep:.0%} of the patches"
         positions = f", {self.positions} positions" if self.positions else ""
@@ -90,7 +88,7 @@ class Picture:
     """
 
     upload: Upload
-    picks: tuple[tuple[int, ...], ...] | None = None
+    picks: Picks | None = None
 
 
 @dataclass

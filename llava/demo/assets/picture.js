@@ -169,8 +169,11 @@ function legend() {
   }[state.view];
 }
 
+// Whether the model has what a view shows.
+const fits = (view) => ({ groups: data?.method, pairs: data?.pairable, pick: data?.pickable })[view] ?? true;
+
 function draw() {
-  const views = Object.entries(VIEWS).filter(([name]) => (name !== 'groups' || data?.method) && (name !== 'pairs' || data?.pairable));
+  const views = Object.entries(VIEWS).filter(([name]) => fits(name));
   find('.vz-images').innerHTML = (shown?.images ?? []).map(({ name, url }, index) =>
     `<button type="button" data-image="${index}" aria-pressed="${index === shown.selected}" aria-label="Show ${escape(name)}" title="${escape(name)}">` +
     `<img src="${escape(url)}" alt=""></button>`).join('');
@@ -227,7 +230,7 @@ function receive() {
     if (other) { state.cursor = null; state.tile = 0; }
     if (other || state.layer >= data.layers) { state.layer = shown.layer ?? data.layer; }
     state.tile = Math.min(state.tile, data.tiles.length - 1);
-    if ((!data.method && state.view === 'groups') || (!data.pairable && state.view === 'pairs')) { state.view = 'kept'; }
+    if (!fits(state.view)) { state.view = 'attention'; }
     // Those picked since the server drew this, on the same picture, are on their way to it.
     const newer = !other && shown.drawn === before.drawn && shown.picked < state.number;
     if (!newer) { state.picks = shown.picks && shown.picks.map((each) => new Set(each)); }
