@@ -170,7 +170,7 @@ def test_the_figure_of_misalignment(desk: Desk, talk: Talk):
     """Figure 14: what a patch attends to most is elsewhere and kept, as the example's hint says."""
     example = EXAMPLES[-1]
     data = json.loads(Handlers(desk).example(talk, example, *CONTROLS)["picture"])
-    assert data["view"] == example.view == "pairs"
+    assert data["view"] == example.view == "pairs" and data["hint"] == example.hint
     (tile,) = data["data"]["tiles"]
     shares = torch.frombuffer(bytearray(base64.b64decode(tile["pairs"])), dtype=torch.uint8).view(144, 144)
     most = shares.argmax(dim=1)

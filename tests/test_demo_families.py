@@ -156,8 +156,9 @@ def test_an_example(desk: Desk, talk: Talk):
     """Where a figure cannot be had of a model, its picture still can, and the line says so."""
     for example in EXAMPLES:
         change = Handlers(desk).example(talk, example, "visionzip", "percent", 50)
-        assert json.loads(change["picture"])["data"]["method"] == "visionzip"
-    assert "Figure 14 is not to be had of this model" in change["status"]
+        shown = json.loads(change["picture"])
+        assert shown["data"]["method"] == "visionzip"
+    assert shown["hint"].startswith("Figure 14 is not to be had of this model")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -164,12 +164,12 @@ class Handlers:
         cleared = self.forget(talk)
         talk.add([example.upload()])
         talk.pairs = example.view == "pairs"
-        hint = example.hint
+        talk.hint = example.hint
         if talk.pairs and not self.desk.page_model.pairable:
-            hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
+            talk.hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
         return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
-            "status": show.status(hint),
+            "status": show.status("reading …", busy=True),
         }
 
     def compare(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:

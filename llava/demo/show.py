@@ -99,6 +99,7 @@ def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, la
             "selected": talk.selected,
             "drawn": talk.drawn,
             "picked": talk.picked,
+            "hint": talk.hint,
             "url": talk.pictures[talk.selected].upload.shown,
             "picks": talk.pictures[talk.selected].picks,
             "view": view,

@@ -140,6 +140,7 @@ class Talk:
         self.pictures: list[Picture] = []
         self.waiting: list[Picture] = []  # for the next question
         self.selected = 0
+        self.hint = ""  # what there is to see in the picture
         self.pairs = False  # whether the picture says what each patch attends to
         self.exchanges: list[Exchange] = []
         self.sides: dict[str, Any] = {}  # a ChatSession each
@@ -184,6 +185,7 @@ class Talk:
         new = [Picture(upload) for upload in uploads]
         self.pictures += new
         self.waiting += new
+        self.hint = ""
         if new:
             self.selected = len(self.pictures) - 1
 

@@ -143,7 +143,7 @@ function drawHistogram() {
   const scale = 68 / Math.sqrt(Math.max(...bins.map(([rest, kept]) => rest + kept)));
   find('.vz-histogram').innerHTML = bins.map(([rest, kept], index) => {
     const whole = Math.sqrt(rest + kept) * scale;
-    const part = rest + kept ? (whole * kept) / (rest + kept) : 0;
+    const part = rest + kept ? whole * (kept / (rest + kept)) : 0; // never more than the whole
     const bar = (name, y, height) => `<rect class="${name}" x="${index * 8 + 0.5}" y="${y}" width="7" height="${height}"/>`;
     return bar('rest', 70 - whole, whole - part) + bar('kept', 70 - part, part);
   }).join('');
@@ -181,6 +181,8 @@ function draw() {
   ['.vz-bar', '.vz-patches', '.vz-info', '.vz-legend', '.vz-deep'].forEach((name) => find(name).toggleAttribute('hidden', !data));
   find('.vz-empty').hidden = Boolean(data);
   find('.vz-hand').hidden = !data || state.view !== 'pick';
+  find('.vz-hint').textContent = shown?.hint ?? '';
+  find('.vz-hint').hidden = !shown?.hint;
   if (!data) { return; }
   find('.vz-views').innerHTML = views.map(([name, label]) =>
     `<label><input type="radio" name="vz-view" value="${name}" ${name === state.view ? 'checked' : ''}><span>${label}</span></label>`).join('');
