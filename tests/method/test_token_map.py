@@ -172,6 +172,8 @@ def test_plain_data(load: Any):
         "tokens": [17, 7],
         "layers": 4,
         "layer": 2,
+        "pairable": True,
+        "pickable": True,
     }
     (tile,) = data["tiles"]
     assert tile["region"] == [0, -28, 112, 84] and tile["grid"] == [4, 4]  # padded to a square
