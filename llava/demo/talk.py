@@ -152,6 +152,7 @@ class Talk:
         Args:
             number: of the question, as the browser counts them; 0 is the next one.
         """
+        self.leaving = False
         self._ticket = number or self._ticket + 1
 
     def stop(self, number: int = 0) -> None:
