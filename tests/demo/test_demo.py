@@ -216,6 +216,20 @@ def test_stop_overtakes_its_question(desk: Desk, talk: Talk):
     assert "answered" in list(handlers.ask(talk, RING.question, *CONTROLS, 4, 0))[-1]["status"]
 
 
+def test_what_ends_the_conversation_before_does_not_stop_the_first_question_of_the_next(desk: Desk, talk: Talk):
+    """However late it comes: it names the question with which the new conversation begins."""
+    handlers = Handlers(desk)
+    growing = handlers.ask(talk, RING.question, *CONTROLS, 1, 0)
+    next(growing)
+    handlers.leave(talk, 1)
+    assert "answered" in list(growing)[-1]["status"]
+    growing = handlers.ask(talk, RING.question, *CONTROLS, 2, 0)
+    next(growing)
+    handlers.leave(talk, 3)
+    with pytest.raises(StoppedError):
+        list(growing)
+
+
 def picks(*patches: int, number: int, drawn: int) -> gradio.EventData:
     return gradio.EventData(None, {"image": 0, "patches": [list(patches)], "number": number, "drawn": drawn})
 
