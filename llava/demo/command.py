@@ -38,7 +38,7 @@ def demo(args: argparse.Namespace) -> None:
     check_port(args.port)
     settings = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     if has_processor(args.model_path):
-        page_model: PageModel = ProcessorModel(*load_with_processor(args, vanilla=False))
+        page_model: PageModel = ProcessorModel(*load_with_processor(args))
     else:
         page_model = LlavaModel(*load_from_arguments(args))
     page = Page.of(page_model, name=escape(Path(args.model_path).name), **settings)
