@@ -43,7 +43,7 @@ from .fingerprint import checksum_of_bytes, contents_of
 from .frames import check_context, frames_of, with_frames
 from .judge import Judge
 from .matching import asked, shortfalls
-from .methods import Run, plan
+from .methods import Run, plan, trained_setting
 from .models import kind_of
 from .models.base import Model, Prompt
 from .records import Answer, Question, Score, UnscoredError
@@ -168,6 +168,7 @@ class _Loader:
         kind, config, questions, runs = self._arguments
         if self._ready is None:
             model = kind.load(config)
+            model.trained = trained_setting(config_of(config.model_path))
             for each in runs:  # what a method refuses, it refuses before the long work
                 with model.attached(each):
                     pass

@@ -28,6 +28,7 @@ def visionzip(
     size_bias: bool | None = None,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
+    video_keep: int | float | None = None,
 ) -> Model:
     """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
@@ -52,6 +53,8 @@ def visionzip(
         size_bias: whether a kept token's attention grows with the patches it stands for (default: the method's own).
         max_tokens: the most tokens of an image, tile or frame where ``keep`` is a share (default: no limit).
         min_tokens: the least, as far as it has so many (default: 1).
+        video_keep: tokens of a whole video or their share, chosen among all its frames at once (default: each frame is
+            chosen from alone).
             All of these are explained in :class:`VisionZipConfig`. With none of them, the setting stored in
             ``model.config.visionzip`` is applied, if there is one.
 
@@ -76,7 +79,7 @@ def visionzip(
         (dominant, contextual), keep = split(keep), None
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
     setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
-    setting |= {"max_tokens": max_tokens, "min_tokens": min_tokens}
+    setting |= {"max_tokens": max_tokens, "min_tokens": min_tokens, "video_keep": video_keep}
     given = {name: value for name, value in setting.items() if value is not None}
     if given.keys() & {"dominant", "contextual"}:
         given["keep"] = None  # of a family whose default is a share

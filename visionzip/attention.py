@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,46 +116,88 @@ def read_attention(
 
 
 @contextmanager
+def read_parts(
+    attention: nn.Module, names: tuple[str, ...], reduce: Callable[[dict[str, Tensor], dict[str, Any]], T]
+) -> Iterator[list[T]]:
+    """Record what parts of one attention layer return, and with which arguments the layer was called.
+
+    The hooks are as those of :func:`read_attention`. For layers that rotate queries and keys behind their projections:
+    what they rotate by is among the arguments.
+
+    Args:
+        attention: the layer.
+        names: its parts.
+        reduce: of what these returned, by name, and of the arguments; applied behind the layer.
+
+    Yields:
+        A list that gets what ``reduce`` returns.
+    """
+    thread, found, captured = threading.get_ident(), [], {}
+
+    def listen(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if threading.get_ident() == thread:
+                captured[name] = output.detach()
+
+        return getattr(attention, name).register_forward_hook(hook)
+
+    def behind(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(reduce(captured, kwargs))
+            captured.clear()
+
+    handles = [*map(listen, names), attention.register_forward_hook(behind, with_kwargs=True)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Record what patches of packed images receive in one attention layer with rotary positions, as Qwen-VL's have.
 
-    The hooks are as those of :func:`read_attention`. Images lie one behind the other in one sequence of S patches and
-    attend within ``cu_seqlens``; each is scored alone, in blocks of queries.
+    Images lie one behind the other in one sequence of S patches and attend within ``cu_seqlens``.
 
     Args:
         attention: module with ``qkv``, ``num_heads`` and ``scaling``, called with ``cu_seqlens`` and
             ``position_embeddings``; its rotation is ``apply_rotary_pos_emb_vision`` beside its class.
 
     Yields:
-        A list that gets (S,) float32, attention received, summed over heads, mean over the image's queries; and
-        (S, Dh) float32, keys before rotation (what a patch is like, not where it is), mean over heads.
+        A list that gets what :func:`packed_scores` returns.
     """
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
-    thread, found, given = threading.get_ident(), [], {}
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() == thread:
-            given.update(kwargs)
-
-    def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if threading.get_ident() != thread:
-            return
-        queries, keys, _ = output.detach().unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # (S, H, Dh)
+    def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        queries, keys, _ = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # (S, H, Dh)
         turned = rotate(queries, keys, *given["position_embeddings"])
         lengths = given["cu_seqlens"].diff().tolist()
-        images = zip(*(values.transpose(0, 1)[None].split(lengths, dim=2) for values in turned), strict=True)
-        scores = [patch_scores(QueriesKeys(*image, attention.scaling), cls_token=False)[0] for image in images]
-        found.append((torch.cat(scores), keys.float().mean(dim=1)))
+        return packed_scores(*(values.transpose(0, 1) for values in (*turned, keys)), lengths, attention.scaling)
 
-    handles = [
-        attention.register_forward_pre_hook(before, with_kwargs=True),
-        attention.qkv.register_forward_hook(behind),
-    ]
-    try:
+    with read_parts(attention, ("qkv",), score) as found:
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def packed_scores(
+    queries: Tensor, keys: Tensor, unturned: Tensor, lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Score the patches of packed images, each image alone, in blocks of queries.
+
+    Args:
+        queries: (H, S, Dh), rotated.
+        keys: likewise.
+        unturned: keys before rotation: what a patch is like, not where it is.
+        lengths: patches of each image.
+        scale: of the layer's attention.
+
+    Returns:
+        (S,) float32, attention received, summed over heads, mean over the image's queries; and (S, Dh) float32, keys
+        before rotation, mean over heads.
+    """
+    images = zip(*(values[None].split(lengths, dim=2) for values in (queries, keys)), strict=True)
+    scores = [patch_scores(QueriesKeys(*image, scale), cls_token=False)[0] for image in images]
+    return torch.cat(scores), unturned.float().mean(dim=0)
 
 
 def cls_attention(read: QueriesKeys) -> Tensor:
@@ -185,6 +227,22 @@ def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
     length = read.queries.shape[2]
     total = sum(_attention(queries, read).sum(dim=2) for queries in read.queries.split(block, dim=2))
     return total / length
+
+
+def patch_attention(read: QueriesKeys, cls_token: bool, block: int = 128) -> Tensor:
+    """Attention of each patch on each patch, mean over heads.
+
+    Args:
+        read: queries and keys (B, H, S, Dh).
+        cls_token: position 0 is a CLS token, which is left out on both sides.
+        block: queries at a time, so that no more than (B, H, block, S) is stored of single heads.
+
+    Returns:
+        (B, N, N) in float32: row i is what patch i pays; it sums to 1 less what a CLS token gets.
+    """
+    first = int(cls_token)
+    queries = read.queries[:, :, first:].split(block, dim=2)
+    return torch.cat([_attention(some, read).mean(dim=1) for some in queries], dim=1)[:, :, first:]
 
 
 def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:

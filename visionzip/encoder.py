@@ -47,6 +47,30 @@ def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> 
             )
 
 
+def check_tokens(tokens: Sequence[Tensor], name: str = "images") -> None:
+    """Check visual tokens that go to a language model, which would answer NaN with the token of number 0.
+
+    They are looked at once for a call, when they are made, not once a step; and not in training, where a step of mixed
+    precision may overflow, which its scaler answers.
+
+    Args:
+        tokens: (n, D) of each image.
+        name: of what they were made of.
+
+    Raises:
+        ValueError: some are NaN or infinite; the message names the image.
+    """
+    if torch.compiler.is_compiling() or torch.isfinite(torch.cat(list(tokens)).detach()).all():
+        return
+    index, own = next((index, own) for index, own in enumerate(tokens) if not torch.isfinite(own).all())
+    wrong = int((~torch.isfinite(own)).any(dim=-1).sum())
+    raise ValueError(
+        f"{name}[{index}] has {wrong} visual tokens that are NaN or infinite, of {len(own)}, as the model's encoder or "
+        f"projector made them: its weights are damaged, or {own.dtype} is too small for them (load the model in "
+        "bfloat16 or float32)"
+    )
+
+
 def has_cls_token(vision_model: nn.Module) -> bool:
     """Whether position 0 is a CLS token (CLIP has one, SigLIP has none)."""
     return hasattr(vision_model.embeddings, "class_embedding")

@@ -79,7 +79,9 @@ def uncompressed(config: VisionZipConfig, patches: int, cls_token: bool) -> str 
     return f"{config} is {asked} tokens" if asked >= counts.total == patches + counts.cls_token else None
 
 
-def check_setting(config: VisionZipConfig, model: object, side: int, lays_out_patches: bool) -> None:
+def check_setting(
+    config: VisionZipConfig, model: object, side: int, lays_out_patches: bool, whole_videos: bool = False
+) -> None:
     """Check that a method and its budget fit a model.
 
     Args:
@@ -87,11 +89,18 @@ def check_setting(config: VisionZipConfig, model: object, side: int, lays_out_pa
         model: for the message.
         side: patches along an edge of an image.
         lays_out_patches: whether the model does so: with tiles, or by patch info mining.
+        whole_videos: whether tokens of a video can be chosen among those of all its frames.
 
     Raises:
-        ValueError: they do not go together: no such method, a budget that it cannot make, or a method whose tokens
-            stand for areas on a model that lays its patches out or looks closer at them.
+        ValueError: they do not go together: no such method, a budget that it cannot make, a method whose tokens
+            stand for areas on a model that lays its patches out or looks closer at them, or ``video_keep`` where videos
+            are chosen from frame by frame, or there are none.
     """
+    if config.video_keep is not None and not whole_videos:
+        raise ValueError(
+            f"video_keep={config.video_keep} is for Qwen-VL's families and Gemma 4: this {type(model).__name__} takes "
+            "no videos, or chooses among the tokens of each frame alone; leave it out"
+        )
     method_of(config).check(config.tokens(side**2), (side, side))
     if lays_out_patches and not method_of(config).keeps_patches:
         fitting = ", ".join(name for name, method in METHODS.items() if method.keeps_patches)

@@ -113,6 +113,14 @@ class Method:
         return TokenCounts(dominant, contextual, keeps_cls)
 
 
+def finite(values: Tensor) -> Tensor:
+    """Take NaN and infinity for 0, in float32: what is chosen by them is no choice, but still K different patches.
+
+    Whoever gets the tokens refuses them (:func:`visionzip.encoder.check_tokens`); in here that would wait for the host.
+    """
+    return values.detach().float().nan_to_num(0.0, 0.0, 0.0)
+
+
 def kept_patches(read: EncoderRead, indices: Tensor) -> CompressedTokens:
     """The tokens of some patches, in the order of the sequence; all others are dropped.
 

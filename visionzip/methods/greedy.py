@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionzip.methods.base import finite
+
 # A step is compiled once, not K times: of 640 steps in 5 to 20 s instead of 4 min. Not there before torch 2.8.
 compiled_once = getattr(torch.compiler, "nested_compile_region", lambda step: step)
 
@@ -19,11 +21,11 @@ def cosine_similarity(features: Tensor, *, centred: bool = False) -> Tensor:
     """Compute the cosine of each pair of tokens: (B, N, N) float32 of features (B, N, D).
 
     Args:
-        features: in any floating type; one of norm zero has cosine 0 with all.
+        features: in any floating type; one of norm zero has cosine 0 with all, and so has one of NaN.
         centred: subtract each image's mean feature first.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = features.detach().float()
+        features = finite(features)
         if centred:
             features = features - features.mean(dim=1, keepdim=True)
         unit = F.normalize(features, dim=-1)

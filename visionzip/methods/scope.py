@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import compiled_once, cosine_similarity, row_of
 
 ALPHA = 1.0  # exponent of attention in the released scripts
@@ -17,7 +17,7 @@ RENEWED = 32  # worths at a time, on the CPU
 def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
     """Add, K times, the patch of highest attention times the similarity to the others that it adds."""
     similarity = cosine_similarity(read.patches)
-    saliency = read.scores.float() ** ALPHA
+    saliency = finite(read.scores) ** ALPHA
     # Other devices would have to wait for the host in each step, and a graph would break.
     step = _step if similarity.device.type != "cpu" or torch.compiler.is_compiling() else _step_lazily
     covered = torch.zeros_like(saliency)
