@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.asking import Pixels, prepare
 from eval.benchmarks import scenes
+from eval.running.asking import Pixels, prepare
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from ..benchmark import Benchmark
-from ..judge import Judge, Request, marked
-from ..matching import match, unreadable
+from ..reading.sources import Tables, need, picture, read_jsonl, refuse_repeated
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, picture, read_jsonl, refuse_repeated
+from ..scoring.judge import Judge, Request, marked
+from ..scoring.matching import match, unreadable
 
 JUDGE_MODEL = "gpt-4-0314"
 _CATEGORIES = ("conv", "detail", "complex")

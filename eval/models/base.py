@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..answers import Given
 from ..config import RunConfig
-from ..methods import Run
 from ..records import Question, Visual
+from ..running.answers import Given
+from ..running.methods import Run
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 

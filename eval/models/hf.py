@@ -26,8 +26,8 @@ from llava.model.processor_model import (
 )
 
 from ..config import RunConfig
-from ..methods import Run, attach
 from ..records import Question
+from ..running.methods import Run, attach
 from .base import Loaded, Model, Prompt, watched
 
 

@@ -24,8 +24,8 @@ from visionzip.encoder import choose_tokens, read_encoder
 from visionzip.methods import has_size_bias
 
 from ..config import RunConfig
-from ..methods import Run, attach
 from ..records import Question
+from ..running.methods import Run, attach
 from .base import Loaded, Model, Prompt, watched
 
 

@@ -9,9 +9,9 @@ import torch
 
 from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument, has_processor
 from llava.commands import positive
+from llava.measure.meters.runner import Way
+from llava.measure.models.shapes import SHAPES, build_model
 from llava.measure.report import check_request
-from llava.measure.runner import Way
-from llava.measure.shapes import SHAPES, build_model
 from llava.methods import METHODS, detach, per_tile
 from llava.model.builder import config_values, load_pretrained_model
 from llava.model.processor_model import load_model, load_processor

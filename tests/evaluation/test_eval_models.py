@@ -16,12 +16,12 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
-from eval.methods import Run
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
-from eval.runner import with_own_language
+from eval.running.methods import Run
+from eval.running.runner import with_own_language
 from llava.model.layouts import KINDS
 
 
