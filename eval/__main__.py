@@ -28,9 +28,10 @@ from .registry import BENCHMARKS
 from .reports.leaderboard import TOKENS, default_methods, leaderboard
 from .reports.paper import paper_table
 from .reports.table import write_table
-from .running.answers import read_answers
+from .running.answer_files import read_answers
 from .running.data import data_of, judge_of
-from .running.runner import run, unscored
+from .running.runner import run
+from .running.scoring import unscored
 from .scoring.judge import ATTEMPTS
 from .scoring.matching import shortfalls
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading.sources import Tables
+from .reading.tables import Tables
 from .records import Answer, File, Question, Score, Table
 from .scoring.judge import Judge
 

@@ -20,7 +20,8 @@ from llava.video import FRAMES, read_frames
 from .benchmark import Benchmark
 from .reading.fingerprint import checksum_of_image
 from .reading.frames import EXTENSIONS, clip, videos_below
-from .reading.sources import Rows, Tables, need, read_json
+from .reading.sources import need, read_json
+from .reading.tables import Rows, Tables
 from .records import File, Question, Table, Visual
 from .scoring.video_judge import Item, graded, score
 

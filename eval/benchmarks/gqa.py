@@ -19,7 +19,8 @@ from typing import Any
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from ..reading.sources import Tables, need, read_json, refuse_repeated
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
 from ..scoring.matching import match, percent
 

@@ -33,7 +33,8 @@ from .. import COMMAND
 from ..benchmark import Benchmark
 from ..reading.fingerprint import checksum_of_bytes
 from ..reading.questions import LETTER, lettered, listed
-from ..reading.sources import Tables, need, refuse_repeated
+from ..reading.sources import need, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
 from ..scoring.matching import match, percent, percent_by
 

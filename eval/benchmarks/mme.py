@@ -23,7 +23,8 @@ from pathlib import Path
 from .. import COMMAND
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from ..reading.sources import Tables, refuse_repeated
+from ..reading.sources import refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
 from ..scoring.matching import asked, match
 

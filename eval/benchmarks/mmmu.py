@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Benchmark
 from ..reading.questions import LETTER, SHORT_ANSWER, lettered
-from ..reading.sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Rows, Tables, parquet_files
 from ..records import Answer, File, Question, Score, Table
 from ..scoring.matching import match, percent, percent_by, unreadable
 

@@ -26,10 +26,13 @@ from llava.files import write_atomically
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, read_questions
-from ..reading.sources import Tables, need, read_json, refuse_repeated
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..scoring.judge import Judge, Request, marked, normalized_match
+from ..scoring.judge import Judge, marked
 from ..scoring.matching import asked, match, unreadable
+from ..scoring.proxy import normalized_match
+from ..scoring.replies import Request
 
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order

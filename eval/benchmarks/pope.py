@@ -22,7 +22,8 @@ from typing import Any
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from ..reading.sources import Tables, need, read_jsonl
+from ..reading.sources import need, read_jsonl
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
 from ..scoring.matching import match, unreadable
 

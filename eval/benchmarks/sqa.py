@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, LETTER, listed
-from ..reading.sources import Tables, need, picture, read_json, refuse_repeated
+from ..reading.sources import need, picture, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, UnscoredError
 from ..scoring.matching import match, percent
 

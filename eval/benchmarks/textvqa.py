@@ -20,7 +20,8 @@ from pathlib import Path
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from ..reading.sources import Tables, need, read_json
+from ..reading.sources import need, read_json
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
 from ..scoring.matching import asked, match, percent, unreadable
 from ..scoring.vqa import ten, textvqa_accuracy

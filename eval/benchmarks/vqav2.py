@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
-from ..reading.sources import Tables, need, read_json, read_jsonl, refuse_repeated
+from ..reading.sources import need, read_json, read_jsonl, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, ScoredByServerError, Table
 from ..scoring.matching import asked, match
 from ..scoring.vqa import Annotation, normalise, score_uploaded, ten, write_submission

@@ -34,7 +34,8 @@ from ..config import RunConfig
 from ..models import kind_of
 from ..running.data import CLONE
 from ..running.methods import plan
-from ..running.runner import config_of, run
+from ..running.runner import run
+from ..running.setting import config_of
 from .leaderboard_plot import draw
 from .table import markdown, with_error
 

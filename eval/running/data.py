@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import COMMAND
 from ..benchmark import Benchmark
-from ..reading.sources import Tables
+from ..reading.tables import Tables
 from ..records import Question
 from ..scoring.judge import ATTEMPTS, EXACT, Judge, api_judge, exact_judge
 

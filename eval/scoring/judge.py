@@ -1,4 +1,4 @@
-"""A language model as judge, behind any OpenAI-compatible endpoint; and the strings' comparison that stands in for it.
+"""A language model as judge, behind any OpenAI-compatible endpoint; or the proxy for one (see proxy.py).
 
 The endpoint and its key come from the environment: ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``, as the package
 ``openai`` reads them. Every reply that can be read is a file in the cache from the moment it comes, so that nothing is
@@ -7,43 +7,20 @@ paid for twice and a killed run goes on where it was. One that cannot be read is
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from llava.files import write_atomically
 from llava.screen import progress
 
 from .endpoint import PATIENCE, Line, NoReplyError, RefusedError
-
-T = TypeVar("T")
+from .replies import Replies, Request, T
 
 EXACT = "exact"
 ATTEMPTS = 5  # of one answer, until a reply can be read: MM-Vet's
 _HOPELESS = 20  # answers judged, as often as may be, without one readable reply: the others are not paid for
-_ARTICLES = {"a", "an", "the"}
-_WORDS = re.compile(r"(?<!\w)-?\d+(?:\.\d+)*(?!\w)|[^\W_]+")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One thing to judge.
-
-    Attributes:
-        messages: as the chat API has them, with ``role`` and ``content``.
-        temperature: that the protocol fixes; None is not sent.
-        max_tokens: the same, for the reply's length.
-    """
-
-    messages: tuple[Mapping[str, str], ...]
-    temperature: float | None = None
-    max_tokens: int | None = None
 
 
 class Judge:
@@ -99,17 +76,41 @@ class Judge:
         """
         if self.exact:
             raise ValueError("--judge exact has no language model to ask: name one, as in --judge gpt-4-0613")
-        reading = _Reading(self, parse, retry, clear)
-        names = [_name(_record(self.model, request, 0)) for request in requests]
+        replies = Replies(self.model, self._cache, self._attempts, parse, retry, clear)
+        names = [replies.name(request) for request in requests]
         distinct = dict(zip(names, requests, strict=True))
-        found = {name: result for name, one in distinct.items() if (result := reading.kept(one)) is not None}
-        missing = [name for name in distinct if name not in found]
-        readable, unread, failures = len(found), 0, []
+        found = {name: result for name, one in distinct.items() if (result := replies.kept(one)) is not None}
+        kept = len(found)
+        readable, unread, failures = self._ask_missing(replies, distinct, found)
+        if failures:
+            left = sum(replies.kept(request) is None for request in distinct.values())
+            raise OSError(
+                f"{left} of {len(distinct)} replies of the judge {self.model} are missing: {failures[0]}. {self._kept} "
+                "when it answers, or with OPENAI_BASE_URL set to one that does"
+            )
+        if distinct and not kept + readable:
+            raise ValueError(
+                f"none of the replies of the judge {self.model} at {self._client.base_url} can be read ({unread} "
+                f"answers were judged, each up to {self._attempts} times; the last says {replies.last_words()!r}, see "
+                f"{replies.last}): name a --judge that replies in the form that is asked for, or set OPENAI_BASE_URL "
+                "to another endpoint, and the same command asks again"
+            )
+        return [found[name] for name in names]
+
+    def _ask_missing(
+        self, replies: Replies[T], distinct: Mapping[str, Request], found: dict[str, T | None]
+    ) -> tuple[int, int, list[str]]:
+        """Ask for the replies that are missing, several at a time, and put the results into ``found``.
+
+        Returns:
+            How many clear replies and how many others came, and why further ones did not.
+        """
+        missing = {name: request for name, request in distinct.items() if name not in found}
+        kept, clear, unread, failures, in_a_row = len(found), 0, 0, [], 0
         line = Line(self._client, self._patience)
-        with progress(len(distinct), f"judge {self.model}, cached={len(found)}", "replies", len(found)) as bar:
+        with progress(len(distinct), f"judge {self.model}, cached={kept}", "replies", kept) as bar:
             pool = ThreadPoolExecutor(self._workers)
-            futures = {pool.submit(reading.ask, distinct[name], line): name for name in missing}
-            in_a_row = 0
+            futures = {pool.submit(replies.ask, request, line): name for name, request in missing.items()}
             try:
                 for future in as_completed(futures):
                     try:
@@ -122,113 +123,19 @@ class Judge:
                     else:
                         in_a_row = 0
                         bar.update()
-                        readable, unread = readable + is_clear, unread + (not is_clear)
-                        if not readable and unread >= _HOPELESS:
+                        clear, unread = clear + is_clear, unread + (not is_clear)
+                        if not kept + clear and unread >= _HOPELESS:
                             break
             except RefusedError as error:
                 raise ValueError(f"{error}. {self._kept}") from error
             finally:
                 line.close()
                 pool.shutdown(cancel_futures=True)  # waits for those under way: they are paid for
-        if failures:
-            left = sum(reading.kept(request) is None for request in distinct.values())
-            raise OSError(
-                f"{left} of {len(distinct)} replies of the judge {self.model} are missing: {failures[0]}. {self._kept} "
-                "when it answers, or with OPENAI_BASE_URL set to one that does"
-            )
-        if distinct and not readable:
-            said = f"the last says {str(_read(reading.last))[:100]!r}, see {reading.last}"
-            raise ValueError(
-                f"none of the replies of the judge {self.model} at {self._client.base_url} can be read ({unread} "
-                f"answers were judged, each up to {self._attempts} times; {said}): name a --judge that replies in the "
-                "form that is asked for, or set OPENAI_BASE_URL to another endpoint, and the same command asks again"
-            )
-        return [found[name] for name in names]
+        return clear, unread, failures
 
     @property
     def _kept(self) -> str:
         return f"Replies that came are kept in {self._cache}: the same command goes on from there"
-
-
-class _Reading(Generic[T]):
-    """How the replies to some requests are had and read; see :meth:`Judge.ask`.
-
-    Attributes:
-        last: the file with the last reply that could not be read.
-    """
-
-    def __init__(
-        self,
-        judge: Judge,
-        parse: Callable[[str], T | None],
-        retry: Callable[[Request, int], Request] | None,
-        clear: Callable[[T], bool],
-    ) -> None:
-        self._judge, self._parse, self._retry, self._clear = judge, parse, retry, clear
-        self.last: Path | None = None
-
-    def _tries(self, request: Request) -> Iterator[dict[str, Any]]:
-        """What is sent for a request: at first, and again. The attempt is a part of it: each has its own reply."""
-        for attempt in range(self._judge._attempts):
-            again = attempt > 0 and self._retry is not None
-            yield _record(self._judge.model, self._retry(request, attempt) if again else request, attempt)
-
-    def kept(self, request: Request) -> T | None:
-        """The clear result of a request's reply in the cache; None where there is none.
-
-        A cache may have replies that cannot be read: they were kept once. They do not count.
-        """
-        for record in self._tries(request):
-            reply = _read(self._path(record))
-            result = None if reply is None else self._parse(reply)
-            if result is not None and self._clear(result):
-                return result
-        return None
-
-    def ask(self, request: Request, line: Line) -> tuple[T | None, bool]:
-        """Ask until there is a clear result, and put its reply into the cache; the result, and whether it is clear."""
-        result = None
-        for record in self._tries(request):
-            reply = line.ask({key: value for key, value in record.items() if key != "attempt"})
-            new = self._parse(reply["reply"])
-            if new is not None and self._clear(new):
-                _write(self._path(record), {"request": record, **reply})
-                return new, True
-            result = result if new is None else new
-            path = self._path(record)
-            self.last = path.parent / "unreadable" / path.name
-            _write(self.last, {"request": record, **reply})
-        return result, False
-
-    def _path(self, record: Mapping[str, Any]) -> Path:
-        return self._judge._cache / f"{_name(record)}.json"
-
-
-def _record(model: str, request: Request, attempt: int) -> dict[str, Any]:
-    settings = {"temperature": request.temperature, "max_tokens": request.max_tokens}
-    return {
-        "model": model,
-        "attempt": attempt,
-        "messages": [dict(message) for message in request.messages],
-        **{name: value for name, value in settings.items() if value is not None},
-    }
-
-
-def _name(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> str | None:
-    try:
-        reply = json.loads(path.read_bytes())["reply"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # there is none, or somebody damaged it: asked again
-    return reply if isinstance(reply, str) else None
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    safe = "The replies that came before are kept: the same command goes on from there"
-    write_atomically(path, json.dumps(content, indent=1), safe, shared=True)
 
 
 def marked(metric: str, unjudged: int, answers: int, fate: str) -> str:
@@ -246,7 +153,7 @@ def marked(metric: str, unjudged: int, answers: int, fate: str) -> str:
 
 
 def exact_judge() -> Judge:
-    """The proxy for a judge: no language model; benchmarks compare strings, see :func:`normalized_match`."""
+    """The proxy for a judge: no language model; benchmarks compare strings, see :mod:`eval.scoring.proxy`."""
     return Judge(EXACT)
 
 
@@ -284,20 +191,3 @@ def api_judge(
     except ImportError as error:
         raise ImportError(f'the judge {model} needs the package openai: pip install "llava-visionzip[eval]"') from error
     return Judge(model, openai.OpenAI(max_retries=0, timeout=timeout), cache, workers, attempts, patience)
-
-
-def normalized_match(prediction: str, answer: str) -> bool:
-    """Whether a model's words have the answer in them: the deterministic proxy for a judge of short answers.
-
-    Both are lowercased and lose punctuation (but for a number's sign and point) and articles; then they are equal, or
-    the answer's words follow each other somewhere in the prediction. Our own, no benchmark's: compare only with itself.
-    """
-    said, wanted = _words(prediction), _words(answer)
-    if not wanted:  # nothing but punctuation or an article
-        return prediction.strip().lower() == answer.strip().lower()
-    return any(said[start : start + len(wanted)] == wanted for start in range(len(said) - len(wanted) + 1))
-
-
-def _words(text: str) -> list[str]:
-    text = re.sub(r"['\u2019]|(?<=\d),(?=\d{3})", "", text.lower())
-    return [word for word in _WORDS.findall(text) if word not in _ARTICLES]

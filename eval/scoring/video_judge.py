@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..reading.sources import read_json
 from ..records import Answer, Score
-from .judge import Request, marked, normalized_match
+from .judge import marked
 from .matching import match, unreadable
+from .proxy import normalized_match
+from .replies import Request
 
 if TYPE_CHECKING:
     from .judge import Judge

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from judge_server import Reply, ask_of, failure, word_of
 
-from eval.scoring.judge import Request, api_judge
+from eval.scoring.judge import api_judge
+from eval.scoring.replies import Request
 
 HELLO = Request(({"role": "user", "content": "hello"},))
 pytestmark = pytest.mark.usefixtures("hurried")

@@ -21,7 +21,7 @@ from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
 from eval.running.methods import Run
-from eval.running.runner import with_own_language
+from eval.running.setting import with_own_language
 from llava.model.layouts import KINDS
 
 

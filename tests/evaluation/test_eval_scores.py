@@ -16,12 +16,13 @@ from checkpoints import CLIP
 from eval.__main__ import main as eval_command
 from eval.benchmarks import scenes
 from eval.models.llava import LlavaModel
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, Score, Table
 from eval.registry import BENCHMARKS
 from eval.reports.results import bootstrap, summarize
 from eval.reports.table import facts, main_table
-from eval.running.answers import Given, read_answers
+from eval.running.answer_files import read_answers
+from eval.running.answers import Given
 from eval.running.data import copy_of
 from eval.running.methods import METHODS, Run, attach, plan, split
 from eval.scoring.judge import marked

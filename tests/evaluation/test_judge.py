@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import ask_of, completion, word_of
 
-from eval.scoring.judge import Judge, Request, api_judge, exact_judge, normalized_match
+from eval.scoring.judge import Judge, api_judge, exact_judge
+from eval.scoring.proxy import normalized_match
+from eval.scoring.replies import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = Request(({"role": "user", "content": "hello"},))

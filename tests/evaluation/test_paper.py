@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from eval.registry import BENCHMARKS
-from eval.reports.paper import AVERAGE, PaperTable, Row, load_paper, load_results, paper_table
+from eval.reports.paper import paper_table
+from eval.reports.paper_results import load_results
+from eval.reports.paper_tables import AVERAGE, PaperTable, Row, load_paper
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = load_paper()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmarks.mmbench import BENCHMARKS, Truth, letter, score, submit
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 
 BENCHMARK, CHINESE = BENCHMARKS

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmarks.mme import BENCHMARK, COGNITION, PERCEPTION, read_answer
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, Question
 
 

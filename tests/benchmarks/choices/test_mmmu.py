@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmarks.mmmu import BENCHMARK, Gold, is_right, letter, open_candidates, score, subject_of
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 
 properties = settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eval.benchmarks.pope import BENCHMARK, Label, says_yes
 from eval.reading import sources
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, Question
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.benchmarks.seed import BENCHMARK, Gold, score
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 
 

@@ -9,7 +9,7 @@ import data_sqa as data
 import pytest
 
 from eval.benchmarks.sqa import BENCHMARK, Problem, letter, score
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from judge_server import JudgeServer
 
 from eval.benchmarks.llavabench import BENCHMARK, RULE, graded, rating_of
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 from eval.scoring.judge import Judge, api_judge, exact_judge
 

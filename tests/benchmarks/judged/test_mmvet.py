@@ -15,7 +15,7 @@ import pytest
 from judge_server import JudgeServer
 
 from eval.benchmarks.mmvet import BENCHMARK, PROMPT, Item, asked_again, grade_of, graded, matches, request_of
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 from eval.scoring.judge import api_judge, exact_judge
 

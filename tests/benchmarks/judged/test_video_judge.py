@@ -14,7 +14,8 @@ from judge_server import JudgeServer
 
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
 from eval.records import Answer, Score
-from eval.scoring.judge import Request, api_judge, exact_judge
+from eval.scoring.judge import api_judge, exact_judge
+from eval.scoring.replies import Request
 from eval.scoring.video_judge import Item, Verdict, graded, judge_request, parse_verdict
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (tgif, msvd, msrvtt, activitynet)}

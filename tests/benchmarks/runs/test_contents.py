@@ -16,7 +16,8 @@ from PIL import Image
 from test_end_to_end import NAMES, data_module
 
 from eval.reading.fingerprint import checksum_of_image, contents_of
-from eval.reading.sources import Tables, picture
+from eval.reading.sources import picture
+from eval.reading.tables import Tables
 from eval.records import Question, Visual
 from eval.registry import BENCHMARKS
 from eval.running.data import Data

@@ -23,7 +23,7 @@ from checkpoints import CLIP, TOKENIZER, edit_weights
 from eval.__main__ import main as eval_command
 from eval.launch import arguments, processes
 from eval.registry import BENCHMARKS
-from eval.running.answers import read_answers
+from eval.running.answer_files import read_answers
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts" / "eval"

@@ -11,13 +11,13 @@ from test_end_to_end import NAMES, SERVER, WORDS, data_module
 
 from eval.__main__ import main as eval_command
 from eval.benchmarks import gqa, mmbench, sqa
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, Question, Score, UnscoredError
 from eval.registry import BENCHMARKS
 from eval.running.answers import Given, as_answers
 from eval.running.data import Data
 from eval.running.methods import Run
-from eval.running.runner import score_all
+from eval.running.scoring import score_all
 from eval.scoring.judge import exact_judge
 from eval.scoring.matching import asked, shortfalls
 

@@ -9,7 +9,7 @@ import data_gqa
 import pytest
 
 from eval.benchmarks.gqa import BENCHMARK, Gold
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer
 
 IDS = [row[0] for row in data_gqa.QUESTIONS]

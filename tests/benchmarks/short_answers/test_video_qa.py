@@ -17,7 +17,7 @@ from data_video import DATA, write_folder, write_tables
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
 from eval.models.llava import prompt_of
 from eval.reading.frames import with_frames
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.video_qa import Item, read_items
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (tgif, msvd, msrvtt, activitynet)}

@@ -9,7 +9,7 @@ import data_vizwiz
 import pytest
 
 from eval.benchmarks.vizwiz import BENCHMARK, Truth
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, ScoredByServerError
 
 IDS = [f"VizWiz_val_{number:08d}" for number in range(3)]

@@ -9,7 +9,7 @@ import data_vqav2
 import pytest
 
 from eval.benchmarks.vqav2 import BENCHMARK
-from eval.reading.sources import Tables
+from eval.reading.tables import Tables
 from eval.records import Answer, ScoredByServerError
 
 IDS = [row[0] for row in data_vqav2.VALIDATION]
