@@ -23,7 +23,7 @@ from eval.running.asking import Pixels, prepare
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.prompts import pad_rows, splice
 from llava.model.visual import VisualTokens, lay_out
 from visionzip import VisionZipConfig

@@ -12,8 +12,6 @@ from typing import Any
 from ..reading.sources import need, read_json
 
 AVERAGE = "Avg."
-
-
 _FILE = Path(__file__).with_name("paper.json")
 
 

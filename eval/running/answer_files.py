@@ -39,8 +39,6 @@ _NAMES = {
     "text": ("text", "pred", "response"),
     "prompt": ("prompt", "question"),
 }
-
-
 _HALF = "half_written_lines"
 
 

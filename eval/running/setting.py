@@ -14,8 +14,8 @@ import visionzip
 from llava.conversation import conv_mode_for
 from llava.fingerprint import fingerprint
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import TOWER_FIELDS
-from llava.model.loading import checkpoint_path, find_file
+from llava.model.checkpoints.configs import TOWER_FIELDS
+from llava.model.checkpoints.files import checkpoint_path, find_file
 
 from ..benchmark import Benchmark
 from ..config import RunConfig

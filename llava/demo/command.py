@@ -8,8 +8,9 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
+from llava.arguments import add_generation_arguments, add_model_arguments, sampling
 from llava.commands import positive
+from llava.loading import load_from_arguments
 
 HOST = "127.0.0.1"
 

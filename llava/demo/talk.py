@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.demo.uploads import Upload
-from llava.serve.chat import Turn
+from llava.serve.turns import Turn
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.config import MergeRule, Positions
 

@@ -19,7 +19,7 @@ from llava.measure import report
 from llava.measure.meters.peak import Request, peaks
 from llava.measure.meters.timing import time_interleaved
 from llava.measure.models import shapes
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.train.cache import drop_tower
 from visionzip import VisionZipConfig, unzip, visionzip
 

@@ -14,8 +14,8 @@ from PIL import Image
 from served_page import MODEL, free_port, sent
 
 from checkpoints import NEXT
-from llava.arguments import load_from_arguments
 from llava.cli import main
+from llava.loading import load_from_arguments
 from llava.model.builder import load_pretrained_model
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip

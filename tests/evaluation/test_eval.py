@@ -355,9 +355,9 @@ def test_a_checkpoint_whose_own_setting_is_a_share(run, make_checkpoint, capsys)
 
 def test_answers_of_other_code_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     command = run("--method", "vanilla", limit=4)
-    monkeypatch.setattr("eval.running.setting.git_commit", lambda: "c0ffee")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "c0ffee")
     assert eval_command(command) == 0
-    monkeypatch.setattr("eval.running.setting.git_commit", lambda: "decade")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "decade")
     assert eval_command(command) == 0
     assert "has answers of other code (commit c0ffee), which stay" in capsys.readouterr().err
 

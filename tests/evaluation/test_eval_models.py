@@ -22,7 +22,7 @@ from eval.models.llava import LlavaModel
 from eval.records import Question
 from eval.running.methods import Run
 from eval.running.setting import with_own_language
-from llava.model.layouts import KINDS
+from llava.model.checkpoints.layouts import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from eval.models import kind_of
 from eval.models.hf import ProcessorModel
 from eval.records import Question
 from eval.running.methods import Run, plan
-from llava.model.processor_model import load_processor
+from llava.model.stock.processor_model import load_processor
 from visionzip import visionzip
 
 

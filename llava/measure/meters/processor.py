@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava.measure.meters.runner import Watch, Way
 from llava.methods import METHODS, detach, patches_of, per_tile
-from llava.model.processor_model import inputs_of, prompt_of, size_for, text_length, user_turn
+from llava.model.stock.processor_model import inputs_of, prompt_of, size_for, text_length, user_turn
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llava.measure.meters.timing import Clock, Measurement, time_interleaved
 from llava.methods import METHODS, detach, per_tile
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.transformers_llava import TransformersLlava, generating_module
+from llava.model.stock.transformers_llava import TransformersLlava, generating_module
 from visionzip import VisionZipConfig
 
 # In the order in which they pass. "layout" is what lies between the projector and the language model.

@@ -22,7 +22,7 @@ from llava.model import (
     VideoLlavaLlamaConfig,
     VideoLlavaLlamaForCausalLM,
 )
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 
 VIT_L_14_336 = {
     "hidden_size": 1024,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import json
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import load_state_dict
-from transformers.utils import cached_file
+
+from llava.model.checkpoints.files import weight_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -28,42 +25,6 @@ NEWLINE = "model.image_newline"  # LLaVA-NeXT's; of no use where the merge type 
 OBSOLETE = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 # Arguments of from_pretrained with which the weights are not in a checkpoint's usual files.
 _OTHER_SOURCES = {"gguf_file", "key_mapping", "subfolder", "use_safetensors", "variant"}
-# In the order in which transformers looks for them.
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-
-def checkpoint_path(path: str, flag: str | None = None) -> str:
-    """A checkpoint's folder, or its name on the hub, with ``~`` expanded.
-
-    Args:
-        path: as the user gives it.
-        flag: the flag that it is of, for the message.
-
-    Raises:
-        FileNotFoundError: it can only be a folder (see :func:`_is_folder_name`) and is not there; nothing asks the hub.
-    """
-    path = os.path.expanduser(path)  # noqa: PTH111 - pathlib would turn ./name into what could be a hub name
-    if _is_folder_name(path) and not Path(path).is_dir():
-        parent = Path(path).parent
-        beside = [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
-        close = difflib.get_close_matches(Path(path).name, beside, n=1)
-        guess = f": did you mean {parent / close[0]}?" if close else ""
-        raise FileNotFoundError(
-            f"{flag + ': ' if flag else ''}there is no folder {path}{guess} (a model on the hub has a name of the form "
-            "owner/name)"
-        )
-    return path
-
-
-def _is_folder_name(path: str) -> bool:
-    """Whether a name is no model of the hub: it begins with . or /, with a folder that is here, or has several /."""
-    first, slash, _ = path.partition("/")
-    return path.startswith((".", "/")) or path.count("/") > 1 or (bool(slash) and Path(first).is_dir())
 
 
 def check_device(name: str, flag: bool = False) -> str:
@@ -96,68 +57,6 @@ def check_device(name: str, flag: bool = False) -> str:
     return name
 
 
-def find_file(path: str | Path, name: str) -> str | None:
-    """Where a checkpoint (folder or hub name) has the file ``name``; None if it has none or cannot be reached."""
-    if _is_folder_name(str(path)) and not Path(path).is_dir():
-        return None  # the hub would be asked again and again
-    try:
-        return cached_file(str(path), name)
-    except OSError:
-        return None
-
-
-def has_weights(folder: str | Path) -> bool:
-    """Whether a folder has a model's weights, complete or not (a projector's or an adapter's do not count)."""
-    return any((Path(folder) / name).is_file() for name in _WEIGHT_FILES)
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The files that transformers loads from a local checkpoint: safetensors before .bin, one file before shards.
-
-    Raises:
-        FileNotFoundError: there are none, or not all that the index names; the message lists them.
-        OSError: the index is damaged.
-    """
-    folder = Path(folder)
-    first = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if first is None:
-        raise FileNotFoundError(
-            f"{folder} has no weights: expected {', '.join(_WEIGHT_FILES[:-1])} or {_WEIGHT_FILES[-1]}. Download them "
-            "again, or give the folder that has them"
-        )
-    if first.suffix != ".json":
-        return [first]
-    try:
-        names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise OSError(f"cannot read {first}: it is no index of weights; download it again. ({error!r})") from error
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(
-            f"{folder} is incomplete: {len(absent)} of {len(names)} shards named in {first.name} are missing "
-            f"({', '.join(absent)}): download them again"
-        )
-    return [folder / name for name in names]
-
-
-def load_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Tensors of one ``.safetensors`` or ``.bin`` file.
-
-    Args:
-        path: the file.
-        device: ``"cpu"``, or ``"meta"`` for names and shapes only, which reads next to nothing.
-
-    Raises:
-        OSError: the file is damaged.
-    """
-    try:
-        return load_state_dict(path, map_location=device)
-    except Exception as error:  # each reader, and each kind of damage, has its own
-        raise OSError(
-            f"cannot read the weights in {path} ({Path(path).stat().st_size} bytes): the file is damaged or was not "
-            f"fully downloaded (git-lfs leaves a small text file): download it again. ({error})"
-        ) from error
-
-
 def check_finite_weights(weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Check weights that a training may have left, which are few: projector, newline, adapter.
 
@@ -179,18 +78,6 @@ def check_finite_weights(weights: Mapping[str, Tensor], source: str | Path) -> N
             f"{len(bad)} weights from {source} are NaN or infinite, such as {bad[0]}: the training that wrote them has "
             "failed. Give another checkpoint, or train it again with a lower learning rate"
         )
-
-
-def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a local checkpoint, read from the files' headers.
-
-    Raises:
-        FileNotFoundError: shards are missing.
-        OSError: a file is damaged.
-    """
-    return {
-        key: tuple(value.shape) for file in weight_files(folder) for key, value in load_weights(file, "meta").items()
-    }
 
 
 def main_dtype(weights: Iterable[Tensor]) -> torch.dtype:

@@ -15,102 +15,29 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.layouts import KINDS, TOWERS, Kind, image_fields
+from llava.model.checkpoints.layouts import KINDS, image_fields
 from llava.model.llava_arch import Images, LlavaMetaForCausalLM, Sizes
-from llava.model.loading import OBSOLETE, check_finite_weights, has_weights, no_load_report, weight_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import as_tiles, check_images, first_places
+from llava.model.stock.language import Language
 from llava.model.tiles import tile_layouts
-from llava.model.tokenizer import load_tokenizer
 from llava.model.visual import VisualTokens
 from llava.video import check_frames, process_videos
-from visionzip import VisionZipConfig, visionzip
+from visionzip import VisionZipConfig
 from visionzip.encoder import check_finite
 from visionzip.integrations import REGISTRY, Integration, family_of, find_integration
-from visionzip.integrations.calls import SIZES
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.generation import logits_processors
-from visionzip.language.pruning import is_pruned
-
-
-def is_transformers(values: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` is in transformers' layout (early uploads of LLaVA-1.5 share its ``model_type``)."""
-    return {"text_config", "vision_config"} <= values.keys() and "mm_vision_tower" not in values
-
-
-def load_transformers_model(model_path: str, **options: Any) -> tuple[PreTrainedTokenizerBase, Any, Any, int]:
-    """Load a checkpoint in transformers' layout; a zipped one is zipped.
-
-    Args:
-        model_path: folder or hub name.
-        **options: for ``from_pretrained``.
-
-    Returns:
-        tokenizer, :class:`TransformersLlava`, image_processor and context_len (tokens).
-
-    Raises:
-        OSError: a file is missing or damaged.
-        ValueError: the model is of a family that is not supported here, the weights do not fit it, or the
-            projector's are not finite.
-    """
-    values, _ = PretrainedConfig.get_config_dict(model_path)
-    name, encoder = values.get("model_type"), values["vision_config"].get("model_type")
-    if (kind := KINDS.get(name)) is None or encoder not in TOWERS:
-        raise ValueError(
-            f"{model_path} is a transformers model of type {name!r} with a vision tower of type {encoder!r}: supported "
-            f"are {', '.join(KINDS)} with {' or '.join(TOWERS)}"
-        )
-    if Path(model_path).is_dir() and has_weights(model_path):
-        weight_shapes(model_path)  # says which file is missing or damaged
-    tokenizer, image_processor = load_tokenizer(model_path), _image_processor(model_path, kind)
-    with no_load_report():
-        native, info = getattr(transformers, kind.model).from_pretrained(
-            model_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    unexpected = {key for key in info["unexpected_keys"] if not OBSOLETE.search(key)}
-    if wrong := sorted({*info["missing_keys"], *unexpected, *(entry[0] for entry in info["mismatched_keys"])}):
-        raise ValueError(
-            f"the weights in {model_path} do not fit {kind.model}: {len(wrong)} are missing, not part of it, or of "
-            f"another shape, such as {', '.join(wrong[:3])}. The checkpoint is incomplete or its config.json belongs "
-            "to another model; download it again"
-        )
-    check_finite_weights({key: value for key, value in native.named_parameters() if "projector" in key}, model_path)
-    if native.generation_config.pad_token_id is None:
-        pad = tokenizer.pad_token_id
-        native.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-    model = TransformersLlava(native).eval()
-    model.get_vision_tower().image_processor = image_processor
-    if getattr(native.config, "visionzip", None):
-        visionzip(model)
-    return tokenizer, model, image_processor, model.config.max_position_embeddings
-
-
-def _image_processor(path: str, kind: Kind) -> Any:
-    if kind.processor:
-        processor_class = getattr(transformers, kind.processor)
-    else:
-        with torch.device("meta"):
-            tower = build_vision_tower(_llava_config(AutoConfig.from_pretrained(path)), delay_load=True)
-        processor_class = tower.processor_class
-    try:
-        return processor_class.from_pretrained(path)
-    except OSError as error:
-        raise OSError(
-            f"{path} has no image processor that can be read: copy preprocessor_config.json or processor_config.json "
-            f"there, as the checkpoint has it. ({error})"
-        ) from error
 
 
 def generating_module(model: nn.Module) -> nn.Module:
@@ -118,31 +45,7 @@ def generating_module(model: nn.Module) -> nn.Module:
     return model.native if isinstance(model, TransformersLlava) else model
 
 
-class _Language(nn.Module):
-    """What :class:`LlavaMetaForCausalLM` is mixed into: a transformers model that is given embeddings."""
-
-    def __init__(self, native: Any) -> None:
-        super().__init__()
-        self.native = native
-
-    def forward(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own forward.
-
-        ``visual_mask`` (B, L) is for FastV and SparseVLM, where one is on it; ``token_sizes`` (B, L) for a size bias.
-        """
-        return self.native(**kwargs, **self._for_hooks(visual_mask, token_sizes))
-
-    def generate(self, visual_mask: Tensor | None = None, token_sizes: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own ``generate``; ``visual_mask`` and ``token_sizes`` as in :meth:`forward`."""
-        return self.native.generate(**kwargs, **self._for_hooks(visual_mask, token_sizes))
-
-    def _for_hooks(self, visual_mask: Tensor | None, token_sizes: Tensor | None) -> dict[str, Any]:
-        """Both as arguments of the model inside, which takes them only for what hangs on it."""
-        masks = {} if visual_mask is None or not is_pruned(self) else {"visual_mask": visual_mask}
-        return masks if token_sizes is None else {**masks, "mm_encoder_outputs": {SIZES: token_sizes}}
-
-
-class TransformersLlava(LlavaMetaForCausalLM, _Language):
+class TransformersLlava(LlavaMetaForCausalLM, Language):
     """A transformers LLaVA that takes this package's prompts and images.
 
     ``visionzip`` and ``unzip`` work on it as on the model inside.
@@ -157,11 +60,11 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
     """
 
     def __init__(self, native: Any) -> None:
-        _Language.__init__(self, native)
+        Language.__init__(self, native)
         # As of the in-tree models: of embeddings, the processors see new ids alone.
         native._get_logits_processor = functools.partial(logits_processors, native)
         self.kind = KINDS[native.config.model_type]
-        self.config = _llava_config(native.config)
+        self.config = llava_config(native.config)
         with torch.device("meta"):
             tower = build_vision_tower(self.config, delay_load=True)
         tower.vision_tower.vision_model = getattr(native.model, self.kind.tower)
@@ -346,7 +249,7 @@ class TransformersLlava(LlavaMetaForCausalLM, _Language):
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes, device=tower.device)}
 
 
-def _llava_config(native: PretrainedConfig) -> PretrainedConfig:
+def llava_config(native: PretrainedConfig) -> PretrainedConfig:
     """The language model's config with LLaVA's fields, of a transformers model's."""
     own = copy.deepcopy(native.get_text_config())
     for name, value in image_fields(native).items():

@@ -18,36 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, Sizes
-from llava.model.mining import average_patches, mine, sub_patches
+from llava.model.mini_gemini.image_pairs import ImagePair, Images, grid_of, pair_of, paired
+from llava.model.mini_gemini.mining import average_patches, mine, sub_patches
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.multimodal_encoder.openclip_encoder import STRIDE, OpenCLIPVisionTower
-from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.prompts import check_images, first_places
 from llava.model.visual import VisualTokens, lay_out
 from visionzip.encoder import check_finite
 
 __all__ = ["MGMMetaForCausalLM", "MGMMetaModel"]
-
-
-class ImagePair(NamedTuple):
-    """An image as the original code's users give it, in both resolutions.
-
-    Attributes:
-        image: (3, e, e), or (tiles, 3, e, e) of a grid, the whole image last.
-        image_aux: (3, a, a).
-    """
-
-    image: Tensor
-    image_aux: Tensor
-
-
-Images = Tensor | Sequence[Tensor] | Sequence[ImagePair]
 
 
 class MGMMetaModel(LlavaMetaModel):
@@ -115,7 +101,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
             use_cache,
             output_attentions,
             output_hidden_states,
-            _paired(images, images_aux),
+            paired(images, images_aux),
             image_sizes,
             visual_mask,
             logits_to_keep,
@@ -133,7 +119,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         **kwargs: Any,
     ) -> Any:
         """LLaVA's, with Mini-Gemini's ``images_aux`` where that has it."""
-        return super().generate(inputs, _paired(images, images_aux), image_sizes, **kwargs)
+        return super().generate(inputs, paired(images, images_aux), image_sizes, **kwargs)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -148,7 +134,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
     ) -> Any:
         """LLaVA's six values, with Mini-Gemini's ``images_aux`` where that has it."""
         return super().prepare_inputs_labels_for_multimodal(
-            input_ids, position_ids, attention_mask, past_key_values, labels, _paired(images, images_aux), image_sizes
+            input_ids, position_ids, attention_mask, past_key_values, labels, paired(images, images_aux), image_sizes
         )
 
     def encode_images(self, images: Images, images_aux: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -157,7 +143,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         Raises:
             ValueError: a pixel is not finite, or an image's size is not the towers'.
         """
-        return torch.stack(self.visual_tokens(_paired(images, images_aux)))
+        return torch.stack(self.visual_tokens(paired(images, images_aux)))
 
     def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
         """What the language model sees of each image, with positions and sizes; all are encoded in one batch.
@@ -199,38 +185,8 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         return torch.stack([self._pair(image, index).image[0] for index, image in enumerate(images)])
 
     def _pair(self, given: Any, index: int) -> ImagePair:
-        """An image for both towers: tiles (T, 3, e, e), the whole image first, and (3, a, a)."""
-        edge, edge_aux = self.get_vision_tower().config.image_size, self.config.image_size_aux
-        device = self.get_vision_tower_aux().device
-        grid, has_whole = _grid(self.config)
-        low, high = given if isinstance(given, ImagePair) else (None, given)
-        tiles = grid**2 + has_whole
-        shapes = {"image_aux": ((3, edge_aux, edge_aux), high)}
-        if low is not None:
-            low = low[None] if isinstance(low, Tensor) and low.ndim == 3 else low
-            shapes["image"] = ((tiles, 3, edge, edge), low)
-        for name, (shape, value) in shapes.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"images[{index}] is a {type(value).__name__}, not a tensor: prepare images with "
-                    "llava.mm_utils.process_images"
-                )
-            if tuple(value.shape) != shape:
-                which = f"images[{index}]" if low is None or name == "image" else f"images_aux[{index}]"
-                raise ValueError(
-                    f"{which} has shape {tuple(value.shape)}, but it must be {shape}: Mini-Gemini takes images of "
-                    f"image_size_aux={edge_aux} pixels, as llava.mm_utils.process_images makes them with the model's "
-                    f"config; images of {edge} pixels need images_aux too"
-                )
-        high = high.to(device)
-        if low is not None:
-            low = low.to(device)
-            return ImagePair(torch.cat([low[-1:], low[:-1]]) if has_whole else low, high)
-        # In float32 and from the prepared pixels, as the released scripts do.
-        large = _resized(high[None].float(), grid * edge)
-        cells = large[0].unflatten(2, (grid, edge)).unflatten(1, (grid, edge)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        low = torch.cat([_resized(large, edge), cells]) if has_whole else cells
-        return ImagePair(low.to(high.dtype), high)
+        edge, device = self.get_vision_tower().config.image_size, self.get_vision_tower_aux().device
+        return pair_of(given, index, self.config, edge, device)
 
     def look_closer(self, encoded: EncodedImage, maps: Sequence[Tensor], keeps_cls: bool) -> Tensor:
         """Patch info mining: what is added to each token.
@@ -248,7 +204,7 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
             patches = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         else:  # of all but the first token, where that is CLS
             patches = encoded.kept[:, int(keeps_cls) :] - int(tower.cls_token)
-        side, (grid, has_whole) = tower.num_patches_per_side, _grid(self.config)
+        side, (grid, has_whole) = tower.num_patches_per_side, grid_of(self.config)
         size = maps[0].shape[-1] // (grid * side)  # positions along an edge of a patch
         tiles, places = (values.unflatten(0, (len(maps[0]), -1)) for values in (tokens, patches.to(maps[0].device)))
         corners = torch.stack([places // side, places % side], dim=-1) * size
@@ -276,25 +232,6 @@ class MGMMetaForCausalLM(LlavaMetaForCausalLM):
         return torch.stack(mined, dim=1).flatten(0, 1)
 
 
-def _paired(images: Any, images_aux: Any) -> Any:
-    """Images with their high resolution beside them, where that was given."""
-    if images_aux is None or images is None:
-        return images
-    if len(images) != len(images_aux):
-        raise ValueError(f"images_aux has {len(images_aux)} entries for {len(images)} images: give one for each")
-    return [ImagePair(*pair) for pair in zip(images, images_aux, strict=True)]
-
-
-def _resized(images: Tensor, edge: int) -> Tensor:
-    return F.interpolate(images, size=(edge, edge), mode="bilinear", align_corners=False)
-
-
-def _grid(config: Any) -> tuple[int, bool]:
-    """Tiles along an edge of an image, and whether the CLIP tower sees the whole image besides."""
-    grid = getattr(config, "image_grid", None) or 1
-    return grid, grid > 1 and bool(getattr(config, "image_global", False))
-
-
 def _check_config(config: Any) -> None:
     """Check what can be known without the towers.
 
@@ -310,7 +247,7 @@ def _check_config(config: Any) -> None:
             f"mm_vision_select_feature={config.mm_vision_select_feature!r} is not supported: Mini-Gemini mines for "
             "patches, use 'patch'"
         )
-    if (grid := _grid(config)[0]) not in (1, 2):
+    if (grid := grid_of(config)[0]) not in (1, 2):
         raise ValueError(f"image_grid={grid} is not supported: Mini-Gemini's checkpoints have 1, or 2 (HD)")
 
 
@@ -320,7 +257,7 @@ def _check_sizes(config: Any, tower: VisionTower, aux: OpenCLIPVisionTower) -> N
     Raises:
         ValueError: they do not.
     """
-    patches = tower.num_patches_per_side * _grid(config)[0]
+    patches = tower.num_patches_per_side * grid_of(config)[0]
     if not tower.cls_token:
         raise ValueError(
             f"{type(tower).__name__} as mm_vision_tower is not supported: Mini-Gemini has CLIP, set mm_vision_tower in "

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.layouts import KINDS
-from llava.model.transformers_llava import is_transformers
+from llava.model.checkpoints.layouts import KINDS
+from llava.model.stock.loading import is_transformers
 
 Message = dict[str, Any]
 
