@@ -30,7 +30,11 @@ setup(
         *(f"visionzip_{name}" for name in find_packages(include=["eval", "eval.*"])),
     ],
     package_dir={"visionzip_eval": "eval"},
-    package_data={"visionzip": ["py.typed"], "llava": ["py.typed", "demo/assets/*"], "visionzip_eval": ["paper.json"]},
+    package_data={
+        "visionzip": ["py.typed"],
+        "llava": ["py.typed", "demo/assets/*"],
+        "visionzip_eval": ["reports/paper.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.16,<6",

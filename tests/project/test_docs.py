@@ -201,12 +201,12 @@ def test_readme_has_the_measured_speeds():
 
 
 def test_budgets_have_the_papers_figures():
-    tables = {table["number"]: table for table in json.loads((ROOT / "eval/paper.json").read_text())["tables"]}
+    tables = {table["number"]: table for table in json.loads((ROOT / "eval/reports/paper.json").read_text())["tables"]}
     columns = ("FastV", "SparseVLM", "VisionZip", "VisionZip‡")
-    for number, _, tokens, *figures in table_behind("docs/budgets.md", "eval/paper.json"):
+    for number, _, tokens, *figures in table_behind("docs/budgets.md", "eval/reports/paper.json"):
         averages = {(str(row["tokens"]), row["label"]): row["average"] for row in tables[int(number)]["rows"]}
         assert figures == [averages.get((tokens, label), "") for label in columns], (number, tokens)
     rows = {row["label"]: row for row in tables[16]["rows"]}
-    for name, memory, average in table_behind("docs/budgets.md", "eval/paper.json table 16 memory"):
+    for name, memory, average in table_behind("docs/budgets.md", "eval/reports/paper.json table 16 memory"):
         row = rows[name.split(",")[0]]
         assert (memory, average) == (row["values"][0], row["average"]), name
