@@ -16,7 +16,7 @@ import pytest
 from visionzip.integrations import _REGISTERED, REGISTRY
 from visionzip.methods import METHODS
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {  # arguments, and what is printed
     "zip_llava.py": ([], "all tokens: 144 .* orange\nzipped: 48 .* orange\nunzipped: 144 .* orange\n"),
     "zip_transformers.py": (

@@ -14,7 +14,7 @@ import yaml
 
 import visionzip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
