@@ -99,7 +99,7 @@ def choices(
         clock.mark("read")
         projected = projector(bare.patches) if "projected" in reads else None
         clock.mark("projection")
-        choose_tokens(dataclasses.replace(bare, scores=scores, keys=keys, projected=projected), config)
+        choose_tokens(bare.replace(scores=scores, keys=keys, projected=projected), config)
         clock.mark("choice")
         return clock
 
