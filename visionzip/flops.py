@@ -1,7 +1,7 @@
 """Count what images and prompts cost in operations: by the paper's formula, and exactly, module by module.
 
 The exact counts are those of matrix products, where a multiplication and its addition are two operations.
-``torch.utils.flop_counter`` counts alike, and tests/test_flops.py compares the two module by module.
+``torch.utils.flop_counter`` counts alike, and tests/measuring/test_flops.py compares the two module by module.
 """
 
 from __future__ import annotations

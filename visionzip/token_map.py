@@ -87,7 +87,7 @@ class TokenMap:
 
     @property
     def num_kept(self) -> int:
-        """The visual tokens that a zipped tower makes from the image: dominant ones (with a kept CLS) and contextual."""
+        """The visual tokens that a zipped tower makes from the image: dominant ones, with CLS, and contextual ones."""
         roles = self.zipped_roles
         return self.keeps_cls + int(roles.dominant.sum()) + len(roles.targets)
 

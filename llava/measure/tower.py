@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
