@@ -28,6 +28,7 @@ def visionzip(
     size_bias: bool | None = None,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
+    video_keep: int | float | None = None,
 ) -> Model:
     """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
@@ -56,6 +57,8 @@ def visionzip(
         size_bias: whether a kept token's attention grows with the patches it stands for (default: the method's).
         max_tokens: the most tokens of an image, tile or frame if ``keep`` is a share (default: no limit).
         min_tokens: the fewest tokens of one if ``keep`` is a share (default: 1).
+        video_keep: how many tokens of a whole video to keep, or their share, chosen among all its frames at once
+            (default: tokens are chosen in each frame alone).
 
     Returns:
         The same object.
@@ -76,7 +79,7 @@ def visionzip(
         (dominant, contextual), keep = split(keep), None
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
     setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
-    setting |= {"max_tokens": max_tokens, "min_tokens": min_tokens}
+    setting |= {"max_tokens": max_tokens, "min_tokens": min_tokens, "video_keep": video_keep}
     target = unwrap(model)
     integration = find_integration(target)
     integration.attach(target, _config(target, integration, setting))

@@ -120,52 +120,94 @@ def read_attention(
 
 
 @contextmanager
-def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record the attention that patches of packed images receive in one layer with rotary positions, such as Qwen-VL's.
+def read_parts(
+    attention: nn.Module, names: tuple[str, ...], reduce: Callable[[dict[str, Tensor], dict[str, Any]], T]
+) -> Iterator[list[T]]:
+    """Record what submodules of one attention layer return, and the arguments that the layer is called with.
 
-    Packed images lie one behind the other in one sequence of S patches, and each attends only to its own part of it, by
-    ``cu_seqlens``. Each image is scored alone. The hooks are as careful as those of :func:`read_attention`.
+    This is for layers that rotate queries and keys after their projections: the rotation is among the arguments. The
+    hooks are as careful as those of :func:`read_attention`.
+
+    Args:
+        attention: the layer.
+        names: the names of its submodules.
+        reduce: computes the result from the submodules' outputs, by name, and the layer's arguments, by name. It is
+            called as soon as the layer has run.
+
+    Yields:
+        A list, to which each run of the layer appends the result.
+    """
+    thread = threading.get_ident()
+    found: list[T] = []
+    captured: dict[str, Tensor] = {}
+
+    def listen(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if threading.get_ident() == thread:
+                captured[name] = output.detach()
+
+        return getattr(attention, name).register_forward_hook(hook)
+
+    def behind(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(reduce(captured, kwargs))
+            captured.clear()
+
+    handles = [*map(listen, names), attention.register_forward_hook(behind, with_kwargs=True)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record the scores and keys of packed images in one layer with rotary positions, such as Qwen-VL's.
+
+    Packed images lie one behind the other in one sequence of S patches, and each attends only to its own part of it,
+    which ``cu_seqlens`` delimits.
 
     Args:
         attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
             ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
 
     Yields:
-        A list to which the layer's run appends a pair: the scores (S,) float32, as :func:`patch_scores` computes them
-        without a CLS token, and the keys (S, Dh) float32, mean over heads, before the rotation, so that they tell what
-        a patch is like and not where it is.
+        A list, to which each run of the layer appends what :func:`packed_scores` returns.
     """
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
-    thread = threading.get_ident()
-    found: list[tuple[Tensor, Tensor]] = []
-    given: dict[str, Any] = {}
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() == thread:
-            given.update(kwargs)
-
-    def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if threading.get_ident() != thread:
-            return
-        queries, keys, _ = output.detach().unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # (S, H, Dh)
-        turned = rotate(queries, keys, *given["position_embeddings"])
+    def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        split = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # three of (S, H, Dh)
+        queries, keys = rotate(split[0], split[1], *given["position_embeddings"])
         lengths = given["cu_seqlens"].diff().tolist()
-        by_image = (values.transpose(0, 1)[None].split(lengths, dim=2) for values in turned)
-        scores = [
-            patch_scores(QueriesKeys(own_queries, own_keys, attention.scaling), cls_token=False)[0]
-            for own_queries, own_keys in zip(*by_image, strict=True)
-        ]
-        found.append((torch.cat(scores), keys.float().mean(dim=1)))
+        return packed_scores(
+            queries.transpose(0, 1), keys.transpose(0, 1), split[1].transpose(0, 1), lengths, attention.scaling
+        )
 
-    handles = [
-        attention.register_forward_pre_hook(before, with_kwargs=True),
-        attention.qkv.register_forward_hook(behind),
-    ]
-    try:
+    with read_parts(attention, ("qkv",), score) as found:
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def packed_scores(
+    queries: Tensor, keys: Tensor, unrotated: Tensor, lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Score the patches of packed images, each image alone.
+
+    Args:
+        queries: (H, S, Dh), the rotated queries.
+        keys: (H, S, Dh), the rotated keys.
+        unrotated: (H, S, Dh), the keys before the rotation, which tell what a patch is like and not where it is.
+        lengths: how many patches each image has.
+        scale: the scale of the layer's attention.
+
+    Returns:
+        The scores (S,) float32, as :func:`patch_scores` computes them without a CLS token; and the keys (S, Dh) float32
+        before the rotation, mean over heads.
+    """
+    by_image = zip(queries[None].split(lengths, dim=2), keys[None].split(lengths, dim=2), strict=True)
+    scores = [patch_scores(QueriesKeys(*image, scale), cls_token=False)[0] for image in by_image]
+    return torch.cat(scores), unrotated.float().mean(dim=0)
 
 
 def cls_attention(read: QueriesKeys) -> Tensor:

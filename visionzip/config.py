@@ -41,6 +41,10 @@ class VisionZipConfig:
             1024.
         min_tokens: the fewest tokens that an image, tile or frame keeps if ``keep`` is a share; an image with fewer
             tokens keeps all of them.
+        video_keep: how many tokens of a whole video to keep, or their share (0.1). They are chosen by ``method`` among
+            all its frames at once, so that a frame that shows more keeps more, and another may keep none. With None,
+            tokens are chosen in each frame alone, as in an image. Only families behind transformers' seam that take
+            videos have this (Qwen-VL, Gemma 4).
 
     Raises:
         TypeError: a number or a switch has the wrong type.
@@ -59,6 +63,7 @@ class VisionZipConfig:
     size_bias: bool | None = None
     max_tokens: int | None = None
     min_tokens: int = 1
+    video_keep: int | float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual", "layer", "seed", "max_tokens", "min_tokens"):
@@ -84,6 +89,8 @@ class VisionZipConfig:
             raise ValueError(f"seed={self.seed} is outside 0 to 2**64 - 1")
         self._check_keep()
         self._check_limits()
+        if self.video_keep is not None:
+            self._check_tokens("video_keep", "tokens of a video")
 
     def _check_keep(self) -> None:
         if self.keep is None:
@@ -93,14 +100,20 @@ class VisionZipConfig:
                     "dominant and contextual are VisionZip's own"
                 )
             return
-        if isinstance(self.keep, bool) or not isinstance(self.keep, Real):
-            raise TypeError(f"keep={self.keep!r} must be a number, not {type(self.keep).__name__}")
-        object.__setattr__(self, "keep", int(self.keep) if isinstance(self.keep, Integral) else float(self.keep))
-        if isinstance(self.keep, int) and self.keep < 1:
-            raise ValueError(f"keep={self.keep} is below 1: keep at least one token")
-        if isinstance(self.keep, float) and not 0 < self.keep <= 1:
+        self._check_tokens("keep", "patches")
+
+    def _check_tokens(self, name: str, of_what: str) -> None:
+        """Check a setting that is a number of tokens or a share."""
+        value: Any = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+        value = int(value) if isinstance(value, Integral) else float(value)
+        object.__setattr__(self, name, value)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}={value} is below 1: keep at least one token")
+        if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError(
-                f"keep={self.keep} is outside 0 to 1: a fraction is a share of the patches; for a number of tokens "
+                f"{name}={value} is outside 0 to 1: a fraction is a share of the {of_what}; for a number of tokens "
                 "give an integer"
             )
 
@@ -130,6 +143,10 @@ class VisionZipConfig:
         tokens = max(round(self.keep * patches), min(self.min_tokens, patches))
         return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
 
+    def of_videos(self) -> VisionZipConfig:
+        """Return the setting for whole videos, which treats each as one image; only for one with ``video_keep``."""
+        return dataclasses.replace(self, keep=self.video_keep, video_keep=None, max_tokens=None, min_tokens=1)
+
     def __str__(self) -> str:
         """Word the budget for messages: ``dominant=54 + contextual=10`` or ``keep=0.25, max_tokens=99``."""
         if self.keep is None:
@@ -142,7 +159,7 @@ class VisionZipConfig:
         values = dataclasses.asdict(self)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         unused: tuple[str, ...] = ("dominant", "contextual") if self.keep is not None else ()
-        optional = ("method", "keep", "seed", "positions", "size_bias", "max_tokens", "min_tokens")
+        optional = ("method", "keep", "seed", "positions", "size_bias", "max_tokens", "min_tokens", "video_keep")
         return {
             name: value
             for name, value in values.items()

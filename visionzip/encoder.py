@@ -46,6 +46,30 @@ def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> 
             )
 
 
+def check_tokens(tokens: Sequence[Tensor], name: str = "images") -> None:
+    """Check that visual tokens are finite: with NaN, a language model would answer with the token of number 0.
+
+    Tokens are checked once when they are made, and not in every step of decoding. They are not checked in training:
+    there a step in mixed precision may overflow, and the gradient scaler handles it.
+
+    Args:
+        tokens: (n, D) of each image.
+        name: what the tokens were made from, for the message.
+
+    Raises:
+        ValueError: a token is NaN or infinite; the message names the image.
+    """
+    if torch.compiler.is_compiling() or torch.isfinite(torch.cat(list(tokens)).detach()).all():
+        return
+    index, own = next((index, own) for index, own in enumerate(tokens) if not torch.isfinite(own).all())
+    wrong = int((~torch.isfinite(own)).any(dim=-1).sum())
+    raise ValueError(
+        f"{name}[{index}] has {wrong} visual tokens that are NaN or infinite, of {len(own)}, as the model's encoder or "
+        f"projector made them: its weights are damaged, or {own.dtype} is too small for them (load the model in "
+        "bfloat16 or float32)"
+    )
+
+
 def has_cls_token(vision_model: nn.Module) -> bool:
     """Say whether the encoder has a CLS token at position 0: CLIP does, SigLIP does not."""
     return hasattr(vision_model.embeddings, "class_embedding")

@@ -24,6 +24,7 @@ from llava.model.generation import REFUSED, Refused, check_settings
 from llava.model.prompts import Row, splice
 from llava.model.visual import VisualTokens
 from llava.video import Visual, process_visuals
+from visionzip.encoder import check_tokens
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,7 @@ class ChatSession:
         if not images:
             return []
         visual = self.model.placed_tokens(*process_visuals(images, self.image_processor, self.model))
+        check_tokens([image.tokens for image in visual])
         if visual[0].tokens.is_cuda:
             torch.cuda.synchronize()
         return visual

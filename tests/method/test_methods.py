@@ -138,6 +138,17 @@ def test_hard_inputs(name: str):
                 assert chosen.tolist() == [list(range(keep))] * 2
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pool"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers(name: str, value: float):
+    """Still K different patches; who gets the tokens refuses them."""
+    for broken in (slice(3, 7), slice(None)):
+        x, a = torch.randn(2, 16, 4), torch.rand(2, 16)
+        x[:, broken], a[:, broken] = value, value
+        kept = choose_tokens(read_of(x, a), VisionZipConfig(keep=6, method=name)).kept
+        assert all(len(set(row)) == 6 for row in kept.tolist())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_all_that_there_are(name: str):
     """A budget of all tokens and more keeps them as they are, in order, without CLS where the method takes none."""

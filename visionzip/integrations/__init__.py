@@ -74,10 +74,16 @@ _TRANSFORMERS = {
         ("glm46v.modeling_glm46v.Glm46V", "seam_families.GLM4V", "GLM-4.6V"),
         ("internvl.modeling_internvl.InternVL", "seam_families.INTERNVL", "InternVL"),
         ("gemma3.modeling_gemma3.Gemma3", "seam_families.GEMMA3", "Gemma 3"),
+        ("gemma4.modeling_gemma4.Gemma4", "seam_gemma4.GEMMA4", "Gemma 4"),
         ("idefics3.modeling_idefics3.Idefics3", "seam_families.IDEFICS3", "Idefics3"),
+        ("mistral3.modeling_mistral3.Mistral3", "seam_pixtral.PIXTRAL", "Mistral 3"),
         ("smolvlm.modeling_smolvlm.SmolVLM", "seam_families.IDEFICS3", "SmolVLM"),
     )
 }
+
+
+_BY_TOWER = {("hf_llava.LLAVA", "pixtral"): "seam_pixtral.PIXTRAL"}
+"""Classes that come with several kinds of encoders: Pixtral-12B is a LLaVA."""
 
 
 def family_of(model: nn.Module) -> Family:
@@ -88,7 +94,7 @@ def family_of(model: nn.Module) -> Family:
     """
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
-            return _load(_TRANSFORMERS[name][0])
+            return _load(_TRANSFORMERS[name][0], model)
     if (family := _any_family(model)) is not None:
         return family
     raise TypeError(f"{type(model).__name__} is no model of transformers that VisionZip supports")
@@ -101,16 +107,17 @@ def _any_family(model: nn.Module) -> Family | None:
     return import_module(f"{__name__}.seam_any").any_family(model)
 
 
-def _load(place: str) -> Family:
-    file, attribute = place.split(".")
+def _load(place: str, model: nn.Module) -> Family:
+    encoder = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    file, attribute = _BY_TOWER.get((place, encoder), place).split(".")
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 
 
-def _of_transformers(load: Callable[[], Family], name: str) -> Integration:
+def _of_transformers(load: Callable[[nn.Module], Family], name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
             # Not before it is used: what is behind takes seconds to import.
-            return getattr(import_module(f"{__name__}.attach"), function)(load(), model, *args)
+            return getattr(import_module(f"{__name__}.attach"), function)(load(model), model, *args)
 
         return call
 
@@ -145,7 +152,7 @@ def find_integration(model: nn.Module) -> Integration:
     whole = f"{own.removesuffix('Model')}ForConditionalGeneration"
     known = any(name.endswith(f".{whole}") for name in REGISTRY)
     if not known and (family := _any_family(model)) is not None:
-        return _of_transformers(lambda: family, "any that takes mm_encoder_outputs (transformers)")
+        return _of_transformers(lambda _model: family, "any that takes mm_encoder_outputs (transformers)")
     hint = f" Give the whole {whole}, not its base model." if known else ""
     raise TypeError(
         f"VisionZip does not support {own}.{hint} Supported are these classes and what derives from them: {supported}; "

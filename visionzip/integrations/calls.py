@@ -6,13 +6,14 @@ import functools
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from visionzip.encoder import check_tokens
 from visionzip.integrations.checks import (
     NO_IDS,
     cached_length,
@@ -30,7 +31,8 @@ from visionzip.integrations.checks import (
 )
 from visionzip.integrations.held import Held, original_positions
 from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
-from visionzip.integrations.placeholders import Shortened, Visual, find_runs, shorten
+from visionzip.integrations.placeholders import Shortened, plan_prompts, shorten
+from visionzip.integrations.runs import Edit, Visual, find_runs
 
 GENERATING: ContextVar[bool] = ContextVar("generating", default=False)  # encoder outputs are generate's own
 SIZES = "token_sizes"  # in mm_encoder_outputs (B, L) and, as an argument, of a language model with a size bias
@@ -129,8 +131,20 @@ def _as_text(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[s
     return given | {"position_ids": zipped.family.with_axes(positions)}
 
 
+class Found(NamedTuple):
+    """What a call is given to see, and where its prompts have the placeholders of each."""
+
+    visuals: list[Visual]
+    edits: list[list[Edit]]
+
+
 def prepare(
-    zipped: Zipped, model: nn.Module, given: dict[str, Any], side: str | None = None, whole: bool = False
+    zipped: Zipped,
+    model: nn.Module,
+    given: dict[str, Any],
+    side: str | None = None,
+    whole: bool = False,
+    found: Found | None = None,
 ) -> tuple[dict[str, Any], Held | None]:
     """Run the encoder, choose tokens, and shorten the prompts to them.
 
@@ -140,6 +154,7 @@ def prepare(
         given: the arguments of its forward, with pixels under their present names.
         side: on which rows are padded, ``"left"`` or ``"right"``; as before if None.
         whole: the prompts are a conversation whose beginning the given cache holds; otherwise what is new alone.
+        found: what the prompts have, where the caller has looked for it.
 
     Returns:
         The arguments with ``mm_encoder_outputs`` for the pixels, and what a cache holds that was given them.
@@ -148,13 +163,15 @@ def prepare(
         ValueError: prompts and images do not fit together, or pixels are no numbers.
     """
     base, family = getattr(model, "model", model), zipped.family
-    found = visuals(zipped, base, given)
-    edits = find_runs(given["input_ids"], found)
+    if found is None:
+        seen = visuals(zipped, base, given)
+        found = Found(seen, find_runs(given["input_ids"], seen))
     check_values(family, given)
     past, held = cached_length(given), held_by(given)
     own = {name: value for name, value in given.items() if name != "position_ids"} if zipped.original else given
-    short = shorten(own, edits, pad_token(model), side, past if whole else 0, held)
-    encoded = _encode(zipped, base, given, found, short)
+    plan = plan_prompts(own, found.edits, side, past if whole else 0, held)
+    encoded = _encode(zipped, base, given, found.visuals, plan.new)
+    short = shorten(own, plan, pad_token(model), _staying(plan.new, encoded))
     taken = {name for modality in family.modalities for name in _taken(type(base), modality)}
     arguments = {name: value for name, value in given.items() if name not in taken} | short.arguments
     arguments["mm_encoder_outputs"] = _outputs(family, encoded, short)
@@ -179,14 +196,23 @@ Chosen = dict[str, tuple[list[int], Encoded]]
 """By modality: which of its runs are not in the cache, and their tokens."""
 
 
-def _encode(zipped: Zipped, base: nn.Module, given: Mapping[str, Any], found: list[Visual], short: Shortened) -> Chosen:
+def _encode(zipped: Zipped, base: nn.Module, given: Mapping[str, Any], found: list[Visual], new: list[Edit]) -> Chosen:
     encoded: Chosen = {}
     for visual in found:
-        chosen = sorted(edit.index for edit in short.new if edit.modality == visual.modality)
+        chosen = sorted(edit.index for edit in new if edit.modality == visual.modality)
         if chosen:  # images that a cache holds are not encoded again where no new one is
             modality = zipped.family.modalities[visual.modality]
-            encoded[visual.modality] = chosen, modality.encode(base, zipped.config, given).of_runs(chosen)
+            own = modality.encode(base, zipped.config, given).of_runs(chosen)
+            if not base.training:
+                check_tokens(own.tokens, modality.pixels)
+            encoded[visual.modality] = chosen, own
     return encoded
+
+
+def _staying(new: list[Edit], encoded: Chosen) -> dict[tuple[str, int], Tensor]:
+    """Places of what stays of each run where the choice says it, which has to be waited for."""
+    chosen = {edit.key for edit in new if edit.row or edit.short is None}
+    return {key: places for key, (places, _) in _by_run(encoded).items() if key in chosen} if chosen else {}
 
 
 def _by_run(encoded: Chosen) -> dict[tuple[str, int], tuple[Tensor, Tensor | None]]:

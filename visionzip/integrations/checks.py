@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visionzip.encoder import check_finite
 from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Family, Zipped
-from visionzip.integrations.placeholders import Edit, Visual
+from visionzip.integrations.runs import Edit, Visual
 
 NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
 
@@ -131,7 +131,7 @@ def refuse_images_at_the_end(arguments: Mapping[str, Any], edits: list[list[Edit
     ids, mask = arguments["input_ids"], arguments["attention_mask"][:, -arguments["input_ids"].shape[1] :]
     lasts = (ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)).tolist()
     for row, (last, own) in enumerate(zip(lasts, edits, strict=True)):
-        if any(edit.start <= last < edit.start + edit.full for edit in own):
+        if any(edit.start <= last < edit.end - bool(edit.row) for edit in own):  # what ends the last row is text
             raise ends_with_an_image(row)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visionzip.integrations.calls import GENERATING, SIZES, prepare
+from visionzip.integrations.calls import GENERATING, SIZES, Found, prepare
 from visionzip.integrations.checks import (
     NO_IDS,
     cached_length,
@@ -24,7 +24,7 @@ from visionzip.integrations.checks import (
     visuals,
 )
 from visionzip.integrations.huggingface import Zipped
-from visionzip.integrations.placeholders import find_runs
+from visionzip.integrations.runs import find_runs
 from visionzip.methods import has_size_bias
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ def generate(
     _refuse_settings(zipped, model, generation_config, kwargs)
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(prompt, model, generation_config, kwargs)
+    edits = find_runs(prompt, found)
     if zipped.original:
-        refuse_images_at_the_end(kwargs, find_runs(prompt, found))
+        refuse_images_at_the_end(kwargs, edits)
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
     if whole:
         kwargs.pop("position_ids", None)  # counted by the mask
-    kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole)
+    kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole, found=Found(found, edits))
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionzip.integrations.runs import Edit
+
 
 class Held(NamedTuple):
     """What a cache holds of prompts, as far as these were shortened; behind it are text and answers, as they are.
@@ -38,6 +40,12 @@ class Held(NamedTuple):
         after = None if self.after is None else self.after[:, :past]
         return None if ((gone >= 0) & (gone < length)).any() else Held(kept, length, after)
 
+    def moved_to(self, start: int) -> Held:
+        """The same of a single row that begins in another column."""
+        real = self.columns >= 0
+        by = start - int(self.columns[real][0]) if real.any() else 0
+        return self._replace(columns=torch.where(real, self.columns + by, -1), length=self.length + by)
+
     def repeated(self, copies: int) -> Held:
         """The same of a cache with so many copies of each row, side by side."""
         after = None if self.after is None else self.after.repeat_interleave(copies, dim=0)
@@ -66,7 +74,8 @@ def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[T
     places = places.to(positions.device)
     index = places.clamp(min=0).expand(*positions.shape[:-2], -1, -1)
     own = positions.gather(-1, index).masked_fill(places < 0, 0)
-    highest = positions if positions.ndim == 2 else positions.amax(dim=0)
+    # Text goes on behind an image's rows and columns; of Qwen2.5-VL, the time of a long video is ahead of that.
+    highest = positions if positions.ndim == 2 else positions[1:].amax(dim=0)
     highest = highest.cummax(dim=1).values
     # A token's part of the prompt ends where the next one begins: a run's last one stands for all behind it.
     length = positions.shape[-1]
@@ -75,3 +84,55 @@ def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[T
     following = following.flip(1).cummin(dim=1).values.flip(1)
     after = highest.gather(1, (following - 1).clamp(min=0)) + 1
     return own, held._replace(after=after)
+
+
+def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, held: Held | None) -> Held:
+    """What a cache of ``past`` tokens holds of the prompts (B, L).
+
+    Raises:
+        ValueError: nothing is new, the cache ends inside an image, or its padding is another one or not known.
+    """
+    if held is None:
+        held = _infer_held(sources, edits, past)
+    elif len(sources) == 1:  # a row alone may have other padding now
+        held = held.moved_to(int(sources[0][0]))
+    cached = held.grown(past)
+    for row, (columns, source) in enumerate(zip(held.columns, sources, strict=True)):
+        if len(real := columns[columns >= 0]) and real[0] != source[0]:
+            raise ValueError(
+                f"prompt {row} begins in column {int(source[0])}, and when past_key_values was filled it began in "
+                f"{int(real[0])}: put new tokens behind the sequences that generate returned, or leave "
+                "past_key_values out"
+            )
+    if all(int(row[-1]) < cached.length for row in sources):
+        raise ValueError(
+            f"past_key_values holds {past} tokens, and the prompt has {max(map(len, sources))} when zipped, so nothing "
+            "in it is new. Give the whole conversation with all its images, or the new tokens alone with an "
+            "attention_mask that covers the cache too"
+        )
+    for edit in (edit for row in edits for edit in row):
+        if edit.start < cached.length < edit.end:
+            raise ValueError(
+                f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.index}: it is of "
+                "another conversation, or of one that was not zipped"
+            )
+    return cached
+
+
+def _infer_held(sources: list[Tensor], edits: list[list[Edit]], past: int) -> Held:
+    """The same of a cache that was filled by other means than ``generate``, which holds text alone or no padding."""
+    if any(edit.short is None and edit.start < past for row in edits for edit in row):
+        raise ValueError(
+            f"past_key_values holds {past} tokens, but not how many each frame of a video has of them: give a cache "
+            "that this model has filled, or leave it out"
+        )
+    ends = {int(row[past]) if len(row) > past else int(row[-1]) + 1 for row in sources}
+    if len(ends) == 1 and len({min(len(row), past) for row in sources}) == 1:
+        return Held(torch.stack([row[:past] for row in sources]), ends.pop())
+    if any(edit.start < past for row in edits for edit in row):
+        raise ValueError(
+            f"past_key_values holds {past} tokens of each prompt, but not which ones are padding: with prompts of "
+            "several lengths give a cache that this model's generate has filled, or the new tokens alone with an "
+            "attention_mask that covers the cache too"
+        )
+    return Held(torch.empty(len(sources), 0).long(), 0)

@@ -19,7 +19,7 @@ from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens, compress_images, has_cls_token, read_encoder, side_length
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
-from visionzip.integrations.placeholders import Run
+from visionzip.integrations.runs import Run
 from visionzip.integrations.towers import (
     TowerFamily,
     check_layer,

@@ -32,7 +32,7 @@ from visionzip.integrations.hf_llava_next import (
     unpadded,
 )
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
-from visionzip.integrations.placeholders import Run
+from visionzip.integrations.runs import Run
 from visionzip.integrations.towers import TowerFamily, check_layer, full_length, pooled_videos, short_counts
 
 

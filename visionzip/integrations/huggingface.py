@@ -52,7 +52,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from visionzip.config import VisionZipConfig
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.held import Held
-from visionzip.integrations.placeholders import Run
+from visionzip.integrations.runs import Run
 from visionzip.methods import positions_of
 
 Arguments = Mapping[str, Any]

@@ -10,7 +10,8 @@ A family here is one entry of :mod:`visionzip.integrations.seam_families`. With 
 always; other families have consecutive positions unless ``positions="original"``.
 
 Frames of a video are compressed one by one, whether they share a run of placeholders or have one each, between
-timestamps.
+timestamps. With ``video_keep`` they are one picture, on top of each other: tokens are chosen among all of theirs, and a
+frame may keep none.
 """
 
 from __future__ import annotations
@@ -20,32 +21,29 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from visionzip.compress import CompressedTokens, compress_alike
 from visionzip.config import VisionZipConfig
-from visionzip.encoder import choose_tokens
 from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes, stock_features
-from visionzip.integrations.placeholders import Run
-from visionzip.methods import EncoderRead, check_setting, has_size_bias, method_of, token_counts
-
-Size = tuple[int, int]
-"""Rows and columns of a frame's tokens."""
+from visionzip.integrations.runs import Run
+from visionzip.integrations.seam_choice import Size, choose_in_frames, flat_tokens, is_whole, real_pixels
+from visionzip.methods import check_setting, has_size_bias, method_of, token_counts
 
 
 class Frames(NamedTuple):
-    """Frames that share one run of placeholders: an image is one."""
+    """Frames of a video; an image is one."""
 
     count: int
     size: Size
 
 
 Framing = Callable[[nn.Module, Arguments], list[Frames]]
-"""``(base, arguments)`` to the frames of each run of placeholders, from shapes and grids alone."""
+"""``(base, arguments)`` to the frames of each image or video, from shapes and grids alone."""
 Scored = Callable[[], tuple[Tensor | None, Tensor | None]]
 """What was read, once the encoder has run: a score (n,) and a key (n, Dk) of each token, frame after frame."""
 
@@ -57,10 +55,15 @@ class Encoder:
     Attributes:
         read: ``(base, layer, arguments)`` to a context manager that yields :data:`Scored`.
         layers: ``(base)`` to the layers that compare all of an image's patches, the last one at the end.
+        pixels: ``(base, arguments, name)`` to the pixels of that argument, without what only fills them up: of all
+            frames one behind the other, or a list.
     """
 
     read: Callable[[nn.Module, int, Arguments], AbstractContextManager[Scored]]
     layers: Callable[[nn.Module], list[int]]
+    pixels: Callable[[nn.Module, Arguments, str], Tensor | list[Tensor]] = lambda base, arguments, name: real_pixels(
+        arguments[name]
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class SeamFamily(Family):
     Attributes:
         encoder: how its encoder is read.
         backbone: attribute of the base model that has the language model.
-        frames: how images make up runs of placeholders.
+        frames: how many images of which size there are.
         side: ``(base)`` to the tokens along the edge of a picture, where all pictures have one size.
     """
 
@@ -95,7 +98,7 @@ class SeamFamily(Family):
                 f"layer={config.layer} of this {type(model).__name__}'s encoder does not compare all patches of an "
                 f"image with each other: use one of {', '.join(map(str, layers))}, or leave it out"
             )
-        check_setting(config, model, 64, lays_out_patches=True)
+        check_setting(config, model, 64, lays_out_patches=True, whole_videos="video" in self.modalities)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
         """Half of each image's tokens, by the last encoder layer that can be read."""
@@ -136,157 +139,137 @@ class SeamFamily(Family):
             base.rope_deltas = held.after[:, -1:].to(tokens.device) - tokens
 
 
-def modality(name: str, pixels: str, frames: Framing, encoder: Encoder, **options: Any) -> Modality:
+class _Kind(NamedTuple):
+    """Images or videos of a family, as :func:`modality` is told."""
+
+    name: str
+    pixels: str
+    frames: Framing
+    encoder: Encoder
+    apart: bool
+    row_ends: bool
+
+    def setting(self, config: VisionZipConfig) -> tuple[VisionZipConfig, bool]:
+        """Of these, and whether a video is chosen from as a whole."""
+        whole = self.name == "video" and config.video_keep is not None
+        return (config.of_videos() if whole else config), whole
+
+
+def modality(
+    name: str,
+    pixels: str,
+    frames: Framing,
+    encoder: Encoder,
+    apart: bool = False,
+    row_ends: bool = False,
+    **options: Any,
+) -> Modality:
     """Images or videos of a family.
 
     Args:
         name: ``"image"`` or ``"video"``.
         pixels: the argument that has them.
-        frames: how they make up runs of placeholders.
+        frames: how many of which size.
         encoder: how it is read.
+        apart: each frame has a run of placeholders of its own, with text between them.
+        row_ends: each row of an image's placeholders ends with a token that stays; see :class:`Run`.
         **options: others of :class:`Modality`.
     """
-    return Modality(pixels, partial(_runs, frames), partial(_encode, name, pixels, frames, encoder), **options)
+    kind = _Kind(name, pixels, frames, encoder, apart, row_ends)
+    return Modality(pixels, partial(_runs, kind), partial(_encode, kind), **options)
 
 
-def _runs(frames: Framing, base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
-    runs = []
-    for count, (rows, columns) in frames(base, arguments):
-        full = rows * columns
-        runs.append(Run(count * full, count * token_counts(config, full, False).total))
+def all_layers(blocks: str, base: nn.Module) -> list[int]:
+    """All layers of an encoder, counted from the end.
+
+    Args:
+        blocks: where the base model has them, dotted.
+        base: it.
+    """
+    depth = len(attrgetter(blocks)(base))
+    return list(range(-depth, 0))
+
+
+def _pieces(frames: Frames, whole: bool) -> list[Size]:
+    """What is chosen from at once: each frame, or the frames of a video on top of each other."""
+    count, (rows, columns) = frames
+    return [(count * rows, columns)] if whole else [(rows, columns)] * count
+
+
+def _runs(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
+    runs: list[Run] = []
+    own, whole = kind.setting(config)
+    for frames in kind.frames(base, arguments):
+        count, (rows, columns) = frames
+        short = sum(token_counts(own, y * x, False).total for y, x in _pieces(frames, whole))
+        if kind.apart:
+            runs += [Run(rows * columns, None if whole else short // count)] * count
+        elif kind.row_ends:
+            runs.append(Run(rows * (columns + 1), short + rows, columns))
+        else:
+            runs.append(Run(count * rows * columns, short))
     return runs
 
 
-def _encode(
-    name: str,
-    pixels: str,
-    frames: Framing,
-    encoder: Encoder,
-    base: nn.Module,
-    config: VisionZipConfig,
-    arguments: Arguments,
-) -> Encoded:
-    names = inspect.signature(getattr(type(base), f"get_{name}_features")).parameters
+def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> Encoded:
+    names = inspect.signature(getattr(type(base), f"get_{kind.name}_features")).parameters
     taken = {key: arguments[key] for key in names if arguments.get(key) is not None}
-    runs = frames(base, arguments)
-    counts, sizes = [count for count, _ in runs], [size for count, size in runs for _ in range(count)]
-    reads = method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
-    scored = reads & {"scores", "keys"} and not all(_is_whole(config, size) for size in sizes)
-    with encoder.read(base, config.layer, arguments) if scored else nullcontext(_nothing) as read:
-        output = stock_features(base, name, taken | {"return_dict": True})
+    seen, (own, whole) = kind.frames(base, arguments), kind.setting(config)
+    sizes = [size for frames in seen for size in _pieces(frames, whole)]
+    reads = method_of(own).reads | ({"keys"} if has_size_bias(own) else set())
+    scored = reads & {"scores", "keys"} and not all(is_whole(own, size) for size in sizes)
+    with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext(_nothing) as read:
+        output = stock_features(base, kind.name, taken | {"return_dict": True})
     layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
-    chosen = choose_in_frames(layers, sizes, *read(), real_pixels(arguments[pixels]), config)
-    tokens, *deepstack = [_by_run(layer, counts) for layer in chosen.layers]
-    numbers = [frame for count in counts for frame in range(count)]
-    starts = [frame * rows * columns for frame, (rows, columns) in zip(numbers, sizes, strict=True)]
-    places = _by_run([own + start for own, start in zip(chosen.places, starts, strict=True)], counts)
-    groups = _by_run(chosen.sizes, counts) if has_size_bias(config) else None
-    return Encoded(tokens, places, groups, output.last_hidden_state, deepstack or None)
+    pixels = kind.encoder.pixels(base, arguments, kind.pixels)
+    chosen = choose_in_frames(layers, sizes, *read(), pixels, own)
+    counts = [1 if whole else frames.count for frames in seen]
+    tokens = [rows * columns for _, (rows, columns) in seen]
+    starts = [at * size for count, size in zip(counts, tokens, strict=True) for at in range(count)]
+    places = _joined([own + start for own, start in zip(chosen.places, starts, strict=True)], counts)
+    groups = _joined(chosen.sizes, counts) if has_size_bias(own) else None
+    found = Encoded(_joined(chosen.layers[0], counts), places, groups, output.last_hidden_state)
+    if len(layers) > 1:
+        found = found._replace(deepstack=[_joined(layer, counts) for layer in chosen.layers[1:]])
+    if kind.apart:
+        return _by_frame(found, seen, whole)
+    return _with_row_ends(found, seen) if kind.row_ends else found
+
+
+def _by_frame(encoded: Encoded, seen: list[Frames], whole: bool) -> Encoded:
+    """Tokens of videos, as those of each frame's own run."""
+    lengths, places = [], []
+    for (count, (rows, columns)), own in zip(seen, encoded.places, strict=True):
+        frame = own // (rows * columns)
+        lengths.append(frame.bincount(minlength=count).tolist() if whole else [len(own) // count] * count)
+        places += (own % (rows * columns)).split(lengths[-1])
+
+    def split(videos: list[Tensor] | None) -> list[Tensor] | None:
+        return videos and [part for own, parts in zip(videos, lengths, strict=True) for part in own.split(parts)]
+
+    deepstack = encoded.deepstack and [split(layer) for layer in encoded.deepstack]
+    return encoded._replace(
+        tokens=split(encoded.tokens), places=places, sizes=split(encoded.sizes), deepstack=deepstack
+    )
+
+
+def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
+    """The same with places and sizes of what ends each row, too."""
+    places, sizes = [], []
+    for at, (own, (_, (rows, columns))) in enumerate(zip(encoded.places, seen, strict=True)):
+        ends = torch.arange(columns, rows * (columns + 1), columns + 1, device=own.device)
+        found, order = torch.cat([own + own // columns, ends]).sort()
+        places.append(found)
+        if encoded.sizes:
+            sizes.append(torch.cat([encoded.sizes[at], torch.ones_like(ends, dtype=torch.float32)])[order])
+    return encoded._replace(places=places, sizes=sizes or None)
 
 
 def _nothing() -> tuple[None, None]:
     return None, None
 
 
-def _is_whole(config: VisionZipConfig, size: Size) -> bool:
-    """Whether all tokens of a frame are kept."""
-    return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
-
-
-def real_pixels(pixels: Tensor) -> Tensor:
-    """Pixels of all frames, one behind the other: Idefics has them by prompt, with black ones that fill up."""
-    if pixels.ndim < 5:
-        return pixels
-    return pixels.flatten(0, 1)[shown(pixels).flatten()]
-
-
-def shown(pixels: Tensor) -> Tensor:
-    """(B, n) bool: which of the images of each prompt (B, n, 3, h, w) are not there only to fill up."""
-    return (pixels != 0).flatten(2).any(dim=-1)
-
-
-def flat_tokens(features: Any) -> Tensor:
-    """All tokens (n, D) of all frames, in whatever form the model returns them."""
-    if isinstance(features, Tensor):
-        return features.flatten(0, -2)
-    return torch.cat(list(features))
-
-
-def _by_run(frames: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """Values of frames, joined to those of each run."""
+def _joined(frames: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Values of frames, joined to those of each image or video."""
     values = iter(frames)
     return [torch.cat([next(values) for _ in range(count)]) for count in counts]
-
-
-class _Chosen(NamedTuple):
-    """Of each frame: its tokens in each layer, the places of these, and how many each stands for."""
-
-    layers: list[list[Tensor]]
-    places: list[Tensor]
-    sizes: list[Tensor]
-
-
-def choose_in_frames(
-    layers: list[Tensor],
-    sizes: list[Size],
-    scores: Tensor | None,
-    keys: Tensor | None,
-    pixels: Tensor,
-    config: VisionZipConfig,
-) -> _Chosen:
-    """Choose among the tokens of each frame; frames of one size are one batch.
-
-    Args:
-        layers: (n, D) tokens of all frames in order, for the language model's input and its layers that get some.
-        sizes: of the frames.
-        scores: (n,) of the tokens, if the method reads them.
-        keys: (n, Dk) of the tokens, likewise.
-        pixels: of all frames, one behind the other.
-        config: the setting.
-    """
-    lengths = [rows * columns for rows, columns in sizes]
-    per_token = len(pixels) // sum(lengths) if pixels.ndim == 2 else 0
-    frames = pixels.split([length * per_token for length in lengths]) if per_token else pixels
-
-    def batch(values: Tensor | None, which: list[int]) -> Tensor | None:
-        if values is None:
-            return None
-        split = values.split(lengths)
-        return torch.stack([split[frame] for frame in which])
-
-    found = _Chosen([[None] * len(sizes) for _ in layers], [None] * len(sizes), [None] * len(sizes))
-    for size in dict.fromkeys(sizes):
-        which = [frame for frame, own in enumerate(sizes) if own == size]
-        tokens = [batch(layer, which) for layer in layers]
-        kept = torch.arange(size[0] * size[1], device=tokens[0].device).expand(len(which), -1)
-        group = torch.ones_like(kept, dtype=torch.float32)
-        if not _is_whole(config, size):
-            read = EncoderRead(
-                tokens[0],
-                False,
-                scores=batch(scores, which),
-                keys=batch(keys, which),
-                projected=tokens[0],
-                pixels=torch.stack([frames[frame] for frame in which]),
-                grid=size,
-            )
-            tokens, kept, group = _in_raster_order(tokens, choose_tokens(read, config), config)
-        for at, frame in enumerate(which):
-            for layer, own in zip(found.layers, tokens, strict=True):
-                layer[frame] = own[at]
-            found.places[frame], found.sizes[frame] = kept[at], group[at]
-    return found
-
-
-def _in_raster_order(
-    layers: list[Tensor], chosen: CompressedTokens, config: VisionZipConfig
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Chosen tokens (B, T, D) of each layer, what they keep (B, T) and their sizes, ascending by what they keep."""
-    kept, order = chosen.kept.sort(dim=1, stable=True)
-
-    def ordered(values: Tensor) -> Tensor:
-        return values.gather(1, order.view(*order.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:]))
-
-    others = [compress_alike(layer, chosen, config.merge) for layer in layers[1:]]
-    sizes = torch.ones_like(kept, dtype=torch.float32) if chosen.sizes is None else ordered(chosen.sizes)
-    return [ordered(chosen.tokens), *map(ordered, others)], kept, sizes

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, stock_features
-from visionzip.integrations.placeholders import Run, stretches
-from visionzip.integrations.seam import SeamFamily, choose_in_frames, flat_tokens, shown
+from visionzip.integrations.runs import Run, stretches
+from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam_choice import choose_in_frames, flat_tokens, shown
 from visionzip.methods import METHODS, check_setting, has_size_bias, method_of, token_counts
 
 _KNOWN = {"projected", "pixels"}  # what a method may read: tokens of the language model, and pixels

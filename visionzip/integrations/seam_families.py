@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from visionzip.attention import QueriesKeys, merge_keys, patch_scores, read_attention, read_packed_attention
+from visionzip.attention import (
+    QueriesKeys,
+    merge_keys,
+    patch_scores,
+    read_attention,
+    read_packed_attention,
+)
 from visionzip.integrations.huggingface import Arguments
-from visionzip.integrations.seam import Encoder, Frames, Scored, SeamFamily, modality, shown
+from visionzip.integrations.seam import Encoder, Frames, Scored, SeamFamily, all_layers, modality
+from visionzip.integrations.seam_choice import shown
 
 # --- encoders for pictures of any size, whose patches lie in one packed sequence: Qwen-VL's and GLM-V's ---
 
@@ -46,8 +53,8 @@ def _packed_layers(base: nn.Module) -> list[int]:
     return [layer - depth for layer in getattr(base.visual, "fullatt_block_indexes", range(depth))]
 
 
-def _grid_frames(name: str, pixels: str, timestamps: bool, base: nn.Module, arguments: Arguments) -> list[Frames]:
-    """By ``image_grid_thw``; with timestamps each frame of a video has a run of its own.
+def _grid_frames(name: str, pixels: str, base: nn.Module, arguments: Arguments) -> list[Frames]:
+    """By ``image_grid_thw``.
 
     Raises:
         ValueError: it is missing, or is of other pixels.
@@ -62,8 +69,7 @@ def _grid_frames(name: str, pixels: str, timestamps: bool, base: nn.Module, argu
             "model's own processor returned"
         )
     merge = base.visual.spatial_merge_size
-    found = [Frames(count, (rows // merge, columns // merge)) for count, rows, columns in grid.tolist()]
-    return [Frames(1, frames.size) for frames in found for _ in range(frames.count)] if timestamps else found
+    return [Frames(count, (rows // merge, columns // merge)) for count, rows, columns in grid.tolist()]
 
 
 def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
@@ -77,9 +83,10 @@ def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos"))[: 1 + videos]:
         grid = f"{name}_grid_thw"
         encoder = Encoder(partial(_read_packed, grid), _packed_layers)
-        modalities[name] = modality(name, pixels, partial(_grid_frames, grid, pixels, timestamps), encoder)
+        apart = timestamps and name == "video"
+        modalities[name] = modality(name, pixels, partial(_grid_frames, grid, pixels), encoder, apart)
     images = Encoder(partial(_read_packed, "image_grid_thw"), _packed_layers)
-    frames = partial(_grid_frames, "image_grid_thw", "pixel_values", timestamps)
+    frames = partial(_grid_frames, "image_grid_thw", "pixel_values")
     return SeamFamily(modalities, encoder=images, frames=frames, rotary=True)
 
 
@@ -148,14 +155,9 @@ def square_family(
         stacked: as in :class:`Modality`.
         **options: others of :class:`SeamFamily`.
     """
-    encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(_square_layers, blocks))
+    encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(all_layers, blocks))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)
     return SeamFamily({"image": image}, encoder=encoder, frames=_square_frames, side=_side, **options)
-
-
-def _square_layers(blocks: str, base: nn.Module) -> list[int]:
-    depth = len(attrgetter(blocks)(base))
-    return list(range(-depth, 0))
 
 
 QWEN_VL = grid_family()  # 2 and 2.5

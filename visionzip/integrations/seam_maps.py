@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from visionzip.apply import unwrap
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
 from visionzip.integrations import family_of
 from visionzip.integrations.huggingface import stock_features
-from visionzip.integrations.seam import SeamFamily, flat_tokens, real_pixels
+from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam_choice import flat_tokens
 from visionzip.methods import EncoderRead, method_of
 from visionzip.token_map import TokenMap, roles_of
 
-_OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+_OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
 _CELL = 28  # pixels of a token in a picture
 
 
@@ -46,9 +47,7 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
-    given = {
-        name: inputs[name] for name in ("pixel_values", "image_grid_thw", "pixel_attention_mask") if name in inputs
-    }
+    given = {name: inputs[name] for name in _OF_IMAGES if name in inputs}
     rows, columns = family.frames(base, given)[-1].size
     count = rows * columns
     with ExitStack() as stack:
@@ -59,8 +58,9 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     decides = layers.index(config.layer)
     roles = None
     if zipped:
-        pixels = real_pixels(given["pixel_values"])
-        own = pixels[None, -count * (len(pixels) // len(features)) :] if pixels.ndim == 2 else pixels[-1:]
+        pixels = family.encoder.pixels(base, given, "pixel_values")
+        packed = isinstance(pixels, Tensor) and pixels.ndim == 2
+        own = pixels[-count * (len(pixels) // len(features)) :] if packed else pixels[-1]
         tokens, keys = features[None, -count:], read[decides][1][None, -count:]
         facts = EncoderRead(
             tokens,
@@ -68,7 +68,7 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
             scores=attention[None, decides],
             keys=keys,
             projected=tokens,
-            pixels=own,
+            pixels=own[None],
             grid=(rows, columns),
         )
         (roles,) = roles_of(choose_tokens(facts, config), False)

@@ -18,7 +18,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.encoder import compress_images, has_cls_token, layers_needed, side_length
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes
-from visionzip.integrations.placeholders import Run
+from visionzip.integrations.runs import Run
 from visionzip.methods import TokenCounts, check_setting, token_counts, uncompressed
 
 

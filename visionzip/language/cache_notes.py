@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -34,8 +35,8 @@ def recall(cache: Any, name: str, rows: int, step: bool = False) -> Tensor | Non
         cache: transformers' ``Cache``, or None.
         name: the name under which :func:`note` noted it.
         rows: B, the rows of the tokens that come next.
-        step: whether a single token comes next: a cache of static shape is then not asked for its length, which may be
-            on a GPU.
+        step: whether a single token comes next. Nothing then waits for the length of a cache of static shape, which may
+            be on a GPU: if the cache was emptied, the values become 0. A compiled step does not check even that.
 
     Returns:
         (B, P), or None if nothing is noted. The cache may hold more than P tokens: those after the P-th came later.
@@ -46,7 +47,11 @@ def recall(cache: Any, name: str, rows: int, step: bool = False) -> Tensor | Non
     noted: Tensor | None = getattr(cache, name, None)
     if noted is None:
         return None
-    if not (step and cache.is_compileable):
+    if step and cache.is_compileable:
+        if not torch.compiler.is_compiling():
+            noted = noted * (torch.as_tensor(cache.get_seq_length()) >= noted.shape[1]).to(noted.device)
+            setattr(cache, name, noted)
+    else:
         past = int(cache.get_seq_length())
         if past < noted.shape[1]:
             noted = noted[:, :past]

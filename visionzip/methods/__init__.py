@@ -79,7 +79,9 @@ def uncompressed(config: VisionZipConfig, patches: int, cls_token: bool) -> str 
     return f"{config} is {asked} tokens" if asked >= counts.total == patches + counts.cls_token else None
 
 
-def check_setting(config: VisionZipConfig, model: object, side: int, lays_out_patches: bool) -> None:
+def check_setting(
+    config: VisionZipConfig, model: object, side: int, lays_out_patches: bool, whole_videos: bool = False
+) -> None:
     """Check that a setting's method and budget fit a model.
 
     Args:
@@ -88,11 +90,17 @@ def check_setting(config: VisionZipConfig, model: object, side: int, lays_out_pa
         side: patches along one edge of the encoder's input.
         lays_out_patches: whether the model needs to know the patch of each token: to lay out tiles, or to look closer
             at a patch (patch info mining).
+        whole_videos: whether the family can choose among the tokens of all frames of a video at once.
 
     Raises:
-        ValueError: the method is unknown, it cannot make that many tokens, or it averages areas and the model needs to
-            know patches.
+        ValueError: the method is unknown, it cannot make that many tokens, it averages areas and the model needs to
+            know patches, or ``video_keep`` is set and the family takes no videos or chooses in each frame alone.
     """
+    if config.video_keep is not None and not whole_videos:
+        raise ValueError(
+            f"video_keep={config.video_keep} is for Qwen-VL's families and Gemma 4: this {type(model).__name__} takes "
+            "no videos, or chooses among the tokens of each frame alone; leave it out"
+        )
     method_of(config).check(config.tokens(side**2), (side, side))
     if lays_out_patches and not method_of(config).keeps_patches:
         fitting = ", ".join(name for name, method in METHODS.items() if method.keeps_patches)

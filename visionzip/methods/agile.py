@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import choose_greedily, cosine_similarity
 
 STEP = 0.01  # how much the threshold grows from one patch to the next in the order of attention
@@ -20,7 +20,7 @@ MEAN_RANK = 0.08
 def effective_rank(features: Tensor) -> Tensor:
     """Compute the exponential of the entropy of the normalised singular values: (B,) from features (B, N, D)."""
     with torch.autocast(features.device.type, enabled=False):
-        gram = features.detach().float()
+        gram = finite(features)
         gram = gram @ gram.mT if gram.shape[1] <= gram.shape[2] else gram.mT @ gram
         singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum(dim=-1, keepdim=True).clamp(min=1e-12)

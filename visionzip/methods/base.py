@@ -164,6 +164,14 @@ class Method:
         return TokenCounts(dominant, contextual, keeps_cls)
 
 
+def finite(values: Tensor) -> Tensor:
+    """Convert to float32, with 0 in place of NaN and infinity, so that K different patches are chosen in any case.
+
+    :func:`visionzip.encoder.check_tokens` refuses the tokens later. A check in here would have to wait for the host.
+    """
+    return values.detach().float().nan_to_num(0.0, 0.0, 0.0)
+
+
 def kept_patches(read: EncoderRead, indices: Tensor) -> CompressedTokens:
     """Keep the tokens of some patches, in the order of the sequence, and drop all others.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import cosine_similarity, farthest_first, loneliest
 
 
@@ -18,7 +18,7 @@ def distinctiveness(features: Tensor) -> Tensor:
     if all are equal, all are 1. The sum of cosines to the others is the product with the sum of their unit features,
     which costs O(N D) and not O(N^2 D).
     """
-    unit = F.normalize(features.detach().float(), dim=-1)
+    unit = F.normalize(finite(features), dim=-1)
     values = -(unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
     low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
     return ((values - low) / (high - low).clamp(min=1e-12)).where(high - low > 1e-12, 1.0)

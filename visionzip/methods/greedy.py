@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionzip.methods.base import finite
+
 # A step is compiled once and not K times: 640 steps compile in 5 to 20 s and not in 4 min. torch has this since 2.8.
 compiled_once = getattr(torch.compiler, "nested_compile_region", lambda step: step)
 
@@ -19,11 +21,11 @@ def cosine_similarity(features: Tensor, *, centred: bool = False) -> Tensor:
     """Compute the cosine of each pair of tokens: (B, N, N) float32 from features (B, N, D).
 
     Args:
-        features: (B, N, D) in any floating type; a feature of norm zero has cosine 0 with all.
+        features: (B, N, D) in any floating type; a feature of norm zero, or of NaN, has cosine 0 with all.
         centred: whether each image's mean feature is subtracted first.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = features.detach().float()
+        features = finite(features)
         if centred:
             features = features - features.mean(dim=1, keepdim=True)
         unit = F.normalize(features, dim=-1)

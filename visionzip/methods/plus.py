@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import cosine_similarity, farthest_first
 
 ALPHA = 0.25  # exponent of the attention, tuned on the scenes of seed 101 only
@@ -23,7 +23,7 @@ ALPHA = 0.25  # exponent of the attention, tuned on the scenes of seed 101 only
 
 def attention_weight(scores: Tensor) -> Tensor:
     """Compute (a_i / max a) ** :data:`ALPHA` of the attention a (B, N) on each image's patches: 0 to 1."""
-    scores = scores.float()
+    scores = finite(scores)
     return (scores / scores.amax(dim=1, keepdim=True).clamp(min=1e-12)) ** ALPHA
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
-from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patches
+from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import compiled_once, cosine_similarity, row_of
 
 ALPHA = 1.0  # exponent of the attention in the released scripts
@@ -21,7 +21,7 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
     ``max(0, cos(i, j) - covered_j)``.
     """
     similarity = cosine_similarity(read.patches)
-    saliency = read.scores.float() ** ALPHA
+    saliency = finite(read.scores) ** ALPHA
     # The lazy step asks the host how long to go on: other devices would wait for that, and a graph would break.
     step = _step if similarity.device.type != "cpu" or torch.compiler.is_compiling() else _step_lazily
     covered = torch.zeros_like(saliency)

@@ -1,0 +1,114 @@
+"""Chooses among the tokens of frames that a model's own encoder returned, in whatever form it returns them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visionzip.compress import CompressedTokens, compress_alike
+from visionzip.config import VisionZipConfig
+from visionzip.encoder import choose_tokens
+from visionzip.methods import EncoderRead, token_counts
+
+Size = tuple[int, int]
+"""Rows and columns of a frame's tokens."""
+
+
+def real_pixels(pixels: Tensor) -> Tensor:
+    """Pixels of all frames, one behind the other: Idefics has them by prompt, with black ones that fill up."""
+    if pixels.ndim < 5:
+        return pixels
+    return pixels.flatten(0, 1)[shown(pixels).flatten()]
+
+
+def shown(pixels: Tensor) -> Tensor:
+    """(B, n) bool: which of the images of each prompt (B, n, 3, h, w) are not there only to fill up."""
+    return (pixels != 0).flatten(2).any(dim=-1)
+
+
+def flat_tokens(features: Any) -> Tensor:
+    """All tokens (n, D) of all frames, in whatever form the model returns them."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat(list(features))
+
+
+def is_whole(config: VisionZipConfig, size: Size) -> bool:
+    """Whether all tokens of a frame are kept."""
+    return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
+
+
+class Chosen(NamedTuple):
+    """Of each frame: its tokens in each layer, the places of these, and how many each stands for."""
+
+    layers: list[list[Tensor]]
+    places: list[Tensor]
+    sizes: list[Tensor]
+
+
+def choose_in_frames(
+    layers: list[Tensor],
+    sizes: list[Size],
+    scores: Tensor | None,
+    keys: Tensor | None,
+    pixels: Tensor | list[Tensor],
+    config: VisionZipConfig,
+) -> Chosen:
+    """Choose among the tokens of each frame; frames of one size are one batch.
+
+    Args:
+        layers: (n, D) tokens of all frames in order, for the language model's input and its layers that get some.
+        sizes: of the frames.
+        scores: (n,) of the tokens, if the method reads them.
+        keys: (n, Dk) of the tokens, likewise.
+        pixels: of all frames, one behind the other, or of each.
+        config: the setting.
+    """
+    lengths = [rows * columns for rows, columns in sizes]
+    per_token = len(pixels) // sum(lengths) if isinstance(pixels, Tensor) and pixels.ndim == 2 else 0
+    frames = pixels.split([length * per_token for length in lengths]) if per_token else pixels
+
+    def batch(values: Tensor | None, which: list[int]) -> Tensor | None:
+        if values is None:
+            return None
+        split = values.split(lengths)
+        return torch.stack([split[frame] for frame in which])
+
+    found = Chosen([[None] * len(sizes) for _ in layers], [None] * len(sizes), [None] * len(sizes))
+    for size in dict.fromkeys(sizes):
+        which = [frame for frame, own in enumerate(sizes) if own == size]
+        tokens = [batch(layer, which) for layer in layers]
+        kept = torch.arange(size[0] * size[1], device=tokens[0].device).expand(len(which), -1)
+        group = torch.ones_like(kept, dtype=torch.float32)
+        if not is_whole(config, size):
+            read = EncoderRead(
+                tokens[0],
+                False,
+                scores=batch(scores, which),
+                keys=batch(keys, which),
+                projected=tokens[0],
+                pixels=torch.stack([frames[frame] for frame in which]),
+                grid=size,
+            )
+            tokens, kept, group = _in_raster_order(tokens, choose_tokens(read, config), config)
+        for at, frame in enumerate(which):
+            for layer, own in zip(found.layers, tokens, strict=True):
+                layer[frame] = own[at]
+            found.places[frame], found.sizes[frame] = kept[at], group[at]
+    return found
+
+
+def _in_raster_order(
+    layers: list[Tensor], chosen: CompressedTokens, config: VisionZipConfig
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Chosen tokens (B, T, D) of each layer, what they keep (B, T) and their sizes, ascending by what they keep."""
+    kept, order = chosen.kept.sort(dim=1, stable=True)
+
+    def ordered(values: Tensor) -> Tensor:
+        return values.gather(1, order.view(*order.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:]))
+
+    others = [compress_alike(layer, chosen, config.merge) for layer in layers[1:]]
+    sizes = torch.ones_like(kept, dtype=torch.float32) if chosen.sizes is None else ordered(chosen.sizes)
+    return [ordered(chosen.tokens), *map(ordered, others)], kept, sizes
