@@ -59,6 +59,7 @@ setup(
             "pytest-xdist>=3.8",
             "hypothesis>=6",
             "ruff>=0.17",
+            "mypy>=2.4",
             "build>=1.6",
             "peft>=0.21",
             "matplotlib>=3.10",

@@ -108,7 +108,7 @@ def _any_family(model: nn.Module) -> Family | None:
 
 
 def _load(place: str, model: nn.Module) -> Family:
-    encoder = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    encoder = str(getattr(getattr(model.config, "vision_config", None), "model_type", None))
     file, attribute = _BY_TOWER.get((place, encoder), place).split(".")
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ def before_model(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[st
     ``mm_encoder_outputs`` says that there is nothing left to do: it is what the model hands to its base model, and
     ``generate`` to both, empty where there are no images.
     """
-    given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs if args else kwargs
+    given = dict(zip(_parameters(type(module).forward), args, strict=False)) | kwargs if args else kwargs
     for name in zipped.pixels:
         if given.get(name) is not None:
             return (), _encoded_first(zipped, module, given)
@@ -69,7 +69,7 @@ def before_model(zipped: Zipped, module: nn.Module, args: tuple, kwargs: dict[st
 def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
     """Forward pre-hook of the base model: ids and encoder outputs are there; what no ``generate`` hands on is added."""
     if args:  # LLaVA-NeXT hands the ids on by place
-        kwargs = dict(zip(_parameters(type(base)), args, strict=False)) | kwargs
+        kwargs = dict(zip(_parameters(type(base).forward), args, strict=False)) | kwargs
     outputs = kwargs.get("mm_encoder_outputs")
     if outputs is None:
         alone = before_model(zipped, base, (), kwargs)
@@ -77,9 +77,10 @@ def before_base(zipped: Zipped, base: nn.Module, args: tuple, kwargs: dict[str, 
             return (), kwargs
         kwargs = alone[1]
         outputs = kwargs["mm_encoder_outputs"]
-    ids, embeds, added = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), {}
-    if outputs.get(SIZES) is not None:
-        given = ids if embeds is None else embeds
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    given = ids if embeds is None else embeds
+    added: dict[str, Any] = {}
+    if outputs.get(SIZES) is not None and given is not None:
         sizes = outputs[SIZES].to(given.device).repeat_interleave(len(given) // len(outputs[SIZES]), dim=0)
         missing = given.shape[1] - sizes.shape[1]  # without a cache, answers grow; with one, what it holds is not given
         added[SIZES] = F.pad(sizes, (0, missing), value=1.0) if missing > 0 else sizes[:, -given.shape[1] :]
@@ -172,15 +173,15 @@ def prepare(
     plan = plan_prompts(own, found.edits, side, past if whole else 0, held)
     encoded = _encode(zipped, base, given, found.visuals, plan.new)
     short = shorten(own, plan, pad_token(model), _staying(plan.new, encoded))
-    taken = {name for modality in family.modalities for name in _taken(type(base), modality)}
+    taken = {name for modality in family.modalities for name in _taken(getattr(type(base), f"get_{modality}_features"))}
     arguments = {name: value for name, value in given.items() if name not in taken} | short.arguments
     arguments["mm_encoder_outputs"] = _outputs(family, encoded, short)
     now = short.held
     if zipped.original:
-        places = {key: own for key, (own, _) in _by_run(encoded).items()}
+        by_run = {key: own for key, (own, _) in _by_run(encoded).items()}
         offset = 0 if whole or not past else _behind(held, past, given.get("attention_mask"))
         positions = _long_positions(family, base, given, offset)
-        places = short.spread(places, None, -1)
+        places = short.spread(by_run, None, -1)
         arguments["position_ids"], now = original_positions(positions, places, now)
         arguments.setdefault("attention_mask", None)
         if arguments["attention_mask"] is None:
@@ -199,7 +200,7 @@ Chosen = dict[str, tuple[list[int], Encoded]]
 def _encode(zipped: Zipped, base: nn.Module, given: Mapping[str, Any], found: list[Visual], new: list[Edit]) -> Chosen:
     encoded: Chosen = {}
     for visual in found:
-        chosen = sorted(edit.index for edit in new if edit.modality == visual.modality)
+        chosen = sorted(edit.number for edit in new if edit.modality == visual.modality)
         if chosen:  # images that a cache holds are not encoded again where no new one is
             modality = zipped.family.modalities[visual.modality]
             own = modality.encode(base, zipped.config, given).of_runs(chosen)
@@ -233,7 +234,8 @@ def _outputs(family: Family, encoded: Chosen, short: Shortened) -> dict[str, Any
         modality = family.modalities[name]
         outputs[name] = modality.output(own if modality.stacks(own) else own.in_pieces(counts))
     if any(own.sizes for _, own in encoded.values()):
-        outputs[SIZES] = short.spread({key: sizes for key, (_, sizes) in _by_run(encoded).items()}, 1.0, 1.0)
+        sizes = {key: sizes for key, (_, sizes) in _by_run(encoded).items() if sizes is not None}
+        outputs[SIZES] = short.spread(sizes, 1.0, 1.0)
     return outputs
 
 
@@ -253,7 +255,7 @@ def features(zipped: Zipped, base: nn.Module, name: str, *args: Any, **kwargs: A
     if runs_stock():
         return getattr(type(base), f"get_{name}_features")(base, *args, **kwargs)
     modality = zipped.family.modalities[name]
-    given = dict(zip(_taken(type(base), name), args, strict=False)) | kwargs
+    given = dict(zip(_taken(getattr(type(base), f"get_{name}_features")), args, strict=False)) | kwargs
     return modality.output(modality.encode(base, zipped.config, renamed(zipped.family, given)))
 
 
@@ -296,15 +298,11 @@ def _held_text(past: int, mask: Tensor | None, rows: int) -> Held:
 
 
 @functools.cache
-def _parameters(cls: type) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 @functools.cache
-def _taken(cls: type, modality: str) -> list[str]:
-    """Arguments that the encoder takes, which are nobody's business behind it."""
-    return [
-        name
-        for name in inspect.signature(getattr(cls, f"get_{modality}_features")).parameters
-        if name not in ("self", "kwargs")
-    ]
+def _taken(features: Callable[..., Any]) -> list[str]:
+    """List the arguments of ``get_image_features`` or ``get_video_features``, which nothing needs after it."""
+    return [name for name in inspect.signature(features).parameters if name not in ("self", "kwargs")]

@@ -187,8 +187,9 @@ def hold(cache: Any, held: Held | None) -> None:
 
 def held_by(arguments: Mapping[str, Any]) -> Held | None:
     """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
-    cache, past = arguments.get("past_key_values"), cached_length(arguments)
+    cache: Any = arguments.get("past_key_values")
     held: Held | None = getattr(cache, "_visionzip", None)
+    past = cached_length(arguments)
     if held is not None and len(held.columns) != len(arguments["input_ids"]):
         held = cache._visionzip = None
     elif held is not None and held.columns.shape[1] > past:

@@ -113,7 +113,7 @@ def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, hel
     for edit in (edit for row in edits for edit in row):
         if edit.start < cached.length < edit.end:
             raise ValueError(
-                f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.index}: it is of "
+                f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.number}: it is of "
                 "another conversation, or of one that was not zipped"
             )
     return cached

@@ -95,13 +95,14 @@ def encode_tiles(
     for start, count, shape, layout, own in zip(_starts(counts), counts, shapes, layouts, sizes, strict=True):
         tiles = slice(start, start + count)
         chosen = CompressedTokens(*(value[tiles] for value in compressed[:4]))
-        places, order = patch_places(chosen, dropped), slice(None)
-        if shape is not None:
+        places = patch_places(chosen, dropped)
+        order: Tensor | slice = slice(None)
+        if shape is not None and layout is not None:
             order = _order(chosen, shape, tower, config)
             places = torch.cat([places[:1], first + _grid_places(chosen, shape, layout, tower)])
         images.tokens.append(features[tiles].flatten(0, 1)[order])
         images.places.append(places.flatten()[order])
-        if own is not None:
+        if images.sizes is not None and own is not None:
             images.sizes.append(own.flatten()[order])
     images = images._replace(hidden=compressed.tokens)
     if None in shapes:  # all or none of a call's images share their prompt; a grid has no newline

@@ -62,8 +62,9 @@ def _checked_grids(base: nn.Module, arguments: Arguments) -> list[Grid | None]:
         ValueError: pixels, sizes and numbers do not fit together.
     """
     check_layer(base, arguments)
-    sizes, numbers = arguments.get("image_sizes"), arguments.get("batch_num_images")
-    check_tiles(arguments["pixel_values"], sizes, base.vision_tower)
+    numbers = arguments.get("batch_num_images")
+    check_tiles(arguments["pixel_values"], arguments.get("image_sizes"), base.vision_tower)
+    sizes = arguments["image_sizes"]
     alone = [True] * len(sizes)
     if numbers is not None:
         numbers = [int(number) for number in numbers]
@@ -95,7 +96,7 @@ def _layout(base: nn.Module, arguments: Arguments, size: Any, grid: Grid | None)
     if grid is None:
         return None
     side, limit = side_length(base.vision_tower), int(_aspect_ratio(base, arguments).removeprefix("anyres_max_"))
-    left = unpadded(base, tuple(int(pixels) for pixels in size), grid)
+    left = unpadded(base, (int(size[0]), int(size[1])), grid)
     ratio = math.sqrt(left.numel() / (limit * side**2))
     # The model's own rule: a little more than the limit is left as it is.
     shrunk = (int(left.shape[0] // ratio), int(left.shape[1] // ratio)) if ratio > 1.1 else None

@@ -30,7 +30,7 @@ class Shortened(NamedTuple):
         held: what a cache holds that was given these prompts.
         edits: of :func:`~visionzip.integrations.runs.find_runs`, as long as they are now.
         columns: of each row without padding, where in the prompts its tokens are.
-        index: (B, L') which of these each token is, -1 for padding and for what is in the cache.
+        order: (B, L') which entry of ``columns`` each token is, -1 for padding and for what is in the cache.
     """
 
     arguments: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Shortened(NamedTuple):
     held: Held
     edits: list[list[Edit]]
     columns: list[Tensor]
-    index: Tensor
+    order: Tensor
 
     def spread(self, values: Mapping[tuple[str, int], Tensor], others: float | None, fill: float) -> Tensor:
         """Values (B, L') of all tokens, from those (T,) of the tokens of each run, by modality and number.
@@ -59,7 +59,7 @@ class Shortened(NamedTuple):
                     row[start : start + short] = own.to(row) + (edit.start if others is None else 0)
                 dropped += edit.full - short
             rows.append(row)
-        return _look_up(rows, self.index, fill)
+        return _look_up(rows, self.order, fill)
 
 
 class Plan(NamedTuple):

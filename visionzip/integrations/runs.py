@@ -49,12 +49,12 @@ class Edit(NamedTuple):
     short: int | None
     row: int
     modality: str
-    index: int
+    number: int
 
     @property
     def key(self) -> tuple[str, int]:
         """Which one it is of all."""
-        return self.modality, self.index
+        return self.modality, self.number
 
     @property
     def end(self) -> int:
@@ -121,14 +121,15 @@ def _with_row_ends(mask: Tensor) -> Tensor:
 def _check_rows(placeholders: Tensor, edit: Edit, row: int) -> None:
     if edit.row and not torch.equal((~placeholders[edit.start : edit.end]).nonzero().flatten(), row_ends(edit)):
         raise ValueError(
-            f"{edit.modality} {edit.index} of the batch has rows of {edit.row} placeholders with a token behind each, "
+            f"{edit.modality} {edit.number} of the batch has rows of {edit.row} placeholders with a token behind each, "
             f"but prompt {row} has others: prepare pictures and prompts with the model's own processor"
         )
 
 
 def _split_run(start: int, length: int, visual: Visual, used: int, row: int) -> list[Edit]:
     """The images of one stretch: images side by side in a prompt make one."""
-    edits, end = [], start + length
+    edits: list[Edit] = []
+    end = start + length
     while start < end:
         index = used + len(edits)
         if index == len(visual.runs) and not edits:

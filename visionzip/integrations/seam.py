@@ -38,13 +38,13 @@ from visionzip.methods import check_setting, has_size_bias, method_of, token_cou
 class Frames(NamedTuple):
     """Frames of a video; an image is one."""
 
-    count: int
+    number: int
     size: Size
 
 
 Framing = Callable[[nn.Module, Arguments], list[Frames]]
 """``(base, arguments)`` to the frames of each image or video, from shapes and grids alone."""
-Scored = Callable[[], tuple[Tensor | None, Tensor | None]]
+Scored = Callable[[], tuple[Tensor, Tensor]]
 """What was read, once the encoder has run: a score (n,) and a key (n, Dk) of each token, frame after frame."""
 
 
@@ -67,23 +67,54 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class SeamFamily(Family):
-    """A family of transformers whose model takes ``mm_encoder_outputs``.
+class OutputFamily(Family):
+    """A family that chooses among the output of the model's own encoder; it may have M-RoPE's positions."""
+
+    def has_original_positions(self, config: VisionZipConfig) -> bool:
+        """Say whether kept tokens keep their positions: by the setting, and always with M-RoPE."""
+        return self.rotary or super().has_original_positions(config)
+
+    def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
+        """Compute the positions (3, B, L) of the uncompressed prompts as the model does with M-RoPE."""
+        if not self.rotary:
+            return None
+        ids, types = arguments["input_ids"], arguments.get("mm_token_type_ids")
+        if types is None:
+            names = enumerate(self.modalities, start=1)
+            types = sum((ids == getattr(base.config, f"{name}_token_id")).int() * kind for kind, name in names)
+        given = {name: arguments.get(name) for name in inspect.signature(base.get_rope_index).parameters}
+        given.pop("kwargs", None)
+        return base.get_rope_index(**given | {"mm_token_type_ids": types})[0]
+
+    def with_axes(self, positions: Tensor) -> Tensor:
+        """Repeat positions (B, L) of text on all axes of M-RoPE."""
+        return positions.expand(3, -1, -1) if self.rotary else positions
+
+    def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
+        """Set ``rope_deltas``, from which the model counts on in calls that give it no positions."""
+        if self.rotary and held.after is not None:
+            tokens = arguments["attention_mask"].sum(dim=1, keepdim=True)
+            base.rope_deltas = held.after[:, -1:].to(tokens.device) - tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeamFamily(OutputFamily):
+    """A family of which we know how its encoder can be read.
 
     Attributes:
-        encoder: how its encoder is read.
-        backbone: attribute of the base model that has the language model.
-        frames: how many images of which size there are.
-        side: ``(base)`` to the tokens along the edge of a picture, where all pictures have one size.
+        encoder: how the encoder is read.
+        frames: how many images there are, and of which size.
+        backbone: the attribute of the base model that holds the language model.
+        side: ``(base)`` to the tokens along one edge of a picture, if all pictures have one size.
     """
 
-    encoder: Encoder | None = None
+    encoder: Encoder
+    frames: Framing
     backbone: str = "language_model"
-    frames: Framing | None = None
     side: Callable[[nn.Module], int] | None = None
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
-        """As :meth:`Family.check` says; also that the scored layer compares all of an image's patches."""
+        """Check the model and the setting as :meth:`Family.check` does, and that the scored layer sees all patches."""
         super().check(model, config)
         if self.rotary:
             check_attributes(model.model, ("get_rope_index",))
@@ -101,42 +132,16 @@ class SeamFamily(Family):
         check_setting(config, model, 64, lays_out_patches=True, whole_videos="video" in self.modalities)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
-        """Half of each image's tokens, by the last encoder layer that can be read."""
+        """Return the family's default: half of each image's tokens, scored in the last layer that can be read."""
         return VisionZipConfig(keep=0.5, layer=self.encoder.layers(model.model)[-1])
 
-    def has_original_positions(self, config: VisionZipConfig) -> bool:
-        """Always with M-RoPE."""
-        return self.rotary or super().has_original_positions(config)
-
-    def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
-        """The model's own three axes (3, B, L), of the prompts as they are."""
-        if not self.rotary:
-            return None
-        ids, types = arguments["input_ids"], arguments.get("mm_token_type_ids")
-        if types is None:
-            names = enumerate(self.modalities, start=1)
-            types = sum((ids == getattr(base.config, f"{name}_token_id")).int() * kind for kind, name in names)
-        given = {name: arguments.get(name) for name in inspect.signature(base.get_rope_index).parameters}
-        given.pop("kwargs", None)
-        return base.get_rope_index(**given | {"mm_token_type_ids": types})[0]
-
-    def with_axes(self, positions: Tensor) -> Tensor:
-        """Text is at the same place on all axes."""
-        return positions.expand(3, -1, -1) if self.rotary else positions
-
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The text backbone."""
+        """Return the text backbone."""
         return getattr(model.model, self.backbone)
 
     def image_tokens(self, model: nn.Module) -> int | None:
-        """A square of them where all pictures have one size."""
+        """Count the tokens of a picture if all pictures have one size; otherwise return None."""
         return None if self.side is None else self.side(model.model) ** 2
-
-    def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
-        """``rope_deltas``, with which the model counts on where it is given no positions."""
-        if self.rotary and held.after is not None:
-            tokens = arguments["attention_mask"].sum(dim=1, keepdim=True)
-            base.rope_deltas = held.after[:, -1:].to(tokens.device) - tokens
 
 
 class _Kind(NamedTuple):
@@ -218,12 +223,13 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
     sizes = [size for frames in seen for size in _pieces(frames, whole)]
     reads = method_of(own).reads | ({"keys"} if has_size_bias(own) else set())
     scored = reads & {"scores", "keys"} and not all(is_whole(own, size) for size in sizes)
-    with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext(_nothing) as read:
+    with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext() as read:
         output = stock_features(base, kind.name, taken | {"return_dict": True})
+    scores, keys = (None, None) if read is None else read()
     layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
     pixels = kind.encoder.pixels(base, arguments, kind.pixels)
-    chosen = choose_in_frames(layers, sizes, *read(), pixels, own)
-    counts = [1 if whole else frames.count for frames in seen]
+    chosen = choose_in_frames(layers, sizes, scores, keys, pixels, own)
+    counts = [1 if whole else frames.number for frames in seen]
     tokens = [rows * columns for _, (rows, columns) in seen]
     starts = [at * size for count, size in zip(counts, tokens, strict=True) for at in range(count)]
     places = _joined([own + start for own, start in zip(chosen.places, starts, strict=True)], counts)
@@ -238,18 +244,22 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
 
 def _by_frame(encoded: Encoded, seen: list[Frames], whole: bool) -> Encoded:
     """Tokens of videos, as those of each frame's own run."""
-    lengths, places = [], []
+    lengths: list[list[int]] = []
+    places: list[Tensor] = []
     for (count, (rows, columns)), own in zip(seen, encoded.places, strict=True):
         frame = own // (rows * columns)
         lengths.append(frame.bincount(minlength=count).tolist() if whole else [len(own) // count] * count)
         places += (own % (rows * columns)).split(lengths[-1])
 
-    def split(videos: list[Tensor] | None) -> list[Tensor] | None:
-        return videos and [part for own, parts in zip(videos, lengths, strict=True) for part in own.split(parts)]
+    def split(videos: list[Tensor]) -> list[Tensor]:
+        return [part for own, parts in zip(videos, lengths, strict=True) for part in own.split(parts)]
 
     deepstack = encoded.deepstack and [split(layer) for layer in encoded.deepstack]
     return encoded._replace(
-        tokens=split(encoded.tokens), places=places, sizes=split(encoded.sizes), deepstack=deepstack
+        tokens=split(encoded.tokens),
+        places=places,
+        sizes=encoded.sizes and split(encoded.sizes),
+        deepstack=deepstack,
     )
 
 
@@ -263,10 +273,6 @@ def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
         if encoded.sizes:
             sizes.append(torch.cat([encoded.sizes[at], torch.ones_like(ends, dtype=torch.float32)])[order])
     return encoded._replace(places=places, sizes=sizes or None)
-
-
-def _nothing() -> tuple[None, None]:
-    return None, None
 
 
 def _joined(frames: list[Tensor], counts: list[int]) -> list[Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, stock_features
+from visionzip.integrations.huggingface import Arguments, Encoded, Modality, stock_features
 from visionzip.integrations.runs import Run, stretches
-from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam import OutputFamily
 from visionzip.integrations.seam_choice import choose_in_frames, flat_tokens, shown
 from visionzip.methods import METHODS, check_setting, has_size_bias, method_of, token_counts
 
@@ -62,7 +62,7 @@ class AnyModality(Modality):
 
 
 @dataclass(frozen=True)
-class AnyFamily(SeamFamily):
+class AnyFamily(OutputFamily):
     """Classes that are in no other family."""
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
@@ -70,7 +70,7 @@ class AnyFamily(SeamFamily):
         name = type(model).__name__
         if not hasattr(getattr(model, "model", None), "get_image_features"):
             raise TypeError(f"{name} has no base model with get_image_features as .model: it cannot be zipped")
-        Family.check(self, model, config)
+        super().check(model, config)
         if not method_of(config).reads <= _KNOWN or has_size_bias(config):
             fitting = ", ".join(own.name for own in METHODS.values() if own.reads <= _KNOWN and own.keeps_patches)
             raise ValueError(

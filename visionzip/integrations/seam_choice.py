@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,15 +69,16 @@ def choose_in_frames(
     """
     lengths = [rows * columns for rows, columns in sizes]
     per_token = len(pixels) // sum(lengths) if isinstance(pixels, Tensor) and pixels.ndim == 2 else 0
-    frames = pixels.split([length * per_token for length in lengths]) if per_token else pixels
+    frames: Sequence[Tensor] | Tensor = pixels
+    if isinstance(pixels, Tensor) and per_token:
+        frames = pixels.split([length * per_token for length in lengths])
 
-    def batch(values: Tensor | None, which: list[int]) -> Tensor | None:
-        if values is None:
-            return None
+    def batch(values: Tensor, which: list[int]) -> Tensor:
         split = values.split(lengths)
         return torch.stack([split[frame] for frame in which])
 
-    found = Chosen([[None] * len(sizes) for _ in layers], [None] * len(sizes), [None] * len(sizes))
+    empty = layers[0].new_empty(0)
+    found = Chosen([[empty] * len(sizes) for _ in layers], [empty] * len(sizes), [empty] * len(sizes))
     for size in dict.fromkeys(sizes):
         which = [frame for frame, own in enumerate(sizes) if own == size]
         tokens = [batch(layer, which) for layer in layers]
@@ -86,8 +88,8 @@ def choose_in_frames(
             read = EncoderRead(
                 tokens[0],
                 False,
-                scores=batch(scores, which),
-                keys=batch(keys, which),
+                scores=None if scores is None else batch(scores, which),
+                keys=None if keys is None else batch(keys, which),
                 projected=tokens[0],
                 pixels=torch.stack([frames[frame] for frame in which]),
                 grid=size,

@@ -31,8 +31,8 @@ def _read(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Itera
         queries, keys = outputs["q_norm"], outputs["k_norm"]  # (B, S, H, Dh); fewer heads of keys
         turned = [rotate(values, *given["position_embeddings"], given["position_ids"]) for values in (queries, keys)]
         turned[1] = turned[1].repeat_interleave(attention.num_key_value_groups, dim=2)
-        packed = [values[real].transpose(0, 1) for values in (*turned, keys)]
-        return packed_scores(*packed, real.sum(dim=1).tolist(), attention.scaling)
+        queries, rotated, keys = (values[real].transpose(0, 1) for values in (*turned, keys))
+        return packed_scores(queries, rotated, keys, real.sum(dim=1).tolist(), attention.scaling)
 
     def tokens() -> tuple[Tensor, Tensor]:
         scores, keys = found[0]

@@ -43,7 +43,10 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     target = unwrap(model)
     family = family_of(target)
     if not isinstance(family, SeamFamily):
-        raise TypeError(f"{type(target).__name__} is of a family whose own encoder inspect_tokens reads")
+        raise TypeError(
+            f"{type(target).__name__} is of no family whose merged tokens can be scored: of a LLaVA, use "
+            "visionzip.token_map.inspect_tokens"
+        )
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
@@ -59,8 +62,9 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     roles = None
     if zipped:
         pixels = family.encoder.pixels(base, given, "pixel_values")
-        packed = isinstance(pixels, Tensor) and pixels.ndim == 2
-        own = pixels[-count * (len(pixels) // len(features)) :] if packed else pixels[-1]
+        own = pixels[-1]
+        if isinstance(pixels, Tensor) and pixels.ndim == 2:  # packed: each token has several rows
+            own = pixels[-count * (len(pixels) // len(features)) :]
         tokens, keys = features[None, -count:], read[decides][1][None, -count:]
         facts = EncoderRead(
             tokens,

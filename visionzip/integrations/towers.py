@@ -230,7 +230,7 @@ def plain_modality(pixels: str, tower: str, *, frames: bool = False, every: bool
         every: the model has a placeholder for every token, whatever its rule for the first one.
         **options: others of :class:`Modality`.
     """
-    shape = {"pixels": pixels, "tower": tower, "frames": frames, "every": every}
+    shape: dict[str, Any] = {"pixels": pixels, "tower": tower, "frames": frames, "every": every}
     return Modality(pixels, partial(_plain_runs, **shape), partial(_plain_encode, **shape), **options)
 
 
@@ -270,7 +270,7 @@ def pooled_videos(patches: Callable[[nn.Module], int], choose: PooledRead, newli
         choose: ``(base, frames, config)`` to projected tokens and what they were made of, of each frame (F, 3, h, w).
         newline: whether the base model's ``image_newline`` ends a video.
     """
-    shape = {"patches": patches, "newline": newline}
+    shape: dict[str, Any] = {"patches": patches, "newline": newline}
     return Modality(
         "pixel_values_videos",
         partial(_pooled_runs, **shape),
@@ -310,10 +310,11 @@ def _pooled_encode(
 def with_newlines(encoded: Encoded, newline: Tensor, places: list[int]) -> Encoded:
     """The same with a newline behind each run, in the place that it has among its placeholders."""
 
-    def end(values: list[Tensor] | None, last: Callable[[int], Any]) -> list[Tensor] | None:
-        return values and [torch.cat([value, value.new_tensor([last(i)])]) for i, value in enumerate(values)]
+    def end(values: list[Tensor], last: list[int]) -> list[Tensor]:
+        return [torch.cat([value, value.new_tensor([own])]) for value, own in zip(values, last, strict=True)]
 
-    tokens = [torch.cat([own, newline[None].to(own)]) for own in encoded.tokens]
     return encoded._replace(
-        tokens=tokens, places=end(encoded.places, lambda i: places[i]), sizes=end(encoded.sizes, lambda i: 1)
+        tokens=[torch.cat([own, newline[None].to(own)]) for own in encoded.tokens],
+        places=end(encoded.places, places),
+        sizes=encoded.sizes and end(encoded.sizes, [1] * len(places)),
     )
