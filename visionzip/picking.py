@@ -11,9 +11,9 @@ from dataclasses import replace
 from torch import nn
 
 from visionzip.apply import unwrap
-from visionzip.config import VisionZipConfig
+from visionzip.config import Positions, VisionZipConfig
 from visionzip.encoder import has_cls_token
-from visionzip.integrations import Integration, find_integration
+from visionzip.integrations import Integration, family_of, find_integration
 from visionzip.methods import METHODS, has_size_bias, positions_of
 from visionzip.methods.picked import Patches, picked, picked_rows
 
@@ -33,7 +33,8 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
         model: a model that :func:`visionzip.visionzip` takes.
         patches: the patches' numbers, row by row from 0 (row * columns + column), in any order: one list, whose patches
             are kept of every encoder input (image, tile, frame), or one list for each encoder input, equally long.
-            LLaVA-NeXT's inputs are the whole image, then the tiles row by row.
+            LLaVA-NeXT's inputs are the whole image, then the tiles row by row. In families that choose among merged
+            tokens, these count as patches.
         cls_token: whether to keep the CLS token too, if the encoder has one.
 
     Raises:
@@ -43,11 +44,12 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     """
     target = unwrap(model)
     integration = find_integration(target)
-    encoder = integration.encoders(target)["image"]
-    own = encoder.setting or integration.default(target)
-    keep = len(picked_rows(patches)[0]) + (cls_token and has_cls_token(encoder.vision_model))
+    before, has_cls, positions = _setting(integration, target)
+    own = before or integration.default(target)
+    keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
-    config = replace(own, method=name, keep=keep, positions=positions_of(own), size_bias=has_size_bias(own))
+    positions = positions or positions_of(own)
+    config = replace(own, method=name, keep=keep, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     METHODS[name] = picked(patches, cls_token)
     try:
@@ -55,14 +57,24 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
         try:
             yield
         finally:
-            if encoder.setting is None:
+            if before is None:
                 integration.detach(target)
             else:
-                _attach(integration, target, encoder.setting)
+                _attach(integration, target, before)
             if stored is not None:  # a model may have been loaded with a setting and not zipped yet
                 target.config.visionzip = stored
     finally:
         del METHODS[name]
+
+
+def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Positions | None]:
+    """A model's setting, whether its encoder has a CLS token, and the only positions it can have, if there are such."""
+    zipped = getattr(model, "_visionzip", None)
+    try:
+        encoder = integration.encoders(model)["image"]
+    except ValueError:  # behind transformers' seam: tokens are chosen among what an encoder of any kind returns
+        return zipped and zipped.config, False, "original" if family_of(model).rotary else None
+    return encoder.setting, has_cls_token(encoder.vision_model), None
 
 
 def _attach(integration: Integration, model: nn.Module, config: VisionZipConfig) -> None:

@@ -98,7 +98,7 @@ class LlavaTrainer(SteadyTrainer):
         (text, images), self._text = self._text, None
         lengths = mask.sum(dim=1)
         limit = getattr(self.model.config, "tokenizer_model_max_length", None) or torch.inf
-        # By the model, at a position, of which a token may have been the last one far before; or when they were batched.
+        # By the model at a position, far before which the last token that is left may stand; or when they were batched.
         cut = torch.tensor(self._llava.cut_prompts, device=mask.device) | (lengths >= limit)
         images, tokens = images.masked_fill(cut, 0), (lengths - text).masked_fill(cut, 0)
         counts = torch.stack([torch.ones_like(text).sum(), images.sum(), tokens.sum(), cut.sum(), cut.sum() * 0])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
+import json
 import sys
+import threading
 import weakref
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from served_page import MODEL, free_port, sent
+from served_page import CONTROLS, MODEL, free_port, sent
 
 from checkpoints import NEXT
 from llava.arguments import load_from_arguments
@@ -31,11 +36,14 @@ from llava.demo.desk import Desk  # noqa: E402
 from llava.demo.examples import EXAMPLES  # noqa: E402
 from llava.demo.guard import names_file  # noqa: E402
 from llava.demo.handlers import Handlers  # noqa: E402
+from llava.demo.models import LlavaModel  # noqa: E402
+from llava.demo.page import Page  # noqa: E402
 from llava.demo.talk import Setting, StoppedError, Talk  # noqa: E402
 from llava.demo.uploads import MAX_BYTES, MAX_IMAGES, Upload, read_uploads  # noqa: E402
 from llava.demo.visitors import MAX_VISITORS, Visitors  # noqa: E402
 
 RING, LETTERS = EXAMPLES[0], EXAMPLES[1]
+IN_LINE = (True, "model", 1)  # queue, and gradio's line with a limit of one at a time
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def model() -> tuple[Any, ...]:
 @pytest.fixture
 def desk(model: tuple[Any, ...]) -> Desk:
     unzip(model[1])
-    return Desk(*model, do_sample=False, max_new_tokens=12)
+    return Desk(LlavaModel(*model), do_sample=False, max_new_tokens=12)
 
 
 @pytest.fixture
@@ -148,7 +156,7 @@ def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...
     """The page has no control for layer, merge rule and seed; the split is the model's at the model's budget."""
     with pytest.warns(UserWarning, match="layer -3"):
         visionzip(model[1], dominant=20, contextual=12, layer=-3, merge="average", seed=5)
-    desk = Desk(*model)
+    desk = Desk(LlavaModel(*model))
     own = desk.model.get_vision_tower().visionzip
     handlers = Handlers(desk)
     handlers.setting("visionzip", "tokens", 32).put_on(desk.model)
@@ -156,6 +164,18 @@ def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...
     handlers.setting("random", "tokens", 16).put_on(desk.model)
     other = desk.model.get_vision_tower().visionzip
     assert (other.keep, other.layer, other.merge, other.seed) == (16, -3, "average", 5)
+
+
+def test_the_figure_of_misalignment(desk: Desk, talk: Talk):
+    """Figure 14: what a patch attends to most is elsewhere and kept, as the example's hint says."""
+    example = EXAMPLES[-1]
+    data = json.loads(Handlers(desk).example(talk, example, *CONTROLS)["picture"])
+    assert data["view"] == example.view == "pairs" and data["hint"] == example.hint
+    (tile,) = data["data"]["tiles"]
+    shares = torch.frombuffer(bytearray(base64.b64decode(tile["pairs"])), dtype=torch.uint8).view(144, 144)
+    most = shares.argmax(dim=1)
+    assert {tile["role"][patch] for patch in most} == {"kept"} and tile["role"].count("kept") == 26
+    assert (most == torch.arange(144)).float().mean() < 0.05
 
 
 def test_each_image_has_its_own_picks(desk: Desk, talk: Talk):
@@ -186,6 +206,56 @@ def test_stop_before_the_turn_comes_up(desk: Desk, talk: Talk):
     assert not talk.exchanges and len(talk.waiting) == 1  # the image is still for the next question
 
 
+def test_stop_overtakes_its_question(desk: Desk, talk: Talk):
+    """The browser counts questions: Stop ends those up to a number, also one that the server has not heard of yet."""
+    handlers = Handlers(desk)
+    handlers.stop(talk, 3)
+    for number in (1, 3):
+        with pytest.raises(StoppedError):
+            list(handlers.ask(talk, RING.question, *CONTROLS, number, 0))
+    assert "answered" in list(handlers.ask(talk, RING.question, *CONTROLS, 4, 0))[-1]["status"]
+
+
+def picks(*patches: int, number: int, drawn: int) -> gradio.EventData:
+    return gradio.EventData(None, {"image": 0, "patches": [list(patches)], "number": number, "drawn": drawn})
+
+
+def test_a_question_waits_for_the_picks_before_it(desk: Desk, talk: Talk):
+    handlers = Handlers(desk)
+    list(handlers.ask(talk, RING.question, *CONTROLS, 1, 0))
+    late = threading.Timer(0.2, handlers.pick, [talk, picks(3, 4, number=2, drawn=talk.drawn)])
+    late.start()
+    list(handlers.ask_again(talk, *CONTROLS, 2, 2))
+    assert talk.exchanges[0].answers["zipped"].visual_tokens == 2
+
+
+def test_picks_that_come_too_late_are_left_out(desk: Desk, talk: Talk):
+    handlers, drawn = Handlers(desk), talk.drawn
+    handlers.pick(talk, picks(5, number=2, drawn=drawn))
+    handlers.pick(talk, picks(4, number=1, drawn=drawn))  # overtaken
+    assert talk.pictures[0].picks == ((5,),)
+    handlers.redraw(talk, *CONTROLS)  # another setting chooses anew
+    handlers.pick(talk, picks(6, number=3, drawn=drawn))  # made on the picture before
+    assert talk.pictures[0].picks is None
+    handlers.forget(talk)
+    talk.add([LETTERS.upload()])
+    handlers.pick(talk, picks(7, number=4, drawn=drawn + 1))  # made on another conversation's
+    assert talk.pictures[0].picks is None
+
+
+def test_no_message_can_come_in_the_wrong_order(desk: Desk):
+    """What writes on the page goes through one line, or is the only one to write there; the rest writes nothing."""
+    page = Page(desk, "a model")
+    served = [event for event in page.blocks.fns.values() if event.fn is not None and not event.js]
+    writers = Counter(component._id for event in served for component in set(event.outputs))
+    by_line = [event for event in served if (event.queue, event.concurrency_id, event.concurrency_limit) == IN_LINE]
+    assert {event.api_name for event in by_line} >= {"ask", "ask_again", "compare", "redraw", "forget", "add_images"}
+    for event in served:
+        if event not in by_line:
+            assert all(writers[component._id] == 1 for component in event.outputs), event.api_name
+            assert event.queue or not event.outputs, event.api_name
+
+
 def test_a_visitor_who_leaves_stops_the_model(desk: Desk, talk: Talk):
     desk.generate_kwargs |= {"min_new_tokens": 1500, "max_new_tokens": 1500}
     growing = desk.ask(talk, RING.question, Setting(32))
@@ -212,7 +282,7 @@ def test_old_conversations_give_their_caches_back(desk: Desk, monkeypatch: pytes
 @pytest.mark.parametrize("family", ["llava-next", "mini-gemini"])
 def test_other_families(family: str, load: Any, make_mgm: Any):
     loaded = load(**NEXT) if family == "llava-next" else load_pretrained_model(str(make_mgm()), device="cpu")
-    desk = Desk(*loaded[:3], "vicuna_v1", max_new_tokens=3)
+    desk = Desk(LlavaModel(*loaded[:3], "vicuna_v1"), max_new_tokens=3)
     talk = Talk()
     talk.add([RING.upload()])
     answer = ask(desk, talk, RING.question, Setting(5))

@@ -82,8 +82,10 @@ def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[T
     starts = torch.where(held.columns < 0, length, held.columns).to(positions.device)
     following = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], length)], dim=1)
     following = following.flip(1).cummin(dim=1).values.flip(1)
-    after = highest.gather(1, (following - 1).clamp(min=0)) + 1
-    return own, held._replace(after=after)
+    after = highest.gather(1, (following - 1).clamp(min=0))
+    # Within an image, columns are those of its first placeholders: behind a cut one, text follows what is left of it.
+    left = own if own.ndim == 2 else own[1:].amax(dim=0)
+    return own, held._replace(after=torch.maximum(after, left.cummax(dim=1).values) + 1)
 
 
 def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, held: Held | None) -> Held:
@@ -96,7 +98,7 @@ def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, hel
         held = _infer_held(sources, edits, past)
     elif len(sources) == 1:  # a row alone may have other padding now
         held = held.moved_to(int(sources[0][0]))
-    cached = held.grown(past)
+    cached = _behind_images(held.grown(past), sources, edits, past)
     for row, (columns, source) in enumerate(zip(held.columns, sources, strict=True)):
         if len(real := columns[columns >= 0]) and real[0] != source[0]:
             raise ValueError(
@@ -110,13 +112,33 @@ def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, hel
             "in it is new. Give the whole conversation with all its images, or the new tokens alone with an "
             "attention_mask that covers the cache too"
         )
-    for edit in (edit for row in edits for edit in row):
-        if edit.start < cached.length < edit.end:
-            raise ValueError(
-                f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.number}: it is of "
-                "another conversation, or of one that was not zipped"
-            )
     return cached
+
+
+def _behind_images(cached: Held, sources: list[Tensor], edits: list[list[Edit]], past: int) -> Held:
+    """The same of a cache that ends with all tokens of an image: behind the image's last placeholder.
+
+    Raises:
+        ValueError: it ends inside of one.
+    """
+    length = cached.length
+    for columns, own in zip(cached.columns, edits, strict=True):
+        for edit in own:
+            if not edit.start < cached.length < edit.end:
+                continue
+            if int(((columns >= edit.start) & (columns < edit.end)).sum()) != edit.short:
+                raise ValueError(
+                    f"past_key_values holds {past} tokens, which ends inside {edit.modality} {edit.number}: it was cut "
+                    "there, or is of another conversation, or of one that was not zipped. Crop it in front of the "
+                    f"{edit.modality}, or behind it"
+                )
+            length = max(length, edit.end)
+    if any(((row >= cached.length) & (row < length)).any() for row in sources):
+        raise ValueError(
+            f"past_key_values holds {past} tokens of each prompt, which end behind an image in one and before the same "
+            "column in another: crop it elsewhere, or leave it out"
+        )
+    return cached._replace(length=length)
 
 
 def _infer_held(sources: list[Tensor], edits: list[list[Edit]], past: int) -> Held:

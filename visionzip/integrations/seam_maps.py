@@ -15,7 +15,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
 from visionzip.integrations import family_of
 from visionzip.integrations.huggingface import stock_features
-from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam import OutputFamily, SeamFamily
 from visionzip.integrations.seam_choice import flat_tokens
 from visionzip.methods import EncoderRead, method_of
 from visionzip.token_map import TokenMap, roles_of
@@ -38,15 +38,17 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
         A map whose "patches" are the language model's tokens, and whose layers are those that compare all of them.
 
     Raises:
-        TypeError: the model is of another family.
+        TypeError: the model's encoder is CLIP or SigLIP, which :func:`visionzip.token_map.inspect_tokens` reads.
+        ValueError: VisionZip does not know the model's encoder.
     """
     target = unwrap(model)
     family = family_of(target)
     if not isinstance(family, SeamFamily):
-        raise TypeError(
-            f"{type(target).__name__} is of no family whose merged tokens can be scored: of a LLaVA, use "
-            "visionzip.token_map.inspect_tokens"
-        )
+        if isinstance(family, OutputFamily):
+            raise ValueError(
+                f"{type(target).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
+            )
+        raise TypeError(f"the encoder of {type(target).__name__} is read by visionzip.token_map.inspect_tokens")
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
