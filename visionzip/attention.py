@@ -241,15 +241,15 @@ def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
 
 
 def patch_attention(read: QueriesKeys, cls_token: bool, block: int = 128) -> Tensor:
-    """Attention of each patch on each patch, mean over heads.
+    """Compute the attention that each patch pays to each patch, mean over heads.
 
     Args:
         read: queries and keys (B, H, S, Dh).
-        cls_token: position 0 is a CLS token, which is left out on both sides.
-        block: queries at a time, so that no more than (B, H, block, S) is stored of single heads.
+        cls_token: whether position 0 is a CLS token, which is left out on both sides.
+        block: how many queries to compute at a time, so that no more than (B, H, block, S) of single heads is stored.
 
     Returns:
-        (B, N, N) in float32: row i is what patch i pays; it sums to 1 less what a CLS token gets.
+        (B, N, N) float32: row i is what patch i pays, and sums to 1 minus what it pays to a CLS token.
     """
     first = int(cls_token)
     queries = read.queries[:, :, first:].split(block, dim=2)

@@ -1,16 +1,16 @@
-"""Today's families of transformers, Qwen-VL first: tokens are chosen among what the model's own encoder returns.
+"""Families such as Qwen-VL, which choose among the tokens that the model's own encoder returns ("the seam").
 
-The encoder runs as it is, to its end, and its merger or pooling too: a token of the language model is one of several
-patches. Scores and keys come from one attention layer of the encoder and are averaged over the patches of each token,
-so that everything is chosen and merged at the language model's own grain. Kept tokens stay in raster order. Where a
-method reads projected patches, and where it reads hidden states, it gets these tokens.
+The encoder runs unchanged to its end, with its merger or pooling, so that a token of the language model stands for
+several patches. Scores and keys are read in one attention layer of the encoder and averaged over the patches of each
+token. So tokens of the language model are chosen and merged, and not patches. A method that reads projected patches or
+hidden states gets these tokens for both. Kept tokens stay in raster order.
 
-A family here is one entry of :mod:`visionzip.integrations.seam_families`. With multimodal rotary positions
-(``get_rope_index``) a kept token has the (time, row, column) of the patch that it keeps, and text keeps its place,
-always; other families have consecutive positions unless ``positions="original"``.
+A family is one entry of :mod:`visionzip.integrations.seam_families`. With multimodal rotary positions
+(``get_rope_index``) a kept token always has the (time, row, column) of the patch that it keeps, and text has its
+position in the uncompressed prompt. Other families have consecutive positions unless ``positions="original"``.
 
-Frames of a video are compressed one by one, whether they share a run of placeholders or have one each, between
-timestamps. With ``video_keep`` they are one picture, on top of each other: tokens are chosen among all of theirs, and a
+The frames of a video are compressed one by one, whether they share a run of placeholders or have a run each, between
+timestamps. With ``video_keep`` tokens are chosen among those of all frames, as if these were one tall picture, and a
 frame may keep none.
 """
 
@@ -36,16 +36,16 @@ from visionzip.methods import check_setting, has_size_bias, method_of, token_cou
 
 
 class Frames(NamedTuple):
-    """Frames of a video; an image is one."""
+    """How many frames a video has, and how many tokens each; an image is one frame."""
 
     number: int
     size: Size
 
 
 Framing = Callable[[nn.Module, Arguments], list[Frames]]
-"""``(base, arguments)`` to the frames of each image or video, from shapes and grids alone."""
+"""``(base, arguments)`` to the :class:`Frames` of each image or video, from shapes and grids alone."""
 Scored = Callable[[], tuple[Tensor, Tensor]]
-"""What was read, once the encoder has run: a score (n,) and a key (n, Dk) of each token, frame after frame."""
+"""Returns the scores (n,) and keys (n, Dk) of all tokens, frame after frame, once the encoder has run."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ class Encoder:
     """How one kind of encoder is read.
 
     Attributes:
-        read: ``(base, layer, arguments)`` to a context manager that yields :data:`Scored`.
-        layers: ``(base)`` to the layers that compare all of an image's patches, the last one at the end.
-        pixels: ``(base, arguments, name)`` to the pixels of that argument, without what only fills them up: of all
-            frames one behind the other, or a list.
+        read: ``(base, layer, arguments)`` to a context manager, inside which the encoder runs; it yields a
+            :data:`Scored`.
+        layers: ``(base)`` to the layers whose attention compares all patches of an image, in ascending order.
+        pixels: ``(base, arguments, name)`` to the pixels in the argument of that name, without padding: those of all
+            frames one after the other, or a list of them.
     """
 
     read: Callable[[nn.Module, int, Arguments], AbstractContextManager[Scored]]
@@ -145,7 +146,7 @@ class SeamFamily(OutputFamily):
 
 
 class _Kind(NamedTuple):
-    """Images or videos of a family, as :func:`modality` is told."""
+    """The arguments of :func:`modality`, which explains them."""
 
     name: str
     pixels: str
@@ -155,7 +156,7 @@ class _Kind(NamedTuple):
     row_ends: bool
 
     def setting(self, config: VisionZipConfig) -> tuple[VisionZipConfig, bool]:
-        """Of these, and whether a video is chosen from as a whole."""
+        """Return the setting for these images or videos, and whether a video's tokens are chosen as a whole."""
         whole = self.name == "video" and config.video_keep is not None
         return (config.of_videos() if whole else config), whole
 
@@ -169,34 +170,34 @@ def modality(
     row_ends: bool = False,
     **options: Any,
 ) -> Modality:
-    """Images or videos of a family.
+    """Define the images or videos of a family.
 
     Args:
         name: ``"image"`` or ``"video"``.
-        pixels: the argument that has them.
-        frames: how many of which size.
-        encoder: how it is read.
-        apart: each frame has a run of placeholders of its own, with text between them.
-        row_ends: each row of an image's placeholders ends with a token that stays; see :class:`Run`.
-        **options: others of :class:`Modality`.
+        pixels: the argument that has their pixels.
+        frames: how many frames of which size there are.
+        encoder: how the encoder is read.
+        apart: whether each frame has a run of placeholders of its own, with text between them.
+        row_ends: whether each row of placeholders ends with a token of its own, which stays (see :class:`Run`).
+        **options: other attributes of :class:`Modality`.
     """
     kind = _Kind(name, pixels, frames, encoder, apart, row_ends)
     return Modality(pixels, partial(_runs, kind), partial(_encode, kind), **options)
 
 
 def all_layers(blocks: str, base: nn.Module) -> list[int]:
-    """All layers of an encoder, counted from the end.
+    """List all layers of an encoder, counted from the end.
 
     Args:
-        blocks: where the base model has them, dotted.
-        base: it.
+        blocks: the dotted name of the base model's attribute that holds the layers.
+        base: the base model.
     """
     depth = len(attrgetter(blocks)(base))
     return list(range(-depth, 0))
 
 
 def _pieces(frames: Frames, whole: bool) -> list[Size]:
-    """What is chosen from at once: each frame, or the frames of a video on top of each other."""
+    """List the sizes among whose tokens is chosen: each frame's, or that of a video's frames on top of each other."""
     count, (rows, columns) = frames
     return [(count * rows, columns)] if whole else [(rows, columns)] * count
 
@@ -243,7 +244,7 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
 
 
 def _by_frame(encoded: Encoded, seen: list[Frames], whole: bool) -> Encoded:
-    """Tokens of videos, as those of each frame's own run."""
+    """Split the tokens of videos into those of each frame, which has a run of its own."""
     lengths: list[list[int]] = []
     places: list[Tensor] = []
     for (count, (rows, columns)), own in zip(seen, encoded.places, strict=True):
@@ -264,7 +265,7 @@ def _by_frame(encoded: Encoded, seen: list[Frames], whole: bool) -> Encoded:
 
 
 def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
-    """The same with places and sizes of what ends each row, too."""
+    """Add the places and sizes of the tokens that end each row."""
     places, sizes = [], []
     for at, (own, (_, (rows, columns))) in enumerate(zip(encoded.places, seen, strict=True)):
         ends = torch.arange(columns, rows * (columns + 1), columns + 1, device=own.device)
@@ -276,6 +277,6 @@ def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
 
 
 def _joined(frames: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """Values of frames, joined to those of each image or video."""
+    """Join the values of frames to those of each image or video."""
     values = iter(frames)
     return [torch.cat([next(values) for _ in range(count)]) for count in counts]

@@ -1,4 +1,4 @@
-"""What an encoder behind transformers' seam looks at, keeps and merges, token by token, for figures of it."""
+"""Record what an encoder of the seam's families attends to, keeps and merges, token by token, for figures."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from visionzip.methods import EncoderRead, method_of
 from visionzip.token_map import TokenMap, roles_of
 
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
-_CELL = 28  # pixels of a token in a picture
+_CELL = 28  # the edge of a token in the figure, in pixels
 
 
 @torch.inference_mode()
 def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.Image) -> TokenMap:
-    """Run a model's encoder and note the attention on each merged token and what becomes of it.
+    """Run a model's encoder, and record the attention on each merged token and what becomes of it.
 
     Args:
-        model: of a family behind the seam, zipped or not.
-        inputs: what the processor made of a prompt with one picture. Of one that is cut into tiles the last one counts,
-            which shows the whole picture.
-        picture: it.
+        model: a model of the seam's families, zipped or not.
+        inputs: what the processor returned for a prompt with one picture. Of a picture that is cut into tiles, the last
+            tile counts, which shows the whole picture.
+        picture: the picture itself.
 
     Returns:
-        A map whose "patches" are the language model's tokens, and whose layers are those that compare all of them.
+        A map whose "patches" are the language model's tokens, and whose layers are those that compare all patches.
 
     Raises:
         TypeError: the model's encoder is CLIP or SigLIP, which :func:`visionzip.token_map.inspect_tokens` reads.
