@@ -153,15 +153,26 @@ class ProcessorModel:
     """Any other model of transformers that VisionZip knows the encoder of, with its processor.
 
     Args:
-        model: from :func:`llava.arguments.load_with_processor`, as the next one; it is zipped.
+        model: from :func:`llava.arguments.load_with_processor`, as the next one.
         processor: its processor.
+
+    Raises:
+        ValueError: the page cannot show what its encoder attends to.
     """
 
     pairable = False
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.tokenizer, self._processor = model, processor.tokenizer, processor
-        self._family = family_of(model)
+        try:
+            self._family = family_of(model)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if getattr(self._family, "encoder", None) is None:
+            raise ValueError(
+                f"the page shows attention, but VisionZip does not know the encoder of {type(model).__name__}: use "
+                "visionzip chat"
+            )
         self.patches = patches_of(model)
 
     def default(self) -> VisionZipConfig | None:

@@ -4,7 +4,8 @@ Names are registered, and not classes, so that no family is imported before it i
 ``llava``. Classes of transformers that are not registered are handled by :mod:`visionzip.integrations.seam_any`.
 
 To add a family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`. To add any other family,
-write a module with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``. Register its classes here.
+write a module with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``. Register its classes here,
+or from outside by :func:`register`.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         TypeError: the model belongs to no family.
     """
+    names = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
+    if (own := next((_REGISTERED[name] for name in names if name in _REGISTERED), None)) is not None:
+        return own
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
             return _load(_TRANSFORMERS[name][0], model)
@@ -136,6 +140,22 @@ REGISTRY: dict[str, Integration] = {
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
     **{key: _of_transformers(partial(_load, place), name) for key, (place, name) in _TRANSFORMERS.items()},
 }
+
+
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(model_class: type[nn.Module], family: Family, name: str) -> None:
+    """Let ``visionzip(model)`` zip models of another class, built like those of transformers, while the process lives.
+
+    Args:
+        model_class: the class; classes that derive from it are zipped too.
+        family: the family by which its models are zipped.
+        name: the family's name, for messages.
+    """
+    key = f"{model_class.__module__}.{model_class.__qualname__}"
+    _REGISTERED[key] = family
+    REGISTRY[key] = _of_transformers(lambda *_model: family, name)
 
 
 def find_integration(model: nn.Module) -> Integration:
