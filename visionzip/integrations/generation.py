@@ -23,6 +23,7 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
+from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Zipped
 from visionzip.integrations.runs import find_runs
 from visionzip.methods import has_size_bias
@@ -75,13 +76,7 @@ def generate(
     }
     stock = _stock(zipped, model)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
-    if prompt is not None and getattr(generation_config, "is_assistant", False):
-        _refuse_images(zipped, model, prompt)
-    if has_pixels(zipped, kwargs):
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(NO_IDS)
-        refuse_outputs(kwargs)
-    refuse_features(zipped.family, kwargs.get("mm_encoder_outputs") or {})
+    _check_inputs(zipped, model, prompt, generation_config, kwargs)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
         refuse_drafts_behind_a_cache(model, generation_config, kwargs)
@@ -108,17 +103,52 @@ def generate(
     kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole, found=Found(found, edits))
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
-
     shown = _show_users_prompt(own, kwargs, prompt, length)
-    hold(kwargs.get("past_key_values"), None)  # if generation is interrupted, the cache has no wrong record
+    return _run(functools.partial(stock, **own, **kwargs), kwargs.get("past_key_values"), held, len(prompt), shown)
+
+
+def _check_inputs(
+    zipped: Zipped,
+    model: nn.Module,
+    prompt: Tensor | None,
+    generation_config: GenerationConfig | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuse forms of input that a zipped model cannot shorten.
+
+    Raises:
+        ValueError: pixels come with embeddings or encoder outputs, features are given, or an assistant gets images.
+    """
+    if prompt is not None and getattr(generation_config, "is_assistant", False):
+        _refuse_images(zipped, model, prompt)
+    if has_pixels(zipped, kwargs):
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(NO_IDS)
+        refuse_outputs(kwargs)
+    refuse_features(zipped.family, kwargs.get("mm_encoder_outputs") or {})
+
+
+def _run(
+    stock: Callable[[], Any], cache: Any, held: Held | None, prompts: int, shown: Callable[[Tensor], Tensor]
+) -> Any:
+    """Run the stock ``generate``, note the record of the prompts on its cache, and put the user's prompts back.
+
+    Args:
+        stock: the stock ``generate`` with its arguments.
+        cache: the cache that the user gives, or None.
+        held: the record of the cache that the shortened prompts fill.
+        prompts: B, the number of prompts.
+        shown: puts the user's prompts in place of the shortened ones.
+    """
+    hold(cache, None)  # if generation is interrupted, the cache has no wrong record
     token = GENERATING.set(True)
     try:
-        result = stock(**own, **kwargs)
+        result = stock()
     finally:
         GENERATING.reset(token)
     sequences = result if isinstance(result, Tensor) else result.sequences
-    held = held and held.repeated(len(sequences) // len(prompt))
-    hold(getattr(result, "past_key_values", kwargs.get("past_key_values")), held)
+    held = held and held.repeated(len(sequences) // prompts)
+    hold(getattr(result, "past_key_values", cache), held)
     if isinstance(result, Tensor):
         return shown(result)
     result.sequences = shown(result.sequences)

@@ -42,13 +42,7 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
         ValueError: VisionZip does not know the model's encoder.
     """
     target = unwrap(model)
-    family = family_of(target)
-    if not isinstance(family, SeamFamily):
-        if isinstance(family, OutputFamily):
-            raise ValueError(
-                f"{type(target).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
-            )
-        raise TypeError(f"the encoder of {type(target).__name__} is read by visionzip.token_map.inspect_tokens")
+    family = _seam_family(target)
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
@@ -78,10 +72,8 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
             grid=(rows, columns),
         )
         (roles,) = roles_of(choose_tokens(facts, config), False)
-    shown = picture.convert("RGB").resize((columns * _CELL, rows * _CELL))
-    image = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(rows * _CELL, columns * _CELL, 3)
     return TokenMap(
-        image.float() / 255,
+        _as_shown(picture, rows, columns),
         (rows, columns),
         attention.cpu() / attention.sum(dim=1, keepdim=True).cpu(),
         decides,
@@ -90,3 +82,22 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
         setting=zipped and config,
         method=zipped and method_of(config),
     )
+
+
+def _seam_family(model: nn.Module) -> SeamFamily:
+    """Return the family of a model, if VisionZip can read its encoder here."""
+    family = family_of(model)
+    if isinstance(family, SeamFamily):
+        return family
+    if isinstance(family, OutputFamily):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
+        )
+    raise TypeError(f"the encoder of {type(model).__name__} is read by visionzip.token_map.inspect_tokens")
+
+
+def _as_shown(picture: Image.Image, rows: int, columns: int) -> Tensor:
+    """Resize a picture so that each token is a square of it: (h, w, 3), 0 to 1."""
+    height, width = rows * _CELL, columns * _CELL
+    data = bytearray(picture.convert("RGB").resize((width, height)).tobytes())
+    return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).float() / 255
