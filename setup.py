@@ -63,6 +63,7 @@ setup(
             "peft>=0.21",
             "matplotlib>=3.10",
             "selenium>=4.40",
+            "axe-core-python>=0.1",
         ],
     },
     entry_points={

@@ -2,7 +2,7 @@
 # The project's checks, from nothing: installs, then runs ruff and pytest.
 #
 #   bash scripts/test.sh                          everything
-#   bash scripts/test.sh tests/test_golden.py     these tests only; all arguments go to pytest (paths: from the root)
+#   bash scripts/test.sh tests/method/test_golden.py     these tests only; all arguments go to pytest (paths: from the root)
 #
 # Works from any directory. Installs into the active virtual environment, else into .venv/ at the repository's root, with the
 # versions of constraints.txt; later runs install again only when what is to be installed has changed. Stops at the first
@@ -24,7 +24,7 @@ install_browser() {
 
 use_environment
 cd "$ROOT"
-[[ $# != 0 && "$*" != *test_demo* ]] || install_browser
+[[ $# != 0 && "$*" != *demo* ]] || install_browser
 
 say "ruff check"
 "$PYTHON" -m ruff check .

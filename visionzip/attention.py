@@ -229,6 +229,22 @@ def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
     return total / length
 
 
+def patch_attention(read: QueriesKeys, cls_token: bool, block: int = 128) -> Tensor:
+    """Attention of each patch on each patch, mean over heads.
+
+    Args:
+        read: queries and keys (B, H, S, Dh).
+        cls_token: position 0 is a CLS token, which is left out on both sides.
+        block: queries at a time, so that no more than (B, H, block, S) is stored of single heads.
+
+    Returns:
+        (B, N, N) in float32: row i is what patch i pays; it sums to 1 less what a CLS token gets.
+    """
+    first = int(cls_token)
+    queries = read.queries[:, :, first:].split(block, dim=2)
+    return torch.cat([_attention(some, read).mean(dim=1) for some in queries], dim=1)[:, :, first:]
+
+
 def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
     """Score of each patch: attention summed over heads (the paper's Algorithm 1; 3 without CLS).
 

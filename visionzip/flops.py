@@ -1,7 +1,7 @@
 """What images and prompts cost, in operations: the paper's formula, and the exact count module by module.
 
 The exact counts are of matrix products (a multiplication and its addition are two), as ``torch.utils.flop_counter`` has
-them; tests/test_flops.py compares the two, module by module.
+them; tests/measuring/test_flops.py compares the two, module by module.
 """
 
 from __future__ import annotations

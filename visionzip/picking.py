@@ -11,9 +11,9 @@ from dataclasses import replace
 from torch import nn
 
 from visionzip.apply import unwrap
-from visionzip.config import VisionZipConfig
+from visionzip.config import Positions, VisionZipConfig
 from visionzip.encoder import has_cls_token
-from visionzip.integrations import Integration, find_integration
+from visionzip.integrations import Integration, family_of, find_integration
 from visionzip.methods import METHODS, has_size_bias, positions_of
 from visionzip.methods.picked import Patches, picked, picked_rows
 
@@ -32,8 +32,8 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     Args:
         model: as :func:`visionzip.visionzip` takes it.
         patches: their numbers, row by row from 0 (row * columns + column), in any order: to be kept of each encoder
-            input (image, tile, frame); or a list of them for each encoder input in order (of LLaVA-NeXT the whole
-            image, then the tiles row by row), equally long.
+            input (image, tile, frame), behind transformers' seam of its merged tokens; or a list of them for each
+            encoder input in order (of LLaVA-NeXT the whole image, then the tiles row by row), equally long.
         cls_token: keep the CLS token too, where the encoder has one.
 
     Raises:
@@ -43,11 +43,12 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     """
     target = unwrap(model)
     integration = find_integration(target)
-    encoder = integration.encoders(target)["image"]
-    own = encoder.setting or integration.default(target)
-    keep = len(picked_rows(patches)[0]) + (cls_token and has_cls_token(encoder.vision_model))
+    before, has_cls, positions = _setting(integration, target)
+    own = before or integration.default(target)
+    keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
-    config = replace(own, method=name, keep=keep, positions=positions_of(own), size_bias=has_size_bias(own))
+    positions = positions or positions_of(own)
+    config = replace(own, method=name, keep=keep, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     METHODS[name] = picked(patches, cls_token)
     try:
@@ -55,14 +56,24 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
         try:
             yield
         finally:
-            if encoder.setting is None:
+            if before is None:
                 integration.detach(target)
             else:
-                _attach(integration, target, encoder.setting)
+                _attach(integration, target, before)
             if stored is not None:  # also of a model that was loaded with a setting, and not zipped yet
                 target.config.visionzip = stored
     finally:
         del METHODS[name]
+
+
+def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Positions | None]:
+    """A model's setting, whether its encoder has a CLS token, and the only positions it can have, if there are such."""
+    zipped = getattr(model, "_visionzip", None)
+    try:
+        encoder = integration.encoders(model)["image"]
+    except ValueError:  # behind transformers' seam: tokens are chosen among what an encoder of any kind returns
+        return zipped and zipped.config, False, "original" if family_of(model).rotary else None
+    return encoder.setting, has_cls_token(encoder.vision_model), None
 
 
 def _attach(integration: Integration, model: nn.Module, config: VisionZipConfig) -> None:

@@ -176,7 +176,7 @@ SECTIONS: dict[str, Section] = {
         gpu_tests,
         25,
         {
-            "tests": ["tests/test_attention.py", "tests/test_gpu_report.py"],
+            "tests": ["tests/method/test_attention.py", "tests/measuring/test_gpu_report.py"],
             "flags": ["--noconftest", "-k", "flash_attention or cuda_graph"],
         },
         {},

@@ -39,11 +39,16 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
 
     Raises:
         TypeError: the model is of another family.
+        ValueError: nothing is known of its encoder.
     """
     target = unwrap(model)
     family = family_of(target)
     if not isinstance(family, SeamFamily):
         raise TypeError(f"{type(target).__name__} is of a family whose own encoder inspect_tokens reads")
+    if family.encoder is None:
+        raise ValueError(
+            f"{type(target).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
+        )
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
