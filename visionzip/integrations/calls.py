@@ -29,7 +29,7 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
-from visionzip.integrations.held import Held, original_positions
+from visionzip.integrations.held import Held, held_text, original_positions, position_behind
 from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
 from visionzip.integrations.placeholders import Shortened, plan_prompts, shorten
 from visionzip.integrations.runs import Edit, Visual, find_runs
@@ -130,7 +130,7 @@ def _as_text(zipped: Zipped, module: nn.Module, given: dict[str, Any]) -> dict[s
         return given
     ids, mask = given["input_ids"], given.get("attention_mask")
     new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-    positions = _behind(held, past, mask).to(ids.device) + new.cumsum(dim=1) - 1
+    positions = position_behind(held, past, mask).to(ids.device) + new.cumsum(dim=1) - 1
     columns = torch.arange(ids.shape[1]).expand(len(ids), -1)
     hold(given["past_key_values"], held.grown(past).followed(Held(columns, ids.shape[1], positions + 1)))
     return given | {"position_ids": zipped.family.with_axes(positions)}
@@ -183,7 +183,7 @@ def prepare(
     now = short.held
     if zipped.original:
         by_run = {key: own for key, (own, _) in _by_run(encoded).items()}
-        offset = 0 if whole or not past else _behind(held, past, given.get("attention_mask"))
+        offset = 0 if whole or not past else position_behind(held, past, given.get("attention_mask"))
         positions = _long_positions(family, base, given, offset)
         places = short.spread(by_run, None, -1)
         arguments["position_ids"], now = original_positions(positions, places, now)
@@ -192,7 +192,7 @@ def prepare(
             shape = (len(places), places.shape[1] + (0 if whole else past))
             arguments["attention_mask"] = places.new_ones(shape).to(given["input_ids"].device)
         if held is None and past and not whole:
-            held = _held_text(past, given.get("attention_mask"), len(places))
+            held = held_text(past, given.get("attention_mask"), len(places))
         family.note(base, now, arguments)
     return arguments, now if whole or not past else held and held.grown(past).followed(now)
 
@@ -283,22 +283,6 @@ def _long_positions(family: Family, base: nn.Module, given: dict[str, Any], offs
     if positions is None:
         positions = mask.long().cumsum(dim=1) - 1
     return (positions + offset).masked_fill(mask == 0, 0)
-
-
-def _behind(held: Held | None, past: int, mask: Tensor | None) -> Tensor:
-    """Compute the position (B, 1) after a cache of ``past`` tokens; after recorded tokens, the mask counts the text."""
-    if held is None or held.after is None:
-        return torch.tensor([[past]]) if mask is None else mask[:, :past].sum(dim=1, keepdim=True)
-    noted = held.after.shape[1]
-    more = past - noted if mask is None else mask[:, noted:past].sum(dim=1, keepdim=True).to(held.after)
-    return held.after[:, -1:] + more if noted else torch.zeros_like(held.columns[:, :1]) + more
-
-
-def _held_text(past: int, mask: Tensor | None, rows: int) -> Held:
-    """Make the record of a cache that was filled with text alone."""
-    mask = torch.ones(rows, past).long() if mask is None else mask[:, :past].cpu().long()
-    columns = torch.arange(past).expand(rows, -1).masked_fill(mask == 0, -1)
-    return Held(columns, past, mask.cumsum(dim=1))
 
 
 @functools.cache

@@ -89,6 +89,22 @@ def original_positions(positions: Tensor, places: Tensor, held: Held) -> tuple[T
     return own, held._replace(after=torch.maximum(after, left.cummax(dim=1).values) + 1)
 
 
+def position_behind(held: Held | None, past: int, mask: Tensor | None) -> Tensor:
+    """Compute the position (B, 1) after a cache of ``past`` tokens; after recorded tokens, the mask counts the text."""
+    if held is None or held.after is None:
+        return torch.tensor([[past]]) if mask is None else mask[:, :past].sum(dim=1, keepdim=True)
+    noted = held.after.shape[1]
+    more = past - noted if mask is None else mask[:, noted:past].sum(dim=1, keepdim=True).to(held.after)
+    return held.after[:, -1:] + more if noted else torch.zeros_like(held.columns[:, :1]) + more
+
+
+def held_text(past: int, mask: Tensor | None, rows: int) -> Held:
+    """Make the record of a cache that was filled with text alone."""
+    mask = torch.ones(rows, past).long() if mask is None else mask[:, :past].cpu().long()
+    columns = torch.arange(past).expand(rows, -1).masked_fill(mask == 0, -1)
+    return Held(columns, past, mask.cumsum(dim=1))
+
+
 def cached_tokens(sources: list[Tensor], edits: list[list[Edit]], past: int, held: Held | None) -> Held:
     """Find out which tokens of the prompts (B, L) a cache of ``past`` tokens holds.
 
