@@ -8,7 +8,6 @@ has no CLS token in videos.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -232,11 +231,10 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
     def beside_cls(values: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([values[:, :first], pool(values[:, first:])], dim=1)
 
-    pooled = replace(
-        read,
+    pooled = read.replace(
         hidden_states=beside_cls(read.hidden_states, base.vision_resampler),
-        scores=None if read.scores is None else average(read.scores[..., None])[..., 0],
-        keys=None if read.keys is None else beside_cls(read.keys, average),
+        scores=average(read.scores[..., None])[..., 0] if read.has("scores") else None,
+        keys=beside_cls(read.keys, average) if read.has("keys") else None,
         grid=(side_length(tower) // base.config.spatial_pool_stride,) * 2,
     )
     compressed = choose_tokens(pooled, config, base.multi_modal_projector)

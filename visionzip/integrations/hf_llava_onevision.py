@@ -13,7 +13,6 @@ tokens are tokens of the uncompressed model, and merged ones are means of such t
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,14 +117,13 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
         first = int(read.cls_token)
         return torch.cat([tokens[:, :first], base.apply_pooling(tokens[:, first:])], dim=1)
 
-    pooled = replace(
-        read,
+    pooled = read.replace(
         hidden_states=pool(base.multi_modal_projector(read.hidden_states)),
-        scores=None if read.scores is None else base.apply_pooling(read.scores[..., None])[..., 0],
-        keys=None if read.keys is None else pool(read.keys),
+        scores=base.apply_pooling(read.scores[..., None])[..., 0] if read.has("scores") else None,
+        keys=pool(read.keys) if read.has("keys") else None,
         grid=(math.isqrt(pooled_patches(base)),) * 2,
     )
-    compressed = choose_tokens(replace(pooled, projected=pooled.patches), config)
+    compressed = choose_tokens(pooled.replace(projected=pooled.patches), config)
     return compressed.tokens, compressed
 
 
