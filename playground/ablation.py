@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.asking import Pixels, prepare
 from eval.benchmarks import scenes
+from eval.running.asking import Pixels, prepare
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.prompts import pad_rows, splice
 from llava.model.visual import VisualTokens, lay_out
 from visionzip import VisionZipConfig

@@ -8,15 +8,9 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import (
-    add_generation_arguments,
-    add_model_arguments,
-    has_processor,
-    load_from_arguments,
-    load_with_processor,
-    sampling,
-)
+from llava.arguments import add_generation_arguments, add_model_arguments, sampling
 from llava.commands import positive
+from llava.loading import has_processor, load_from_arguments, load_with_processor
 
 HOST = "127.0.0.1"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.demo.uploads import Upload
-from llava.serve.chat import Turn
+from llava.serve.turns import Turn
 from visionzip import unzip, visionzip
 from visionzip.config import MergeRule, Positions
 

@@ -19,11 +19,11 @@ import pytest
 
 from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import read_answers
 from eval.benchmarks import scenes
-from eval.methods import METHODS, Run, plan
 from eval.models.llava import LlavaModel
 from eval.registry import BENCHMARKS
+from eval.running.answer_files import read_answers
+from eval.running.methods import METHODS, Run, plan
 from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
 
@@ -355,9 +355,9 @@ def test_a_checkpoint_whose_own_setting_is_a_share(run, make_checkpoint, capsys)
 
 def test_answers_of_other_code_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     command = run("--method", "vanilla", limit=4)
-    monkeypatch.setattr("eval.runner.git_commit", lambda: "c0ffee")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "c0ffee")
     assert eval_command(command) == 0
-    monkeypatch.setattr("eval.runner.git_commit", lambda: "decade")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "decade")
     assert eval_command(command) == 0
     assert "has answers of other code (commit c0ffee), which stay" in capsys.readouterr().err
 

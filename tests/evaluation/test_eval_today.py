@@ -14,11 +14,11 @@ from seam_checkpoints import save_checkpoint
 from eval.__main__ import main as eval_command
 from eval.benchmarks import scenes
 from eval.config import RunConfig
-from eval.methods import Run, plan
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel
 from eval.records import Question
-from llava.model.processor_model import load_processor
+from eval.running.methods import Run, plan
+from llava.model.stock.processor_model import load_processor
 from visionzip import visionzip
 
 

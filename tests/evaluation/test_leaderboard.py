@@ -13,9 +13,9 @@ import pytest
 from eval.__main__ import add_run_arguments
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
-from eval.leaderboard import default_methods
-from eval.leaderboard_plot import spaced
-from eval.methods import METHODS
+from eval.reports.leaderboard import default_methods
+from eval.reports.leaderboard_plot import spaced
+from eval.running.methods import METHODS
 from llava.commands import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING

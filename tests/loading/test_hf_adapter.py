@@ -21,7 +21,7 @@ from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, remove_pruning, sparsevlm
@@ -92,6 +92,16 @@ def test_prompts_and_pixels_are_llavas(both, options: dict[str, Any]):
     expected = process_images(PICTURES, processor, model.config)
     found = process_images(PICTURES, own_processor, own_model.config)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.inference_mode()
+def test_images_alone(both):
+    """LLaVA's own name for it, which goes through the projector; zipped and not."""
+    (_, model, processor), (_, own, _) = both()
+    images = process_images(PICTURES, processor, model.config)
+    for change in (unzip, lambda each: visionzip(each, dominant=5, contextual=2)):
+        expected = change(model).encode_images(images)
+        torch.testing.assert_close(change(own).encode_images(images), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", LAYOUTS)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llava.cli import main
-from llava.measure.runner import PHASES, Runner, Way, bare_language_model, make_prompt
-from llava.measure.shapes import SHAPES, build_model
-from llava.measure.timing import Clock, time_interleaved
+from llava.measure.meters.runner import PHASES, Runner, Way, bare_language_model, make_prompt
+from llava.measure.meters.timing import Clock, time_interleaved
+from llava.measure.models.shapes import SHAPES, build_model
 from llava.methods import METHODS, per_tile
 from visionzip.methods.visionzip import split
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints import CLIP, NEXT, picture, pixels
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 from llava.picture import picture_data
 from visionzip import unzip, visionzip
 from visionzip.encoder import hidden_states

@@ -4,7 +4,8 @@ Classes of transformers that are not named here have :mod:`visionzip.integration
 
 By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
 family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
-``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
+``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here, or by
+:func:`register` from outside.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         TypeError: it is of none.
     """
+    names = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
+    if (own := next((_REGISTERED[name] for name in names if name in _REGISTERED), None)) is not None:
+        return own
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
             return _load(_TRANSFORMERS[name][0], model)
@@ -136,6 +140,22 @@ REGISTRY: dict[str, Integration] = {
     "llava.model.multimodal_encoder.vision_tower.VisionTower": _LLAVA,
     **{key: _of_transformers(partial(_load, place), name) for key, (place, name) in _TRANSFORMERS.items()},
 }
+
+
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(model_class: type[nn.Module], family: Family, name: str) -> None:
+    """Let ``visionzip(model)`` zip a class of transformers' kind by a family, for as long as the process lives.
+
+    Args:
+        model_class: what :func:`find_integration` then finds, with what derives from it.
+        family: how it is zipped.
+        name: for messages.
+    """
+    key = f"{model_class.__module__}.{model_class.__qualname__}"
+    _REGISTERED[key] = family
+    REGISTRY[key] = _of_transformers(lambda *_model: family, name)
 
 
 def find_integration(model: nn.Module) -> Integration:

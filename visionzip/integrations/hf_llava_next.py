@@ -19,6 +19,7 @@ from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens, compress_images, has_cls_token, read_encoder, side_length
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
+from visionzip.integrations.pooled_videos import pooled_videos, with_newlines
 from visionzip.integrations.runs import Run
 from visionzip.integrations.towers import (
     TowerFamily,
@@ -26,10 +27,8 @@ from visionzip.integrations.towers import (
     check_pixels,
     full_length,
     patch_places,
-    pooled_videos,
     sequence_length,
     short_counts,
-    with_newlines,
 )
 from visionzip.tiles import tile_order
 

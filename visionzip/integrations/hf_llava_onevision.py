@@ -32,8 +32,9 @@ from visionzip.integrations.hf_llava_next import (
     unpadded,
 )
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
+from visionzip.integrations.pooled_videos import pooled_videos
 from visionzip.integrations.runs import Run
-from visionzip.integrations.towers import TowerFamily, check_layer, full_length, pooled_videos, short_counts
+from visionzip.integrations.towers import TowerFamily, check_layer, full_length, short_counts
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:

@@ -21,9 +21,9 @@ from sentencepiece import SentencePieceProcessor
 
 from checkpoints import CLIP, TOKENIZER, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import read_answers
 from eval.launch import arguments, processes
 from eval.registry import BENCHMARKS
+from eval.running.answer_files import read_answers
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts" / "eval"
