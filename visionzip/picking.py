@@ -7,15 +7,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from visionzip.apply import unwrap
-from visionzip.config import Positions, VisionZipConfig
+from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token
 from visionzip.integrations import Integration, family_of, find_integration
 from visionzip.methods import METHODS, has_size_bias, positions_of
 from visionzip.methods.picked import Patches, picked, picked_rows
+
+if TYPE_CHECKING:
+    from visionzip.integrations.huggingface import Family
 
 _numbers = itertools.count(1)  # each pick has a name of its own, as two models may have one at the same time
 
@@ -44,14 +48,16 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     """
     target = unwrap(model)
     integration = find_integration(target)
-    before, has_cls, positions = _setting(integration, target)
+    before, has_cls, seam = _setting(integration, target)
     own = before or integration.default(target)
     keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
-    positions = positions or positions_of(own)
+    positions = "original" if seam and seam.rotary else positions_of(own)
     config = replace(own, method=name, keep=keep, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
-    METHODS[name] = picked(patches, cls_token)
+    method = picked(patches, cls_token)
+    # Where images have any size, only the running model knows the grid, and checks it.
+    METHODS[name] = replace(method, check=lambda tokens, grid: None) if seam else method
     try:
         _attach(integration, target, config)
         try:
@@ -67,13 +73,13 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
         del METHODS[name]
 
 
-def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Positions | None]:
-    """A model's setting, whether its encoder has a CLS token, and the only positions it can have, if there are such."""
-    zipped = getattr(model, "_visionzip", None)
+def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Family | None]:
+    """A model's setting, whether its encoder has a CLS token, and its family if it is behind transformers' seam."""
     try:
         encoder = integration.encoders(model)["image"]
-    except ValueError:  # behind transformers' seam: tokens are chosen among what an encoder of any kind returns
-        return zipped and zipped.config, False, "original" if family_of(model).rotary else None
+    except ValueError:  # an encoder of another kind, of which only the merged tokens are known
+        zipped = getattr(model, "_visionzip", None)
+        return zipped and zipped.config, False, family_of(model)
     return encoder.setting, has_cls_token(encoder.vision_model), None
 
 
