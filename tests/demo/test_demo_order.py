@@ -81,6 +81,15 @@ def test_picks_that_come_too_late_are_left_out(desk: Desk, talk: Talk):
     assert talk.pictures[0].picks is None
 
 
+def test_the_same_setting_said_twice_changes_nothing(desk: Desk, talk: Talk):
+    """A slider says what it is set to more than once: patches that were picked in between stay, and the line too."""
+    handlers = Handlers(desk)
+    assert handlers.redraw(talk, *CONTROLS)["picture"]
+    handlers.pick(talk, picks(5, number=1, drawn=talk.drawn))
+    assert handlers.redraw(talk, *CONTROLS) == {} and talk.pictures[0].picks == ((5,),)
+    assert handlers.redraw(talk, "uniform", *CONTROLS[1:])["picture"] and talk.pictures[0].picks is None
+
+
 def test_no_message_can_come_in_the_wrong_order(desk: Desk):
     """What writes on the page goes through one line, or is the only one to write there; the rest writes nothing."""
     page = Page(desk, "a model")
