@@ -9,6 +9,7 @@ queries and keys) starts as plain as can be. :mod:`playground.qwen_training` doe
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def write_processor(data: Path, folder: Path) -> Qwen2Tokenizer:
         (folder / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return tokenizer
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy a checkpoint's processor as it is: where torchvision is missing, loading and saving leaves out videos."""
+    for path in source.iterdir():
+        if path.name.startswith(("tokenizer", "preprocessor", "video_preprocessor", "chat_template")):
+            shutil.copy(path, folder / path.name)
 
 
 def config_for(tokenizer: Any) -> Qwen3VLConfig:

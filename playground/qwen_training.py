@@ -34,7 +34,7 @@ from llava.train.checkpoints import check_same_run, last_checkpoint, records_dig
 from llava.train.labels import attention_apart
 from llava.train.run import TrainingArguments, TrainingParser, check_installed, finish, run_training
 from llava.train.steady import SteadyTrainer
-from playground.qwen_mini import EDGE
+from playground.qwen_mini import EDGE, copy_processor
 
 SIDES = {6: 0.5, 4: 0.25, 3: 0.15, 2: 0.1}  # tokens along the edge of a picture, and the share of the batches
 
@@ -280,7 +280,7 @@ def train(arguments: MiniArguments, training: TrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     with whole_files(Path(training.output_dir)) as unfinished:
         model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
+        copy_processor(Path(arguments.init), unfinished)
     finish(trainer, {"mini": arguments}, {})
 
 
