@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, set_seed
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from llava.commands import Parser
 from llava.model.tokenizer import load_tokenizer
+from llava.train.run import plot_losses
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|image_pad|>", "<|video_pad|>")
+STAGES = ("encoder", "model")
 EDGE = 24  # pixels: of a token of the language model, 2 x 2 patches of 12
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
@@ -186,10 +190,51 @@ def _start_encoder(own: nn.Module, clip: nn.Module) -> None:
         merger.linear_fc2.weight.zero_()
 
 
-def start(data: Path, llava_mini: str, folder: Path) -> None:
+def start(data: Path, folder: Path, llava_mini: str = "checkpoints/llava-mini") -> None:
     """Write the processor, and the model that training starts from."""
-    from llava.model.builder import load_pretrained_model  # noqa: PLC0415 - building alone needs it
+    from llava.model.builder import load_pretrained_model  # noqa: PLC0415 - what follows does without
 
     tokenizer = write_processor(data, folder)
     _, llava, _, _ = load_pretrained_model(llava_mini, dtype=torch.float32, device="cpu")
     start_from(llava, load_tokenizer(llava_mini), tokenizer).save_pretrained(folder)
+
+
+def export(run: Path, folder: Path) -> None:
+    """Write a run's model in bfloat16 with its processor, and what is known of its training."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(run / "model", dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    copy_processor(run / "model", folder)
+    records = {stage: json.loads((run / stage / "run.json").read_text()) for stage in STAGES}
+    plot_losses({stage: record["losses"] for stage, record in records.items()}, folder / "losses.png")
+    facts = {
+        stage: {
+            "steps": record["losses"][-1]["step"],
+            "images_seen": record["losses"][-1]["step"] * record["batch_per_step"],
+            "seconds": int((run / f"done-{stage}").read_text().split()[0]),
+            "loss": [entry["loss"] for entry in record["losses"] if "loss" in entry][-1],
+            "versions": record["versions"],
+        }
+        for stage, record in records.items()
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run one of the steps of scripts/train_qwen_mini.sh."""
+    parser = Parser(description=__doc__)
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+    for name, function, source in (
+        ("start", start, "folder of training scenes"),
+        ("export", export, "folder of the finished run"),
+    ):
+        step = steps.add_parser(name, help=function.__doc__)
+        step.add_argument("source", type=Path, help=source)
+        step.add_argument("out", type=Path, help="folder to write")
+        step.set_defaults(run=function)
+    args = parser.parse_args()
+    args.run(args.source, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -268,7 +268,9 @@ def train(arguments: MiniArguments, training: TrainingArguments) -> None:
     checkpoint = last_checkpoint(training.output_dir)
     check_same_run(checkpoint, decides)
     rate = training.learning_rate
-    optimizer = torch.optim.AdamW(_groups(model, arguments, rate), betas=(0.9, training.adam_beta2), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        _groups(model, arguments, rate), betas=(0.9, training.adam_beta2), weight_decay=training.weight_decay
+    )
     trainer = SteadyTrainer(
         model=learner,
         args=training,
