@@ -19,7 +19,8 @@ from visionzip.integrations import REGISTRY
 from visionzip.methods import METHODS, EncoderRead, TokenCounts
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/llava-mini/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "checkpoints").glob("*/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

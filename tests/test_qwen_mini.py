@@ -43,7 +43,7 @@ def test_the_checkpoint_is_small_and_of_its_family(model: ProcessorModel):
 
 
 def test_the_checkpoint_answers_with_all_tokens_and_with_half(model: ProcessorModel):
-    """Of the first questions of the test set nearly all, as its card says; a smaller picture costs more than choosing."""
+    """Nearly all of the first questions of the test set; a smaller picture costs more of them than choosing."""
     prompts, truth = model.prepare(scenes.questions(TEST_SET)[:40]), scenes.truth(TEST_SET)
     visuals, right = model.visuals_of(prompts), {}
     for run in (Run("vanilla"), Run("visionzip-plus", 18), Run("resize", 18)):
@@ -58,7 +58,7 @@ def test_the_checkpoint_answers_with_all_tokens_and_with_half(model: ProcessorMo
 
 @pytest.mark.parametrize("side", [6, 3])
 def test_training_sees_what_the_stock_model_sees(side: int, model: ProcessorModel, drawn: Path):
-    """Questions that share a picture, all pictures in one batch: the loss is that of each prompt alone, in the model as it is."""
+    """Questions that share a picture, in one batch: the loss is that of each prompt alone, in the model as it is."""
     own, processor = model.inner, model._processor
     data = Scenes(drawn, processor, turns=3)
     batch = Collate(processor, {side: 1.0})([data[0], data[1]])
