@@ -69,6 +69,7 @@ class Model(ABC):
     def __init__(self, inner: Any, skip_bad: bool = False) -> None:
         self.inner = inner
         self._skip_bad = skip_bad
+        self.trained: dict[str, Any] = {}  # of eval.running.methods.trained_setting
         self._kept: OrderedDict[str, Loaded] = OrderedDict()
         self._bytes = 0
 

@@ -131,7 +131,7 @@ class ProcessorModel(Model):
             if METHODS[run.method].of_picture:
                 self._size = size_for(self._processor, run.tokens)
                 return
-            attach(self.inner, run)
+            attach(self.inner, run, self.trained)
         except TypeError as error:
             raise ValueError(f"--method {run.method}: {error}") from error
         self._attached = True

@@ -115,7 +115,7 @@ class LlavaModel(Model):
         if run is None:
             detach(self.inner)
         else:
-            attach(self.inner, run)
+            attach(self.inner, run, self.trained)
 
     def prefill(self, length: int, text_tokens: int, run: Run) -> tuple[Callable[[], Any], bool]:
         """See :class:`Model`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,13 @@ def by_row(runs: Iterable[Run]) -> dict[tuple[str, int | None], list[Run]]:
     return rows
 
 
-def attach(model: Any, run: Run) -> None:
+def attach(model: Any, run: Run, trained: Mapping[str, Any] | None = None) -> None:
     """Put a run's method on a model, in the place of any that is on it.
+
+    Args:
+        model: gets it.
+        run: whose.
+        trained: of :func:`trained_setting`.
 
     Raises:
         ValueError: the model has fewer patches than the budget, or the method is not for this model.
@@ -130,5 +135,21 @@ def attach(model: Any, run: Run) -> None:
     else:
         METHODS[run.method].attach(model, run.tokens, run.seed or 0)
     language = {"positions": run.positions, "size_bias": run.size_bias}
-    if language != dict.fromkeys(language):
-        visionzip(model, **{**model.config.visionzip, **language})
+    given = {name: value for name, value in language.items() if value is not None}
+    if _chooses(run.method):
+        given |= trained or {}
+    if given and model.config.visionzip | given != model.config.visionzip:
+        visionzip(model, **model.config.visionzip | given)
+
+
+def trained_setting(checkpoint: Any) -> dict[str, Any]:
+    """What every budget has of the setting that a checkpoint was tuned with: its projector knows that layer's tokens.
+
+    Args:
+        checkpoint: its config.
+
+    Returns:
+        ``layer`` and ``merge``, as far as it has them.
+    """
+    stored = getattr(checkpoint, "visionzip", None) or {}
+    return {name: stored[name] for name in ("layer", "merge") if name in stored}

@@ -43,7 +43,7 @@ from .answers import GO_ON, Given, Part, as_answers, open_part, part_path
 from .asking import World, answer_all, in_order, world
 from .cost import covers, measure_cost, read_cost
 from .data import check_files, data_of, judge_of
-from .methods import Run, plan
+from .methods import Run, plan, trained_setting
 from .scoring import score_all, submit_all, unscored
 from .setting import config_of, explicit_budget, git_commit, setting_of, template_for, with_own_language
 
@@ -218,6 +218,7 @@ class _Loader:
         kind, config, questions = self._arguments
         if self._ready is None:
             model = kind.load(config)
+            model.trained = trained_setting(config_of(config.model_path))
             for each in self.runs:  # what a method refuses, it refuses before the long work
                 with model.attached(each):
                     pass

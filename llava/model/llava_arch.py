@@ -33,6 +33,7 @@ from llava.model.prompts import (
 )
 from llava.model.tiles import unpad_image
 from llava.model.visual import VisualTokens, check_embeds
+from visionzip.encoder import check_tokens
 from visionzip.integrations.generation import refuse_drafts_behind_a_cache, with_mask_of_ids
 from visionzip.language.positions import next_positions
 
@@ -48,6 +49,7 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
 
     backbone_class: ClassVar[type[nn.Module]]
     takes_videos: ClassVar[bool] = False  # among the images, with an <image> for each frame
+    cut_prompts: tuple[bool, ...] = ()  # of the last batch: which lost their end
 
     def __init__(self, config: Any) -> None:
         # Not super().__init__: that would build the text-only backbone first.
@@ -219,6 +221,7 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         decoding = past > 0 and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
+            self.cut_prompts = (False,) * len(input_ids)
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
             return (input_ids, position_ids, attention_mask, past_key_values, None, labels), None, None
@@ -270,13 +273,15 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
             check_images(images)
             takes = images_per_row(markers, self.count_markers(images), training=labels is not None)
             visual = self.placed_tokens(images, image_sizes)
+            if visual and not self.training:
+                check_tokens([image.tokens for image in visual])
         original = any(image.places is not None for image in visual)
         if original and labels is None:
             refuse_images_at_the_end(prompts)
         embed = self.get_model().embed_tokens
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         remaining = iter(visual)
-        rows = []
+        rows, cut = [], []
         for index, prompt in enumerate(prompts):
             own = [next(remaining) for _ in range(takes[index])]
             row = splice(prompt, own, embed, None if row_labels is None else row_labels[index])
@@ -285,4 +290,6 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
                     f"a prompt of {row.end} tokens was cut at tokenizer_model_max_length={limit}; its end is lost"
                 )
             rows.append(row.cut(limit))
+            cut.append(limit is not None and row.end > limit)
+        self.cut_prompts = tuple(cut)
         return pad_rows(rows, side), original

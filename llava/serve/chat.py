@@ -23,6 +23,7 @@ from llava.model.prompts import Row, splice
 from llava.model.visual import VisualTokens
 from llava.serve.turns import OWN_ARGUMENTS, REFUSED_OF_CONVERSATIONS, Clock, Turn, answer_settings
 from llava.video import Visual, process_visuals
+from visionzip.encoder import check_tokens
 
 
 class ChatSession:
@@ -193,6 +194,7 @@ class ChatSession:
         if not images:
             return []
         visual = self.model.placed_tokens(*process_visuals(images, self.image_processor, self.model))
+        check_tokens([image.tokens for image in visual])
         if visual[0].tokens.is_cuda:
             torch.cuda.synchronize()
         return visual

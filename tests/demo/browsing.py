@@ -23,29 +23,6 @@ Keys = webdriver.Keys
 PATIENCE = 60  # seconds: other tests run beside these
 
 
-# Of every text on the page, its first words and WCAG's contrast with the colour behind it.
-CONTRAST = """
-const parts = (color) => (color.match(/[\\d.]+/g) || []).map(Number);
-const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-const light = ([red, green, blue]) =>
-  0.2126 * linear(red / 255) + 0.7152 * linear(green / 255) + 0.0722 * linear(blue / 255);
-const ground = (node) => {
-  for (let each = node; each; each = each.parentElement) {
-    const color = parts(getComputedStyle(each).backgroundColor);
-    if (color.length === 3 || color[3] === 1) { return color; }
-  }
-  return [255, 255, 255];
-};
-const speaks = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-return [...document.querySelectorAll('.gradio-container *')]
-  .filter((node) => speaks(node) && node.offsetParent && !node.closest('svg'))
-  .map((node) => {
-    const [one, other] = [light(parts(getComputedStyle(node).color)), light(ground(node))];
-    return [node.textContent.trim().slice(0, 30), (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05)];
-  });
-"""
-
-
 class Browser:
     """A headless Chromium that shows the page."""
 
@@ -64,7 +41,7 @@ class Browser:
 
     def open(self, query: str = "") -> None:
         self.driver.get(f"{self.page.address}/{query}")
-        self.wait(lambda: self.all(".vz-drop"))
+        self.wait(lambda: self.all(".vz-drop input:enabled"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         """What a condition returns as soon as it is something; parts that are not there, or not any more, are none."""
@@ -82,23 +59,44 @@ class Browser:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
+    def click(self, how: str, where: str) -> None:
+        """Click on something as soon as it can be clicked on."""
+
+        def clicked() -> bool:
+            found = self.driver.find_element(how, where)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+            found.click()
+            return True
+
+        self.wait(clicked)
+
     def press(self, words: str) -> None:
         """A button, by what is on it."""
-        button = self.driver.find_element("xpath", f"//button[normalize-space()='{words}']")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
+        self.click("xpath", f"//button[normalize-space()='{words}']")
+
+    def until(self, line: str, act: Callable[[], Any]) -> None:
+        """Do something, and wait for a line that is newer than that."""
+        mark = "document.querySelector('#vz-line p')?.setAttribute('data-old', '')"
+        self.driver.execute_script(mark)
+        act()
+        self.wait(lambda: not self.all("#vz-line p[data-old]") and self.status() == line)
 
     def upload(self, *files: Path) -> None:
         self.one(".vz-drop input").send_keys("\n".join(map(str, files)))
 
     def field(self, label: str) -> Any:
         path = f"//label[.//span[normalize-space()='{label}']]//textarea | //input[@aria-label='{label}']"
-        return next(field for field in self.driver.find_elements("xpath", path) if field.is_displayed())
+        return self.wait(
+            lambda: next(field for field in self.driver.find_elements("xpath", path) if field.is_displayed())
+        )
 
     def ask(self, question: str) -> None:
-        turns = len(self.answers())
-        self.field("Question").send_keys(question + Keys.ENTER)
-        self.wait(lambda: len(self.answers()) == turns + 1 and self.status() == "answered")
+        self.until("answered", lambda: self.field("Question").send_keys(question + Keys.ENTER))
+        self.wait(lambda: not self.field("Question").get_attribute("value"))  # there is room for the next one
+
+    def example(self, label: str) -> None:
+        """One of the paper's figures, and its answers."""
+        self.until("answered", lambda: self.press(label))
 
     def answers(self) -> list[tuple[str, str]]:
         words = [each.text for each in self.all("#vz-talk .vz-answer")]
@@ -110,14 +108,31 @@ class Browser:
         return self.driver.find_element("xpath", path).text.split()[0]
 
     def status(self) -> str:
-        return self.one("#vz-line").text.strip()
+        return self.one("#vz-line [aria-live]").text.strip()
+
+    def place(self) -> str:
+        """Gradio's words on the queue, beside the status."""
+        return self.one("#vz-line .wrap").text.strip()
 
     def kept(self) -> int:
         """Patches that the picture shows as they are."""
         return len(self.all(".vz-patches rect[fill-opacity='0']"))
 
+    def info(self) -> str:
+        """The line on the patch under the pointer."""
+        return self.one(".vz-info").text.strip()
+
     def show(self, view: str) -> None:
-        self.driver.find_element("xpath", f"//*[contains(@class, 'vz-views')]//span[.='{view}']").click()
+        self.click("xpath", f"//*[contains(@class, 'vz-views')]//span[.='{view}']")
+
+    def hurdles(self) -> list[str]:
+        """What axe-core finds against WCAG and good practice in what is shown now: contrast, names, order, roles."""
+        axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is not installed (extra dev)")
+        found = axe.Axe().run(self.driver)
+        texts = next(rule for rule in found["passes"] if rule["id"] == "color-contrast")
+        assert len(texts["nodes"]) > 25
+        nodes = [(rule["id"], node) for rule in found["violations"] for node in rule["nodes"]]
+        return [f"{name}: {node['html'][:200]} {node['failureSummary']}" for name, node in nodes]
 
     def elsewhere(self) -> list[str]:
         """Addresses that were asked for and are not the page's server."""

@@ -1,60 +1,33 @@
-"""The page behind its components: conversations on one model, uploads, and what the server refuses."""
+"""The page behind its components: conversations on one model."""
 
 from __future__ import annotations
 
 import gc
-import io
-import sys
 import weakref
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from PIL import Image
-from served_page import MODEL, free_port, sent
 
 from checkpoints import NEXT
-from llava.cli import main
-from llava.loading import load_from_arguments
 from llava.model.builder import load_pretrained_model
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
 from visionzip.methods import METHODS
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo import desk as desks  # noqa: E402
-from llava.demo import show  # noqa: E402
-from llava.demo.desk import Desk  # noqa: E402
-from llava.demo.examples import EXAMPLES  # noqa: E402
-from llava.demo.guard import names_file  # noqa: E402
-from llava.demo.handlers import Handlers  # noqa: E402
-from llava.demo.talk import Setting, StoppedError, Talk  # noqa: E402
-from llava.demo.uploads import MAX_BYTES, MAX_IMAGES, Upload, read_uploads  # noqa: E402
-from llava.demo.visitors import MAX_VISITORS, Visitors  # noqa: E402
+from llava.demo import desk as desks
+from llava.demo import show
+from llava.demo.desk import Desk
+from llava.demo.examples import EXAMPLES
+from llava.demo.handlers import Handlers
+from llava.demo.models import LlavaModel
+from llava.demo.talk import Setting, StoppedError, Talk
+from llava.demo.visitors import MAX_VISITORS, Visitors
 
 RING, LETTERS = EXAMPLES[0], EXAMPLES[1]
-
-
-@pytest.fixture(scope="module")
-def model() -> tuple[Any, ...]:
-    given = {"model_path": str(MODEL), "model_base": None, "conv_mode": None, "device": "cpu"}
-    return load_from_arguments(type("Args", (), given))
-
-
-@pytest.fixture
-def desk(model: tuple[Any, ...]) -> Desk:
-    unzip(model[1])
-    return Desk(*model, do_sample=False, max_new_tokens=12)
-
-
-@pytest.fixture
-def talk() -> Talk:
-    talk = Talk()
-    talk.add([RING.upload()])
-    return talk
 
 
 def ask(desk: Desk, talk: Talk, question: str, setting: Setting) -> dict[str, Any]:
@@ -148,7 +121,7 @@ def test_the_models_own_setting_holds_but_for_the_controls(model: tuple[Any, ...
     """The page has no control for layer, merge rule and seed; the split is the model's at the model's budget."""
     with pytest.warns(UserWarning, match="layer -3"):
         visionzip(model[1], dominant=20, contextual=12, layer=-3, merge="average", seed=5)
-    desk = Desk(*model)
+    desk = Desk(LlavaModel(*model))
     own = desk.model.get_vision_tower().visionzip
     handlers = Handlers(desk)
     handlers.setting("visionzip", "tokens", 32).put_on(desk.model)
@@ -178,14 +151,6 @@ def test_a_stopped_turn_leaves_the_conversation_as_it_was(desk: Desk, talk: Talk
     assert answer["zipped"].turn.text == expected[-1]
 
 
-def test_stop_before_the_turn_comes_up(desk: Desk, talk: Talk):
-    talk.begin()
-    talk.stop()
-    with pytest.raises(StoppedError):
-        ask(desk, talk, RING.question, Setting(32))
-    assert not talk.exchanges and len(talk.waiting) == 1  # the image is still for the next question
-
-
 def test_a_visitor_who_leaves_stops_the_model(desk: Desk, talk: Talk):
     desk.generate_kwargs |= {"min_new_tokens": 1500, "max_new_tokens": 1500}
     growing = desk.ask(talk, RING.question, Setting(32))
@@ -212,7 +177,7 @@ def test_old_conversations_give_their_caches_back(desk: Desk, monkeypatch: pytes
 @pytest.mark.parametrize("family", ["llava-next", "mini-gemini"])
 def test_other_families(family: str, load: Any, make_mgm: Any):
     loaded = load(**NEXT) if family == "llava-next" else load_pretrained_model(str(make_mgm()), device="cpu")
-    desk = Desk(*loaded[:3], "vicuna_v1", max_new_tokens=3)
+    desk = Desk(LlavaModel(*loaded[:3], "vicuna_v1"), max_new_tokens=3)
     talk = Talk()
     talk.add([RING.upload()])
     answer = ask(desk, talk, RING.question, Setting(5))
@@ -244,52 +209,6 @@ def test_compare_asks_every_method(desk: Desk, talk: Talk):
     assert strip.count("<svg") == len(METHODS) and "31 visual tokens" in strip
 
 
-def png(*size: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("1", size).save(file, "PNG")
-    return file.getvalue()
-
-
-def image_file(kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(file, kind)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
-def test_formats_of_browsers_and_cameras_are_opened(kind: str):
-    (upload,) = read_uploads(sent((f"a.{kind.lower()}", image_file(kind))))
-    assert upload.open().size == (8, 6)
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (sent(("a.png", b"no image")), "a.png is not a readable image"),
-        (sent(("a.png", png(8, 8)[:45])), "a.png is not a readable image"),
-        (sent(("huge.png", png(9000, 9000))), "huge.png has 9000 x 9000 pixels, more than 40 million"),
-        (sent(("fat.png", png(8, 8) + bytes(MAX_BYTES))), "fat.png has 10.0 MB, more than 10"),
-        (sent(*[("a.png", png(8, 8))] * (MAX_IMAGES + 1)), "9 images are more than 8 in one conversation"),
-        ('[{"name": "a.png", "data": "/etc/passwd"}]', "a.png came without base64 data"),
-        ('[{"name": "a.png", "data": "http://127.0.0.1/a.png"}]', "a.png came without base64 data"),
-        ('{"name": "a.png"}', "the upload is no list of images"),
-        ("nonsense", "the upload is no list of images"),
-        ("[" * 100_000, "the upload is no list of images"),
-        (sent(("a.png", image_file("EPS"))), "a.png is of the format EPS, which is not opened here"),  # it is a program
-    ],
-)
-def test_uploads_that_are_refused(text: str, problem: str):
-    with pytest.raises(ValueError, match=problem) as raised:
-        read_uploads(text)
-    assert "\n" not in str(raised.value)
-
-
-def test_total_of_a_conversation_is_limited():
-    large = Upload("a.png", png(8, 8) + bytes(MAX_BYTES - 100))
-    with pytest.raises(ValueError, match=r"images have 30\.0 MB, more than 24"):
-        read_uploads(sent(("b.png", large.data)), [large, large])
-
-
 def test_visitors_do_not_share_conversations_and_are_forgotten(desk: Desk):
     visitors = Visitors(desk)
     one, other = visitors.talk("one"), visitors.talk("other")
@@ -306,64 +225,3 @@ def test_visitors_do_not_share_conversations_and_are_forgotten(desk: Desk):
     assert len(visitors) == MAX_VISITORS
     with pytest.raises(ValueError, match="this conversation has ended"):  # it was idle longest
         visitors.talk("other")
-
-
-def test_what_comes_from_outside_is_escaped(desk: Desk):
-    talk = Talk()
-    talk.add([Upload('"><script>x</script>', RING.upload().data)])
-    ask(desk, talk, "<img src=x onerror=alert(1)>", Setting(8))
-    page = show.conversation(talk.exchanges) + show.status("<b>", error=True)
-    assert "<script" not in page and "<img src=x" not in page and "<b>" not in page
-
-
-@pytest.mark.parametrize(
-    ("controls", "problem"),
-    [
-        (("zip", "tokens", 32), "'zip' is unknown: use one of visionzip"),
-        (("visionzip", "words", 32), "'words' is unknown"),
-        (("visionzip", "tokens", 145), "a budget of 145 is outside 1 to 144 tokens"),
-        (("visionzip", "percent", 0), "a budget of 0 is outside 1 to 100 percent"),
-        (("visionzip", "tokens", None), "a budget of None is outside"),
-        (("visionzip", "tokens", 32, "sideways"), "'sideways' is unknown"),
-    ],
-)
-def test_controls_out_of_range(desk: Desk, controls: tuple[Any, ...], problem: str):
-    with pytest.raises(ValueError, match=problem):
-        Handlers(desk).setting(*controls)
-
-
-def test_budget_in_tokens_or_percent(desk: Desk):
-    assert Handlers(desk).setting("scope", "percent", 25).keep == 0.25
-    assert Handlers(desk).setting("visionzip", "tokens", 32.0) == Setting(32)
-    assert desk.default == Setting(32)  # 128 of 576, in this model's 144
-
-
-def test_the_budget_is_kept_in_the_other_unit(desk: Desk, talk: Talk):
-    slider = Handlers(desk).limits(talk, "percent", 36)["budget"]
-    assert (slider.value, slider.maximum) == (25, 100)
-    slider = Handlers(desk).limits(talk, "tokens", 25)["budget"]
-    assert (slider.value, slider.maximum) == (36, 144)
-
-
-def test_names_of_files_are_found_wherever_they_are():
-    assert names_file(b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}')
-    assert names_file(b'{"data": [1, [{"url": "http://a"}]]}') and names_file(b'{"data": [{"p\\u0061th": "x"}]}')
-    assert not names_file(b'{"data": ["path", 3, null], "event_data": {"patches": [[1, 2]]}}') and not names_file(b"")
-    assert names_file(b"[" * 100_000)  # too deep to be looked through
-
-
-def test_without_gradio_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, unread: None
-):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "llava.demo.page", raising=False)
-    assert main(["demo"]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and line.endswith('pip install "llava-visionzip[demo]"\n')
-
-
-def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture, unread: None):
-    server = ThreadingHTTPServer(("127.0.0.1", free_port()), BaseHTTPRequestHandler)
-    with server:
-        assert main(["demo", "--port", str(server.server_port)]) == 2
-    assert "cannot be served on" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +15,16 @@ import torch
 from hf_models import PATCHES
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
+from checkpoints import edit_config
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
-from eval.running.methods import Run
+from eval.running.methods import Run, trained_setting
 from eval.running.setting import with_own_language
+from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints.layouts import KINDS
 
 
@@ -131,6 +134,32 @@ def test_text_and_images_share_a_batch(other_family: Path, scenes_data: Path):
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.visual_tokens for one in together] == [one.visual_tokens for one in alone] == [0, PATCHES, PATCHES]
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_every_budget_has_the_layer_and_the_merging_that_a_checkpoint_was_tuned_with(make_checkpoint: Any):
+    """Whatever chooses, with which budget; what prunes in the language model has neither."""
+    tokenizer, inner, processor, _ = load_pretrained_model(str(make_checkpoint()), device="cpu")
+    model = LlavaModel(inner, tokenizer, processor, "plain")
+    model.trained = trained_setting(SimpleNamespace(visionzip={"dominant": 5, "layer": -3, "merge": "average"}))
+    assert model.trained == {"layer": -3, "merge": "average"} and trained_setting(SimpleNamespace()) == {}
+    runs = [Run("visionzip", 7), Run("visionzip", 7, split=(4, 3)), Run("plus-choice", 7), Run("random", 7, seed=1)]
+    for run in runs:
+        with model.attached(run):
+            own = inner.get_vision_tower().visionzip
+            assert (own.layer, own.merge, own.tokens(16)) == (-3, "average", 7)
+            assert inner.config.visionzip["layer"] == -3
+        assert inner.get_vision_tower().visionzip is None
+    for run in (Run("vanilla"), Run("fastv", 7)):
+        with model.attached(run):
+            assert inner.get_vision_tower().visionzip is None
+
+
+def test_a_run_keeps_them(make_checkpoint: Any, scenes_data: Path, tmp_path: Path):
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "tuned")
+    edit_config(folder, visionzip={"dominant": 5, "contextual": 2, "layer": -3, "merge": "average"})
+    places = ["--model-path", str(folder), "--data", str(scenes_data), "--output", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="reads encoder layer -3, but this model was trained on"):
+        assert eval_command(["run", "scenes", *places, "--device", "cpu", "--limit", "1", "--method", "visionzip"]) == 0
 
 
 def test_a_checkpoints_own_budget_comes_with_its_own_positions_and_size_bias():

@@ -115,14 +115,15 @@ def test_frames_that_are_no_numbers(call: str):
         call_with(model, call, inputs)
 
 
-def test_pixels_are_looked_at_once_for_an_answer(model: Any, monkeypatch: pytest.MonkeyPatch):
+def test_pixels_and_tokens_are_looked_at_once_for_an_answer(model: Any, monkeypatch: pytest.MonkeyPatch):
     """Not in each step, as every look waits for the device."""
     looks, isfinite = [], torch.isfinite
     monkeypatch.setattr(torch, "isfinite", lambda values: looks.append(values.shape) or isfinite(values))
     model.generate(**one_image(), max_new_tokens=6, min_new_tokens=6)
-    assert looks == [(1, 3, 56, 56)]
+    pixels, tokens = looks
+    assert pixels == (1, 3, 56, 56) and tokens[0] < 17
     model(**one_image())
-    assert looks == [(1, 3, 56, 56)] * 2
+    assert looks == [pixels, tokens] * 2
 
 
 @pytest.mark.parametrize(

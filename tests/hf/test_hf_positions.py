@@ -78,6 +78,16 @@ def test_a_step_of_decoding_costs_three_calls(family: str):
     assert len(our_calls(lambda: model(**said))) <= 3  # a loop of one's own
 
 
+@pytest.mark.parametrize("positions", ["consecutive", "original"])
+def test_prompts_are_looked_through_once(positions: str):
+    """For their runs of placeholders; with original positions for what they end with, too."""
+    make, processor = FAMILIES["llava"]
+    model = visionzip(make(), K, M, positions=positions)
+    inputs = processor()(images=IMAGES[:1], text="<image> one", return_tensors="pt")
+    calls = our_calls(lambda: model.generate(**inputs, max_new_tokens=2))
+    assert calls.count("find_runs") == calls.count("visuals") == 1
+
+
 # --- positions ---
 
 

@@ -180,6 +180,21 @@ def test_a_static_cache(prompt: dict[str, Tensor]):
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
+def test_a_static_cache_that_was_emptied(prompt: dict[str, Tensor]):
+    """Filled anew token by token, beyond where the image was: as if it had never been there."""
+    backbone, embeds = build(), torch.randn(2, 12, 32)
+    found = []
+    for first in (prompt, None):
+        cache = StaticCache(config=backbone.config, max_cache_len=16)
+        if first is not None:
+            hidden(backbone, **first, past_key_values=cache)
+            cache.reset()
+        found.append(
+            [hidden(backbone, inputs_embeds=embeds[:, at : at + 1], past_key_values=cache) for at in range(12)]
+        )
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_reach_the_embeddings(prompt: dict[str, Tensor]):
     backbone = build().train()
     backbone.activation_checkpointing_enable()

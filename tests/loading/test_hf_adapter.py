@@ -94,6 +94,16 @@ def test_prompts_and_pixels_are_llavas(both, options: dict[str, Any]):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@torch.inference_mode()
+def test_images_alone(both):
+    """LLaVA's own name for it, which goes through the projector; zipped and not."""
+    (_, model, processor), (_, own, _) = both()
+    images = process_images(PICTURES, processor, model.config)
+    for change in (unzip, lambda each: visionzip(each, dominant=5, contextual=2)):
+        expected = change(model).encode_images(images)
+        torch.testing.assert_close(change(own).encode_images(images), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", LAYOUTS)
 @pytest.mark.parametrize(
     "setting",

@@ -138,6 +138,17 @@ def test_hard_inputs(name: str):
                 assert chosen.tolist() == [list(range(keep))] * 2
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pool"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers(name: str, value: float):
+    """Still K different patches; who gets the tokens refuses them."""
+    for broken in (slice(3, 7), slice(None)):
+        x, a = torch.randn(2, 16, 4), torch.rand(2, 16)
+        x[:, broken], a[:, broken] = value, value
+        kept = choose_tokens(read_of(x, a), VisionZipConfig(keep=6, method=name)).kept
+        assert all(len(set(row)) == 6 for row in kept.tolist())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_all_that_there_are(name: str):
     """A budget of all tokens and more keeps them as they are, in order, without CLS where the method takes none."""
@@ -263,3 +274,10 @@ def test_no_cls_is_visionzip_without_its_first_token(load):
     without = visionzip(model, keep=5, method="no-cls").visual_tokens(images)  # 4 patches and a contextual token
     for mine, all_of_them in zip(without, whole, strict=True):
         torch.testing.assert_close(mine, all_of_them[1:])
+
+
+def test_a_part_that_was_not_read_is_named():
+    read = read_of(torch.randn(1, 4, 8), torch.rand(1, 4)).replace(scores=None)
+    assert not read.has("scores") and read.has("keys")
+    with pytest.raises(ValueError, match=r"read\.scores, which was not read .* reads=frozenset\(\{\"scores\"\}\)"):
+        METHODS["visionzip-plus"].choose(read, token_counts(VisionZipConfig(keep=2), 4, True), VisionZipConfig(keep=2))

@@ -51,7 +51,6 @@ _CHANGES: dict[str, dict[str, Any]] = {  # what no rule gives a class's config
     "Dots3Note": {"vision_config.adapter_input_size": 32, "audio_config.adapter_input_size": 32},
     "MistralLarge4": {"text_config.kv_source_layers": [0, 0]},
 }
-CUT = ("Mistral3",)  # whose processor, Pixtral's, ends each row of an image's placeholders
 _MISSING = {"pad_token_id": PAD, "image_token_id": IMAGE, "video_token_id": VIDEO}
 _DERIVED = ("id2label", "label2id", "per_layer_config", "dtype", "transformers_version", "architectures")
 

@@ -18,7 +18,7 @@ from visionzip.integrations import family_of
 from visionzip.methods.visionzip import split
 
 PACKED = [name for name, family in FAMILIES.items() if family.grids]
-SQUARE = [name for name, family in FAMILIES.items() if not family.grids]
+SQUARE = [name for name, family in FAMILIES.items() if not family.sizes]
 
 
 # --- what is kept ---

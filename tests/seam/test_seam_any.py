@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from seam_models import BOS, END, IMAGE, START
 from seam_walk import build, encode, prompts
 
 from visionzip import visionzip
+from visionzip.integrations.seam_maps import inspect_picture
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 ONE_SIZE, ANY_SIZE = "AyaVision", "Exaone4_5_"  # pooler_output is a tensor, and a list
-M_ROPE, ROWS = "PaddleOCRVL", "Mistral3"
+M_ROPE = "PaddleOCRVL"
 
 
 def tiny(name: str) -> tuple[Any, dict[str, Any]]:
@@ -73,7 +75,7 @@ def test_images_side_by_side_are_chosen_from_one_by_one():
 
 @torch.no_grad()
 def test_what_cannot_be_told_is_refused_before_the_encoder_runs():
-    model, inputs = tiny(ROWS)
+    model, inputs = tiny(ONE_SIZE)
     visionzip(model, keep=0.5, method="norm")
     ran: list[Any] = []
     model.model.vision_tower.register_forward_pre_hook(lambda *call: ran.append(call))
@@ -119,3 +121,10 @@ def test_classes_that_cannot_be_zipped_say_why():
     text = build(transformers.Qwen3ForCausalLM)
     with pytest.raises(TypeError, match="any class of transformers whose forward takes mm_encoder_outputs"):
         visionzip(text)
+
+
+def test_attention_of_an_encoder_of_which_nothing_is_known_is_not_shown():
+    model, inputs = tiny(ONE_SIZE)
+    visionzip(model, keep=0.5, method="cen-prune")
+    with pytest.raises(ValueError, match=r"AyaVision.* has an encoder that VisionZip does not know"):
+        inspect_picture(model, inputs, Image.new("RGB", (8, 8)))

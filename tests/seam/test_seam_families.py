@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from seam_models import END, FAMILIES, IMAGE, START, VIDEO, Family, Part, Picture, batch
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,12 +14,13 @@ from transformers import DynamicCache
 from visionzip import unzip, visionzip
 
 each = pytest.mark.parametrize("name", list(FAMILIES))
+OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
 def sized(family: Family, seed: int, rows: int, columns: int) -> Picture:
     """A picture of this size where the family has sizes."""
-    return Picture(seed, rows, columns) if family.grids else Picture(seed)
+    return Picture(seed, rows, columns) if family.sizes else Picture(seed)
 
 
 def mixed(family: Family) -> list[list[Part]]:
@@ -123,6 +125,19 @@ def test_a_decoding_loop_of_ones_own(name: str):
     assert torch.equal(torch.cat(said, dim=1), answers(model, inputs, suppress_tokens=never))
 
 
+def joined(name: str, first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """One behind the other; pictures are filled up to one size, as processors do."""
+    if dim == 0 and first.ndim > 2:
+        most = [max(edges) for edges in zip(first.shape[1:], second.shape[1:], strict=True)]
+        fill = -1 if name == "image_position_ids" else 0
+        pads = [
+            [pad for edge, size in zip(most[::-1], own.shape[:0:-1], strict=True) for pad in (0, edge - size)]
+            for own in (first, second)
+        ]
+        first, second = (F.pad(own, pad, value=fill) for own, pad in zip((first, second), pads, strict=True))
+    return torch.cat([first, second], dim=dim)
+
+
 @each
 @torch.no_grad()
 def test_three_turns_with_a_kept_cache(name: str):
@@ -136,8 +151,13 @@ def test_three_turns_with_a_kept_cache(name: str):
         last = sofar["input_ids"][:, -1:] if sofar else new["input_ids"][:, :0]
         whole = {}
         for key, values in new.items():
-            dim = {"pixel_values": 1 if values.ndim == 5 else 0, "image_grid_thw": 0}.get(key, 1)
-            whole[key] = torch.cat([sofar[key], values], dim=dim) if key in sofar else values
+            dim = {
+                "pixel_values": 1 if values.ndim == 5 else 0,
+                "image_grid_thw": 0,
+                "image_sizes": 0,
+                "image_position_ids": 0,
+            }.get(key, 1)
+            whole[key] = joined(key, sofar[key], values, dim) if key in sofar else values
         sofar |= whole
         expected = model.generate(**sofar, **GREEDY)
         length = 0 if cache is None else cache.get_seq_length()
@@ -212,7 +232,7 @@ def test_save_and_reload(name: str, tmp_path: Any):
 def test_what_does_not_fit(name: str):
     family = FAMILIES[name]
     model, inputs = family.build(), batch(family, [["a", sized(family, 1, 3, 4), "b"]])
-    given = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
+    given = {key: value for key, value in inputs.items() if key in OF_IMAGES}
     features = model.get_image_features(**given, return_dict=True)
     visionzip(model, keep=0.4)
     ran = []

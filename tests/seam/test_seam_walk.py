@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from seam_walk import CUT, build, classes, encode, prompts
+from seam_walk import build, classes, encode, prompts
 from torch import Tensor
 
 from visionzip import unzip, visionzip
@@ -132,7 +132,7 @@ def verdict_of(own: type) -> Verdict:
         return Verdict("not tried", f"no tiny model by rule: {one_line(error)}")
     try:
         given, lengths = encode(model)
-        inputs = prompts(lengths, given, round(lengths[0] ** 0.5) if own.__name__.startswith(CUT) else None)
+        inputs = prompts(lengths, given)
         if hasattr(model.model, "get_rope_index"):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
         stock = [model(**inputs).logits, answers(model, inputs)]
@@ -165,7 +165,7 @@ whose `forward` takes `mm_encoder_outputs`, builds a tiny random model of each b
   stock class given the tokens that a plain choice keeps; cached decoding is recomputation; `unzip` is exact. Prompts
   have one run of placeholders for each image. Where they are cut into rows, and with videos or sound, these classes
   refuse before the encoder runs.
-- **refused**: what `visionzip(model)` says, or the call; Mistral 3's prompts are as its processor cuts them.
+- **refused**: what `visionzip(model)` says, or the call.
 - **not tried**: its default config could not be made small by rule, or the stock class did not take what is made for
   it. It may work; the line says how far it came.
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from checkpoints import scale_up
 
 BOS, EOS, PAD, START, END, IMAGE, VIDEO = range(7)
+BREAK = 118  # behind a row of placeholders; above all letters
 TEXT = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 TEXT |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -118,6 +121,17 @@ def gemma3() -> Any:
     return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, **tokens)
 
 
+def gemma4() -> Any:
+    """Two layers attend to images in both directions, one of them within a window; keys have half as many heads."""
+    vision = {**SQUARE, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
+    vision |= {"position_embedding_size": 64, "model_type": "gemma4_vision"}
+    text = {**TEXT, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "sliding_window": 64}
+    text |= {"vocab_size_per_layer_input": 120, "use_bidirectional_attention": "vision"}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    others = {"boi_token_id": START, "eoi_token_id": END, "audio_config": None, "audio_token_id": 119}
+    return transformers.Gemma4Config(text_config=text, vision_config=vision, **TOKENS, **others)
+
+
 def idefics3() -> Any:
     vision = {**SQUARE, "image_size": 32, "patch_size": 4}
     text = {**TEXT, "model_type": "llama"}
@@ -130,6 +144,21 @@ def smolvlm() -> Any:
     return transformers.SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, pad_token_id=PAD)
 
 
+PIXTRAL_VISION = {**SQUARE, "head_dim": 8, "image_size": 64, "patch_size": 4, "model_type": "pixtral"}
+MISTRAL = {**TEXT, "head_dim": 8, "model_type": "mistral", "sliding_window": None}
+
+
+def mistral3() -> Any:
+    return transformers.Mistral3Config(text_config=MISTRAL, vision_config=PIXTRAL_VISION, image_token_index=IMAGE)
+
+
+def pixtral() -> Any:
+    """Pixtral-12B is a LLaVA by its class; no patches are merged."""
+    layer = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    vision = {**PIXTRAL_VISION, "patch_size": 8}
+    return transformers.LlavaConfig(text_config=MISTRAL, vision_config=vision, image_token_index=IMAGE, **layer)
+
+
 @dataclass(frozen=True)
 class Family:
     """One of them.
@@ -137,14 +166,18 @@ class Family:
     Attributes:
         name: of the class, before ``ForConditionalGeneration``.
         config: makes a tiny one.
-        grids: pictures have any size; otherwise 4 x 4 tokens.
+        sizes: pictures have any size; otherwise 4 x 4 tokens.
+        grids: positions have three axes, of ``image_grid_thw``.
+        row_ends: each row of an image's placeholders ends with a token of its own.
         timestamps: text stands between the frames of a video.
         videos: it takes any.
     """
 
     name: str
     config: Callable[[], Any]
+    sizes: bool = True
     grids: bool = True
+    row_ends: bool = False
     timestamps: bool = False
     videos: bool = True
 
@@ -171,10 +204,13 @@ FAMILIES = {
     "glm4v": Family("Glm4v", glm4v, videos=False),
     "glm4v_moe": Family("Glm4vMoe", glm4v_moe, videos=False),
     "glm46v": Family("Glm46V", glm46v, videos=False),
-    "internvl": Family("InternVL", internvl, grids=False, videos=False),
-    "gemma3": Family("Gemma3", gemma3, grids=False, videos=False),
-    "idefics3": Family("Idefics3", idefics3, grids=False, videos=False),
-    "smolvlm": Family("SmolVLM", smolvlm, grids=False, videos=False),
+    "internvl": Family("InternVL", internvl, sizes=False, grids=False, videos=False),
+    "gemma3": Family("Gemma3", gemma3, sizes=False, grids=False, videos=False),
+    "gemma4": Family("Gemma4", gemma4, grids=False, timestamps=True),
+    "mistral3": Family("Mistral3", mistral3, grids=False, row_ends=True, videos=False),
+    "pixtral": Family("Llava", pixtral, grids=False, row_ends=True, videos=False),
+    "idefics3": Family("Idefics3", idefics3, sizes=False, grids=False, videos=False),
+    "smolvlm": Family("SmolVLM", smolvlm, sizes=False, grids=False, videos=False),
 }
 
 
@@ -209,8 +245,14 @@ def prompt(family: Family, parts: list[Part]) -> list[int]:
             for frame in range(part.frames):
                 ids += [50 + frame, START, *[VIDEO] * part.tokens, END]
         else:
-            ids += [START, *[VIDEO if part.frames else IMAGE] * (part.tokens * max(1, part.frames)), END]
+            ids += [START, *_placeholders(family, part), END]
     return ids
+
+
+def _placeholders(family: Family, picture: Picture) -> list[int]:
+    if family.row_ends:
+        return [*[*[IMAGE] * picture.columns, BREAK] * picture.rows][:-1]  # the last row has the image's end
+    return [VIDEO if picture.frames else IMAGE] * (picture.tokens * max(1, picture.frames))
 
 
 def batch(family: Family, rows: list[list[Part]], side: str = "left", bos: bool = True) -> dict[str, Tensor]:
@@ -229,9 +271,9 @@ def batch(family: Family, rows: list[list[Part]], side: str = "left", bos: bool 
     videos = [picture for row in pictures for picture in row if picture.frames]
     if family.name == "Gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
-    if family.grids:
+    if family.grids or family.name == "Gemma4":
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-    return inputs | _pixels(family, images) | _videos(videos)
+    return inputs | _pixels(family, images) | _videos(family, videos)
 
 
 def _pixels(family: Family, images: list[list[Picture]]) -> dict[str, Tensor]:
@@ -242,6 +284,17 @@ def _pixels(family: Family, images: list[list[Picture]]) -> dict[str, Tensor]:
         grid = torch.tensor([[1, 2 * picture.rows, 2 * picture.columns] for picture in flat])
         patches = [picture.noise(4 * picture.tokens, 3 * 2 * 4 * 4) for picture in flat]
         return {"pixel_values": torch.cat(patches), "image_grid_thw": grid}
+    if family.name == "Gemma4":
+        pixels, places = _with_places([picture._replace(frames=1) for picture in flat])
+        return {"pixel_values": pixels, "image_position_ids": places}
+    if family.row_ends:
+        sizes = [[8 * picture.rows, 8 * picture.columns] for picture in flat]
+        height, width = (max(edges) for edges in zip(*sizes, strict=True))
+        filled = [
+            F.pad(picture.noise(3, y, x), (0, width - x, 0, height - y))
+            for picture, (y, x) in zip(flat, sizes, strict=True)
+        ]
+        return {"pixel_values": torch.stack(filled), "image_sizes": torch.tensor(sizes)}
     if family.name in ("Idefics3", "SmolVLM"):
         most = max(map(len, images))
         black = torch.zeros(3, 32, 32)
@@ -250,9 +303,24 @@ def _pixels(family: Family, images: list[list[Picture]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([picture.noise(3, 32, 32) for picture in flat])}
 
 
-def _videos(videos: list[Picture]) -> dict[str, Tensor]:
+def _with_places(videos: list[Picture]) -> tuple[Tensor, Tensor]:
+    """Patches of all frames, and the column and row of each; filled up to the most that one has."""
+    pixels = [frame for video in videos for frame in video.noise(video.frames, 4 * video.tokens, 3 * 4 * 4)]
+    places = [
+        torch.cartesian_prod(torch.arange(2 * video.rows), torch.arange(2 * video.columns)).flip(-1)
+        for video in videos
+        for _ in range(video.frames)
+    ]
+    return pad_sequence(pixels, batch_first=True), pad_sequence(places, batch_first=True, padding_value=-1)
+
+
+def _videos(family: Family, videos: list[Picture]) -> dict[str, Tensor]:
     if not videos:
         return {}
+    if family.name == "Gemma4":
+        pixels, places = _with_places(videos)
+        counts = torch.tensor([video.frames for video in videos])
+        return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": counts}
     grid = torch.tensor([[video.frames, 2 * video.rows, 2 * video.columns] for video in videos])
     patches = [video.noise(video.frames * 4 * video.tokens, 3 * 2 * 4 * 4) for video in videos]
     return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": grid}

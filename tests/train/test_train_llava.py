@@ -93,6 +93,14 @@ def test_what_is_too_long_is_cut_and_counted(on_llava, tmp_path: Path):
     assert json.loads((tmp_path / "config.json").read_text())["tokenizer_model_max_length"] == 80
 
 
+def test_what_is_cut_by_its_positions_is_counted(on_llava, tmp_path: Path):
+    """With original positions an image takes the place of all its patches, and is cut there, whatever is kept of it."""
+    flags = {"tune_mm_mlp_adapter": True, "max_steps": 1, "per_device_train_batch_size": 10, "save_strategy": "no"}
+    few = {"visionzip_method": "visionzip-plus", "visionzip_dominant": 3, "visionzip_contextual": 0}
+    assert on_llava(tmp_path, **flags, **few, model_max_length=80) == 0
+    assert record_of(tmp_path)["losses"][0]["cut_samples"] == 8
+
+
 def test_records_that_are_skipped_are_counted(world: Path, on_llava, tmp_path: Path):
     records = json.loads((world / "data.json").read_text())[:4]
     (world / "images/torn.png").write_bytes((world / "images/1.png").read_bytes()[:3000])

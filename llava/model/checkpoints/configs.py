@@ -108,7 +108,8 @@ def config_values(model_path: str) -> dict[str, Any]:
     try:
         return PretrainedConfig.get_config_dict(model_path)[0]
     except OSError as error:
+        reason = " ".join(str(error).split())  # of several lines
         raise OSError(
             f"cannot read the config of {model_path}: it is damaged, or neither a folder here nor to be had from the "
-            f"hub. Check the name and the connection, or download it and give its folder. ({error})"
+            f"hub. Check the name and the connection, or download it and give its folder. ({reason})"
         ) from error

@@ -82,5 +82,5 @@ def _encoder_config(
         raise OSError(
             f"cannot read the config of the vision tower {field}={name!r}: it is neither a folder (also not inside the "
             f"checkpoint) nor to be had from the hub. Download it and set {field} in the checkpoint's config.json to "
-            f"its folder. ({error})"
+            f"its folder. ({' '.join(str(error).split())})"
         ) from error

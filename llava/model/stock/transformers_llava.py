@@ -96,6 +96,9 @@ class TransformersLlava(LlavaMetaForCausalLM, Language):
         """From the vision tower to the language model."""
         return self.native.model.multi_modal_projector
 
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.mm_projector(tokens.to(self.dtype))
+
     def get_model(self) -> nn.Module:
         """The language model, without its head."""
         return self.native.model.language_model
