@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.demo.talk import Picks, StoppedError
 from llava.methods import patches_of
-from llava.model.processor_model import inputs_of, prompt_of, user_turn
+from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
 from llava.picture import picture_data
 from llava.serve.chat import ChatSession, Turn
 from llava.serve.processor_chat import ProcessorSession

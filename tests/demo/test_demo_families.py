@@ -16,8 +16,8 @@ from seam_checkpoints import save_checkpoint
 from served_page import free_port
 
 from checkpoints import picture
-from llava.arguments import load_with_processor
 from llava.cli import main
+from llava.loading import load_with_processor
 from llava.serve.processor_chat import ProcessorSession
 from visionzip import unzip, visionzip
 
