@@ -65,6 +65,7 @@ setup(
             "pytest-cov>=7",
             "hypothesis>=6",
             "ruff>=0.17",
+            "mypy>=2.4",
             "build>=1.6",
             "peft>=0.21",
             "matplotlib>=3.10",

@@ -1,4 +1,4 @@
-"""``picked_tokens(model, patches)``: for a while a model sees the patches that someone has picked, and no others."""
+"""Let a model see only the patches that a person has picked, for a while: ``picked_tokens(model, patches)``."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from visionzip.methods.picked import Patches, picked, picked_rows
 if TYPE_CHECKING:
     from visionzip.integrations.huggingface import Family
 
-_numbers = itertools.count(1)  # two models may have picked tokens at once
+_numbers = itertools.count(1)  # each pick has a name of its own, as two models may have one at the same time
 
 
 @contextmanager
 def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -> Iterator[None]:
     """Let a model see only the patches that are picked, during the ``with`` block.
 
-    Inside it the model is zipped with them: ``generate``, a chat or :func:`visionzip.token_map.inspect_tokens` runs as
-    with any other method, at the encoder layer and with the positions of the model's setting. Behind it, also after an
-    exception, the model has its setting of before, or none. One model cannot have two picks at once, so threads take
-    turns.
+    Inside the block the model is zipped with these patches, with the encoder layer and the positions of its own
+    setting, so that ``generate``, a chat or :func:`visionzip.token_map.inspect_tokens` runs as with any other method.
+    After the block, even after an exception, the model has its former setting again, or none. A model has one pick at a
+    time, so threads have to take turns.
 
     Args:
-        model: as :func:`visionzip.visionzip` takes it.
-        patches: their numbers, row by row from 0 (row * columns + column), in any order: to be kept of each encoder
-            input (image, tile, frame), behind transformers' seam of its merged tokens; or a list of them for each
-            encoder input in order (of LLaVA-NeXT the whole image, then the tiles row by row), equally long.
-        cls_token: keep the CLS token too, where the encoder has one.
+        model: a model that :func:`visionzip.visionzip` takes.
+        patches: the patches' numbers, row by row from 0 (row * columns + column), in any order: one list, whose patches
+            are kept of every encoder input (image, tile, frame), or one list for each encoder input, equally long.
+            LLaVA-NeXT's inputs are the whole image, then the tiles row by row. In families that choose among merged
+            tokens, these count as patches.
+        cls_token: whether to keep the CLS token too, if the encoder has one.
 
     Raises:
-        TypeError: the model is of no supported family, or a number is no integer.
-        ValueError: no patch is picked, one is outside the grid, or the lists differ in length; where the model runs,
-            also that there are not as many lists as encoder inputs.
+        TypeError: the model's family is not supported, or a patch's number is no integer.
+        ValueError: no patch is picked, a patch is outside the grid, or the lists differ in length. A run of the model
+            raises it if there are as many lists as neither 1 nor the encoder inputs.
     """
     target = unwrap(model)
     integration = find_integration(target)
@@ -66,7 +67,7 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
                 integration.detach(target)
             else:
                 _attach(integration, target, before)
-            if stored is not None:  # also of a model that was loaded with a setting, and not zipped yet
+            if stored is not None:  # a model may have been loaded with a setting and not zipped yet
                 target.config.visionzip = stored
     finally:
         del METHODS[name]
@@ -84,5 +85,5 @@ def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfi
 
 def _attach(integration: Integration, model: nn.Module, config: VisionZipConfig) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # all patches may be picked; and the setting is the user's own
+        warnings.simplefilter("ignore", UserWarning)  # picking all patches is no mistake, and the setting was there
         integration.attach(model, config)

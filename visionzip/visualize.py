@@ -111,10 +111,10 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
         title = _count(patches, f"{_kind(tokens)} patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
             title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
-        sized = role.sizes is not None
-        _draw(axes, tokens, overlay_pixels(tokens), title, _merged(tokens) + "; numbers: patches stood for" * sized)
+        caption = _merged(tokens) + "; numbers: patches stood for" * (role.sizes is not None)
+        _draw(axes, tokens, overlay_pixels(tokens), title, caption)
         _outline_targets(axes, tokens)
-        if sized:
+        if role.sizes is not None:
             _write_sizes(axes, tokens, role.sizes)
     return figure
 

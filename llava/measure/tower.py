@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -99,7 +98,7 @@ def choices(
         clock.mark("read")
         projected = projector(bare.patches) if "projected" in reads else None
         clock.mark("projection")
-        choose_tokens(dataclasses.replace(bare, scores=scores, keys=keys, projected=projected), config)
+        choose_tokens(bare.replace(scores=scores, keys=keys, projected=projected), config)
         clock.mark("choice")
         return clock
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import llava.methods
 from visionzip.integrations import _REGISTERED, REGISTRY
-from visionzip.methods import METHODS
+from visionzip.methods import METHODS, Method
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {  # arguments, and what is printed
     "zip_llava.py": ([], "all tokens: 144 .* orange\nzipped: 48 .* orange\nunzipped: 144 .* orange\n"),
     "zip_transformers.py": (
@@ -46,6 +47,12 @@ def test_all_are_here_and_in_the_readme():
     table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
     assert re.findall(r"^\| \[([\w.]+)\]", table, re.MULTILINE) == [*SAYS, "visionzip.ipynb"]
+
+
+def test_a_method_that_is_added_late_can_be_evaluated():
+    METHODS["late"] = Method("late", "added behind all imports", lambda read, counts, config: None)
+    assert llava.methods.METHODS["late"].summary == "added behind all imports"
+    assert [*llava.methods.METHODS][:3] == ["vanilla", "resize", "visionzip"] and "fastv" in llava.methods.METHODS
 
 
 @pytest.mark.parametrize("name", SAYS)

@@ -122,7 +122,7 @@ def test_scripts_install_once_and_quietly(environment: dict[str, str], tmp_path:
     assert "a lot of words" in (tmp_path / "venv/visionzip-install.log").read_text()
     asked = (tmp_path / "asked").read_text()
     installed = re.search(r"-e \S+\[([a-z,]+)\]", asked)[1].split(",")
-    assert set(installed) == {"demo", "dev", "eval", "figures", "quant", "train", "video"}
+    assert set(installed) == {"demo", "dev", "docs", "eval", "figures", "quant", "train", "video"}
     again = sourced(environment)
     assert again.stdout == "ready\n" and (tmp_path / "asked").read_text() == asked
 

@@ -14,7 +14,7 @@ import yaml
 
 import visionzip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stdout + done.stderr
     return folder
 
 
@@ -38,6 +38,16 @@ def test_every_page_is_in_the_navigation():
     listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(there)
+
+
+def test_the_forms_for_issues_are_as_github_reads_them():
+    for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert form["name"] and form["description"] and isinstance(form["labels"], list)
+        fields = [field["id"] for field in form["body"]]
+        assert len(set(fields)) == len(fields) > 2
+        for field in form["body"]:
+            assert field["type"] in {"textarea", "input", "dropdown", "checkboxes"} and field["attributes"]["label"]
 
 
 def test_every_public_name_is_in_the_reference():
