@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from interpreter import quick_environment
 from judge_server import JudgeServer, Reply
 from mini_gemini import write_mini_gemini
 from training import TRAINER, command, turns
@@ -163,6 +165,19 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(model, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(guarded))
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A virtual environment for scripts, whose Python starts at once."""
+    with quick_environment(tmp_path_factory.mktemp("venv")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def quick_starts(quick_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts ``sys.executable`` gets that Python."""
+    monkeypatch.setattr(sys, "executable", str(quick_python / "bin" / "python"))
 
 
 @pytest.fixture(scope="session")

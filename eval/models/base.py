@@ -213,7 +213,8 @@ class Watch:
             if isinstance(mask, Mapping):  # by kind of layer
                 mask = mask["full_attention"]
             if mask is not None and mask.ndim == 4:  # what the last token attends to
-                mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+                last = mask[:, 0, -1]  # a size bias adds to what is seen
+                mask = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
             self.lengths += [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(dim=1).tolist()
             self._times.append(self._now())
 

@@ -45,6 +45,15 @@ ROUNDS = 101  # of the timing, which is a matter of milliseconds
 
 Board = dict[str, Any]
 
+_INSIDE = (
+    "; fastv and sparsevlm: tokens left after their one cut inside the language model, before which its layers see all"
+)
+_CHOOSING = (
+    "Choosing: one image at {} tokens, from what was read of the encoder, the fastest of "
+    f"{ROUNDS} interleaved rounds, as others at work only add to it (on a CPU by one thread); '-': there is none "
+    "before the language model. "
+)
+
 
 def default_methods() -> list[str]:
     """Every method of a LLaVA; of those that prune inside the language model only the reading of T that has one cut."""
@@ -128,7 +137,8 @@ def default_processes() -> int:
 def _time(config: RunConfig) -> dict[tuple[str, int], float]:
     """Seconds that methods take to choose one image's tokens, by method and budget: the fastest round's."""
     kind = kind_of(config_of(config.model_path))
-    model = kind.load(replace(config, device=device_of(config), conv_mode=config.conv_mode or "vicuna_v1"))
+    template = config.conv_mode or ("vicuna_v1" if kind.takes_templates else None)
+    model = kind.load(replace(config, device=device_of(config), conv_mode=template))
     (prompt,) = model.prepare(scenes.questions(Path(config.data))[:1])
     (loaded,) = model.visuals_of([prompt]).values()
     planned = plan(config.method, config.tokens, 1, None, config.positions, config.size_bias)
@@ -138,7 +148,7 @@ def _time(config: RunConfig) -> dict[tuple[str, int], float]:
     try:
         with torch.inference_mode():
             ways = model.choosing(loaded, list(runs.values()))
-            seconds = time_interleaved(ways, model.device, ROUNDS, "time, choosing")
+            seconds = time_interleaved(ways, model.device, ROUNDS, "time, choosing") if ways else {}
     finally:
         torch.set_num_threads(threads)
     return {(runs[name].method, runs[name].tokens): min(own.total) for name, own in seconds.items()}
@@ -230,14 +240,13 @@ def lines(board: Board, between: str) -> list[list[str]]:
 def facts(board: Board) -> str:
     """What the figures are and how they came about."""
     where, questions = board["environment"], " and ".join(f"{n} ({name})" for name, n in board["questions"].items())
+    timed = any(ms is not None for method in board["methods"].values() for ms in method["choosing_ms"].values())
+    inside = "fastv" in board["methods"] or "sparsevlm" in board["methods"]
     return (
         f"Exact match in percent on {questions} questions, ± standard error by bootstrap over questions; in brackets "
         "points ahead of visionzip at the same budget, paired by question; best mean first. "
-        f"vanilla has all {board['patches']:.4g} visual tokens at each budget; random: mean of {board['seeds']} seeds; "
-        "fastv and sparsevlm: tokens left after their one cut inside the language model, before which its layers see "
-        f"all. Choosing: one image at {' / '.join(map(str, board['tokens']))} tokens, from what was read of the "
-        f"encoder, the fastest of {ROUNDS} interleaved rounds, as others at work only add to it (on a CPU by one "
-        "thread); '-': there is none before the language model. "
+        f"vanilla has all {board['patches']:.4g} visual tokens at each budget; random: mean of {board['seeds']} seeds"
+        f"{_INSIDE if inside else ''}. {_CHOOSING.format(' / '.join(map(str, board['tokens']))) if timed else ''}"
         f"`python -m eval leaderboard`, {where['date']}, {where['device']}, torch {where['torch']}, transformers "
         f"{where['transformers']}, commit {where['git_commit']}."
     )

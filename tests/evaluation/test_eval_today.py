@@ -39,7 +39,7 @@ def test_a_batch_is_answered_as_its_questions_alone(name: str, checkpoints: dict
     model = load(checkpoints[name])
     prompts = model.prepare([Question(0, "Hello there"), *scenes.questions(scenes_data)[:2]])
     whole = [one.visual_tokens for one in model.answers_to(prompts, model.visuals_of(prompts), 2)]
-    for run in (Run("visionzip", 5), Run("divprune", 5), Run("visionzip", 6, split=(5, 1))):
+    for run in (Run("visionzip", 5), Run("divprune", 5), Run("visionzip", 6, split=(5, 1)), Run("visionzip-plus", 5)):
         with model.attached(run):
             together = model.answers_to(prompts, model.visuals_of(prompts), 4)
             alone = [model.answers_to([prompt], model.visuals_of([prompt]), 4)[0] for prompt in prompts]

@@ -18,9 +18,10 @@ from eval.registry import BENCHMARKS
 from visionzip.integrations import REGISTRY
 from visionzip.methods import METHODS, EncoderRead, TokenCounts
 
-PAGES_OUTSIDE = "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/llava-mini/README.md", "examples/README.md"
+PAGES_OUTSIDE = "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"
 PAGES = [
     *(ROOT / name for name in PAGES_OUTSIDE),
+    *sorted((ROOT / "checkpoints").glob("*/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

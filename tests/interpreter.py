@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 # Sends the arguments, the folder, the environment and the three standard streams, and ends with the status it gets.
 _CLIENT = """
 import json, os, socket, sys
