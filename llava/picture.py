@@ -10,6 +10,7 @@ from torch import Tensor
 from llava.mm_utils import Size, parse_pinpoints, process_images, processor_resolution, select_best_resolution
 from llava.model import MGMLlamaForCausalLM
 from visionzip import placement
+from visionzip.pair_attention import packed_pairs, pair_attention
 from visionzip.token_map import inspect_tokens, token_data
 
 
@@ -54,7 +55,7 @@ def encoder_regions(size: Size, image_processor: Any, config: Any) -> list[place
     return placement.processed(size, image_processor, getattr(config, "image_size_aux", None))
 
 
-def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[str, Any]:
+def picture_data(model: Any, image: Image.Image, image_processor: Any, pairs: bool = False) -> dict[str, Any]:
     """Say what a model sees of an image, keeps of it and merges, in numbers and lists that ``json`` takes.
 
     The vision tower is run to its end, and once more if it is zipped; the language model is not.
@@ -63,6 +64,7 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[s
         model: from ``load_pretrained_model``, zipped or not.
         image: RGB and upright, as :func:`llava.images.load_image` reads it.
         image_processor: the model's.
+        pairs: say too what each patch attends to, N x N numbers.
 
     Returns:
         - ``size`` [width, height] of the image, in whose pixels all rectangles are;
@@ -71,14 +73,17 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[s
         - ``tokens`` [before, after]: in the encoder, of all its inputs; and visual tokens that are left of them (those
           before, if the model is not zipped), without newlines;
         - ``layers``: how many have attention; ``layer``: the index, from 0, of the one that decides;
+        - ``pairable``: whether ``pairs`` can be had of this model; ``pickable``: whether patches can be picked;
         - ``tiles``: of each encoder input what :func:`visionzip.token_map.token_data` says: one, or the whole image and
-          then its tiles row by row.
+          then its tiles row by row. With ``pairs`` each has these too, as
+          :func:`visionzip.pair_attention.packed_pairs` packs them.
 
     Raises:
         ValueError: the image cannot be read, or does not fit the model's settings.
         OSError: the model has no image processor.
     """
-    maps = inspect_tokens(model, encoder_inputs(model, image, image_processor))
+    inputs = encoder_inputs(model, image, image_processor)
+    maps = inspect_tokens(model, inputs)
     first, zipped = maps[0], maps[0].roles is not None
     before = (first.num_patches + first.cls_token) * len(maps)
     after = first.num_kept * len(maps) if zipped else before
@@ -86,6 +91,10 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[s
     covered = tower.num_patches_per_side * tower.config.patch_size / tower.config.image_size
     regions = encoder_regions(image.size, image_processor, model.config)[: len(maps)]
     shown = [placement.covered_part(region, covered) for region in regions]
+    tiles = [token_data(tokens, region) for tokens, region in zip(maps, shown, strict=True)]
+    if pairs:
+        for tile, attention in zip(tiles, pair_attention(model, inputs), strict=True):
+            tile["pairs"] = packed_pairs(attention)
     return {
         "size": list(image.size),
         "method": first.method.name if zipped else None,
@@ -96,5 +105,7 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any) -> dict[s
         "tokens": [before, after],
         "layers": len(first.attention),
         "layer": first.layer,
-        "tiles": [token_data(tokens, region) for tokens, region in zip(maps, shown, strict=True)],
+        "pairable": True,
+        "pickable": True,
+        "tiles": tiles,
     }

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.asking import Pixels, prepare
 from eval.benchmarks import scenes
+from eval.running.asking import Pixels, prepare
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.prompts import pad_rows, splice
 from llava.model.visual import VisualTokens, lay_out
 from visionzip import VisionZipConfig
@@ -118,7 +118,7 @@ class Scenes:
             new = {key: image for key, image in new.items() if key not in self.reads}
             if new:
                 read = read_encoder(self.tower.encoder, torch.stack(list(new.values())), setting)
-                read = replace(read, projected=self.model._project(read.patches))
+                read = read.replace(projected=self.model._project(read.patches))
                 self.reads |= dict(zip(new, _each(read), strict=True))
 
     @torch.inference_mode()
@@ -162,7 +162,7 @@ class Scenes:
 def _each(read: EncoderRead) -> Iterator[EncoderRead]:
     parts = {name: getattr(read, name) for name in ("hidden_states", "scores", "keys", "projected", "pixels")}
     for place in range(len(read.hidden_states)):
-        yield replace(read, **{name: part[place : place + 1] for name, part in parts.items()})
+        yield read.replace(**{name: part[place : place + 1] for name, part in parts.items()})
 
 
 def _batches(total: int, size: int = 100) -> Iterator[range]:

@@ -11,4 +11,4 @@ export SERVE_ENV="${SERVE_ENV:-$ROOT/.venv-serve}"
 bash "$ROOT/scripts/serve.sh" --install
 use_environment
 cd "$ROOT"
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 0 tests/test_engine.py "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 0 tests/serving/test_engine.py "$@"

@@ -269,9 +269,9 @@ def dataset(world: Path, tokenizers, tmp_path: Path) -> Callable[..., Instructio
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge's waits, a hundred times shorter; a key, and no proxy in between."""
-    monkeypatch.setattr("eval.endpoint._FIRST_WAIT", 0.005)
-    monkeypatch.setattr("eval.endpoint._LONGEST_WAIT", 0.02)
-    monkeypatch.setattr("eval.endpoint._RETRIES", 3)
+    monkeypatch.setattr("eval.scoring.endpoint._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("eval.scoring.endpoint._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("eval.scoring.endpoint._RETRIES", 3)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

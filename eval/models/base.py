@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..answers import Given
 from ..config import RunConfig
-from ..methods import Run
 from ..records import Question, Visual
+from ..running.answers import Given
+from ..running.methods import Run
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 
@@ -69,6 +69,7 @@ class Model(ABC):
     def __init__(self, inner: Any, skip_bad: bool = False) -> None:
         self.inner = inner
         self._skip_bad = skip_bad
+        self.trained: dict[str, Any] = {}  # of eval.running.methods.trained_setting
         self._kept: OrderedDict[str, Loaded] = OrderedDict()
         self._bytes = 0
 

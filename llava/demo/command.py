@@ -8,8 +8,9 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import add_generation_arguments, add_model_arguments, load_from_arguments, sampling
+from llava.arguments import add_generation_arguments, add_model_arguments, sampling
 from llava.commands import positive
+from llava.loading import has_processor, load_from_arguments, load_with_processor
 
 HOST = "127.0.0.1"
 
@@ -25,11 +26,16 @@ def demo(args: argparse.Namespace) -> None:
         ImportError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+    from llava.demo.models import LlavaModel, PageModel, ProcessorModel  # noqa: PLC0415 - as the next one
     from llava.demo.page import Page  # noqa: PLC0415 - needs gradio, an extra: said before a model is loaded
 
     check_port(args.port)
     settings = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
-    page = Page.of(*load_from_arguments(args), name=escape(Path(args.model_path).name), **settings)
+    if has_processor(args.model_path):
+        page_model: PageModel = ProcessorModel(*load_with_processor(args))
+    else:
+        page_model = LlavaModel(*load_from_arguments(args))
+    page = Page.of(page_model, name=escape(Path(args.model_path).name), **settings)
     page.launch(HOST, args.port, prevent_thread_lock=True)
     print(f"the page: http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
     page.blocks.block_thread()
@@ -54,7 +60,11 @@ def check_port(port: int) -> None:
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``visionzip demo``."""
-    add_model_arguments(parser, "the checkpoint's own, else 2 in 9 of the patches", "checkpoints/llava-mini")
+    add_model_arguments(
+        parser,
+        "the checkpoint's own, else 2 in 9 of the patches; half of today's families' tokens",
+        "checkpoints/llava-mini",
+    )
     parser.add_argument("--port", type=positive, default=7860, help=f"of the server, on {HOST}")
     add_generation_arguments(parser)
     # Answers are compared: drawn at random they would differ by themselves.

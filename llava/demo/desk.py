@@ -6,84 +6,53 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 from PIL import Image
 
+from llava.demo.models import PageModel, Side
 from llava.demo.streaming import Put, Stop, Words, stream
 from llava.demo.talk import Answer, Exchange, Picture, Setting, StoppedError, Talk
 from llava.demo.uploads import Upload
-from llava.methods import patches_of
-from llava.picture import picture_data
-from llava.serve.chat import ChatSession
-from visionzip import picked_tokens, unzip
 
+_SHARE = 0.25  # of the patches
 KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew
 SIDES = ("vanilla", "zipped")
-
-
-class _Side(ChatSession):
-    """One side of a conversation; each image is encoded as it was picked."""
-
-    def __init__(self, desk: Desk, is_stopped: Callable[[], bool]) -> None:
-        own = {**desk.generate_kwargs, "stopping_criteria": [Stop(is_stopped)]}
-        super().__init__(desk.model, desk.tokenizer, desk.image_processor, desk.conv_mode, **own)
-        self.is_stopped = is_stopped
-        self.holds: Any = None  # which turns, under which setting
-        self.picks: list[tuple[tuple[int, ...], ...] | None] = []
-
-    def _encode(self, images: Sequence[Image.Image]) -> list[Any]:
-        tokens: list[Any] = []
-        for image in images:
-            if self.is_stopped():
-                raise StoppedError
-            with _picked(self.model, self.picks.pop(0) if self.picks else None):
-                tokens += super()._encode([image])
-        return tokens
-
-
-@contextmanager
-def _picked(model: Any, picks: tuple[tuple[int, ...], ...] | None) -> Iterator[None]:
-    """Patches picked by hand in the place of the method's, if there are any."""
-    if picks is None:
-        yield
-    else:
-        with picked_tokens(model, picks[0] if len(picks) == 1 else picks):
-            yield
 
 
 class Desk:
     """The model, and who may use it: one turn at a time, as VisionZip is switched on and off in place.
 
     Args:
-        model: from ``load_pretrained_model``, as are the next two.
-        tokenizer: its tokenizer.
-        image_processor: its image processor.
-        conv_mode: prompt template.
-        **generate_kwargs: as :class:`ChatSession` has them.
+        page_model: it.
+        **generate_kwargs: as :class:`llava.serve.chat.ChatSession` has them.
     """
 
-    def __init__(
-        self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str, **generate_kwargs: Any
-    ) -> None:
-        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
-        self.conv_mode, self.generate_kwargs = conv_mode, generate_kwargs
-        self.patches = patches_of(model)
+    def __init__(self, page_model: PageModel, **generate_kwargs: Any) -> None:
+        self.page_model, self.model, self.generate_kwargs = page_model, page_model.model, generate_kwargs
+        self.patches = page_model.patches
         self.default = self._default_setting()
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, Talk] = OrderedDict()
 
     def _default_setting(self) -> Setting:
         """The model's own, or else the paper's middle one: 128 tokens of 576."""
-        own = self.model.get_vision_tower().visionzip
+        own = self.page_model.default()
         if own is None:
             return Setting(max(1, round(self.patches * 2 / 9)))
         split = (own.dominant, own.contextual) if own.keep is None else None
         rest = {"layer": own.layer, "merge": own.merge, "seed": own.seed, "split": split}
-        return Setting(own.tokens(self.patches), own.method, own.positions, own.size_bias, **rest)
+        keep = own.tokens(self.patches) if self.patches else own.keep
+        if type(keep) is not float and not self.patches:  # a number is a cap there; the page's slider has shares
+            keep, rest["split"] = _SHARE, None
+        return Setting(keep, own.method, own.positions, own.size_bias, **rest)
+
+    def _side(self, is_stopped: Callable[[], bool]) -> Side:
+        side = self.page_model.side(**self.generate_kwargs, stopping_criteria=[Stop(is_stopped)])
+        side.is_stopped = is_stopped
+        return side
 
     def warm_up(self) -> None:
         """Answer once on both sides, so that the first visitor does not wait for kernels to be loaded."""
@@ -93,13 +62,12 @@ class Desk:
             pass
         self.leave(talk)
 
-    def picture(self, picture: Picture, setting: Setting) -> dict[str, Any]:
+    def picture(self, picture: Picture, setting: Setting, pairs: bool = False) -> dict[str, Any]:
         """What :func:`llava.picture.picture_data` says of an image under a setting, or under its picks."""
         image = picture.upload.open()
         with self._lock:
             setting.put_on(self.model)
-            with _picked(self.model, picture.picks):
-                return picture_data(self.model, image, self.image_processor)
+            return self.page_model.picture(image, picture.picks, pairs)
 
     def ask(self, talk: Talk, question: str, setting: Setting) -> Iterator[Exchange]:
         """Ask both sides the next question; yields the exchange as it grows, and then stands in ``talk.exchanges``.
@@ -159,10 +127,10 @@ class Desk:
         if zipped:
             setting.put_on(self.model)
         else:
-            unzip(self.model)
+            self.page_model.vanilla()
         exchange.partial[slot] = ""
         put(None)
-        side = talk.sides.get(slot) or _Side(self, is_stopped)
+        side = talk.sides.get(slot) or self._side(is_stopped)
         talk.sides[slot] = side
         side.is_stopped = is_stopped
         side.generate_kwargs["stopping_criteria"] = [Stop(is_stopped)]
@@ -180,17 +148,16 @@ class Desk:
             return [turn.number for turn in turns], [setting, seen] if zipped else None
 
         def opened(turn: Exchange) -> list[Image.Image]:
-            side.picks += [picks.get(id(picture)) for picture in turn.pictures]
             return [picture.upload.open() for picture in turn.pictures]
 
-        side.picks = []
+        side.picks = [picks.get(id(picture)) for turn in (*before, exchange) for picture in turn.pictures]
         start = perf_counter()
         if side.holds != key(before):
             side.holds = None
             side.resume([(turn.question, opened(turn), turn.answers[slot].turn.text) for turn in before])
         again = perf_counter() - start
         side.holds = None
-        turn = side.ask(exchange.question, opened(exchange), Words(self.tokenizer, write))
+        turn = side.ask(exchange.question, opened(exchange), Words(self.page_model.tokenizer, write))
         side.holds = key([*before, exchange])
         first_token = again + turn.vision_seconds + turn.prefill_seconds
         exchange.answers[slot] = Answer(turn, side.visual_tokens, first_token)
@@ -239,13 +206,13 @@ class Desk:
     ) -> tuple[str, dict[str, Any] | None, Answer | str]:
         try:
             if method == "vanilla":
-                unzip(self.model)
+                self.page_model.vanilla()
             else:
                 own = {"positions": None, "size_bias": None}  # each method's
                 replace(self.default, keep=keep, method=method, **own).put_on(self.model)
-            side = _Side(self, is_stopped)
+            side = self._side(is_stopped)
             turn = side.ask(question, [image])
-            shown = picture_data(self.model, image, self.image_processor)
+            shown = self.page_model.picture(image)
             return method, shown, Answer(turn, side.visual_tokens, turn.vision_seconds + turn.prefill_seconds)
         except (ValueError, TypeError) as error:
             return method, None, str(error)

@@ -16,7 +16,7 @@ class Example:
         label: of its button.
         scene: the image's name in ``assets``.
         question: that is asked about it.
-        view: of the picture: ``"kept"``, ``"attention"``, ``"groups"``.
+        view: of the picture: ``"kept"``, ``"attention"``, ``"pairs"`` (what each patch attends to).
         hint: what there is to see.
         layer: encoder layer, from 0, that is shown at first; None for the one that decides.
     """
@@ -72,10 +72,10 @@ EXAMPLES = (
         0,
     ),
     Example(
-        "14: merging",
+        "14: misalignment",
         "scene-wall.jpg",
         "What pattern does the background have?",
-        "groups",
-        "Figure 14: point at a coloured patch; it is merged into a token that often stands elsewhere.",
+        "pairs",
+        "Figure 14: point at a patch; what it attends to most stands elsewhere in the image, and is kept.",
     ),
 )

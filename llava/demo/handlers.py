@@ -17,6 +17,7 @@ from llava.demo.uploads import read_uploads
 from visionzip.methods import METHODS
 
 TOKENS, SHARE = "tokens", "percent"
+LABELS = {TOKENS: "Tokens of each image or tile", SHARE: "Percent of the patches"}
 OWN = "the method's own"
 POSITIONS = {OWN: None, "consecutive": "consecutive", "original": "original"}
 SIZE_BIAS = {OWN: None, "on": True, "off": False}
@@ -33,6 +34,14 @@ class Handlers:
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+        self.units = (TOKENS, SHARE) if desk.patches else (SHARE,)  # that a budget can be in
+
+    def budget(self) -> tuple[str, int, int]:
+        """What the controls begin with: unit, top and value of the slider."""
+        own, patches = self.desk.default, self.desk.patches
+        if not patches:
+            return SHARE, 100, max(1, round(100 * own.keep))
+        return TOKENS, patches, min(patches, own.keep)
 
     def setting(self, method: str, unit: str, budget: float, positions: str = OWN, size_bias: str = OWN) -> Setting:
         """What the controls say.
@@ -42,7 +51,7 @@ class Handlers:
         """
         for value, known in (
             (method, METHODS),
-            (unit, (TOKENS, SHARE)),
+            (unit, self.units),
             (positions, POSITIONS),
             (size_bias, SIZE_BIAS),
         ):
@@ -56,18 +65,20 @@ class Handlers:
         return replace(self.desk.default, keep=keep, method=method, **chosen)  # layer, merge and seed stay the model's
 
     def _picture(self, talk: Talk, setting: Setting, view: str | None = None, layer: int | None = None) -> str:
+        talk.setting = setting
         if not talk.pictures:
             return ""
-        return show.picture(talk, self.desk.picture(talk.pictures[talk.selected], setting), view, layer)
+        data = self.desk.picture(talk.pictures[talk.selected], setting, talk.pairs)
+        return show.picture(talk, data, view, layer)
 
     def limits(self, talk: Talk, unit: str, budget: float) -> Change:
         """The slider goes on in other units, with what comes closest to its budget."""
         patches = self.desk.patches
         if unit == TOKENS:
             value = min(patches, max(1, round(budget * patches / 100)))
-            return {"budget": gr.Slider(maximum=patches, value=value, label="Tokens of each image or tile")}
+            return {"budget": gr.Slider(maximum=patches, value=value, label=LABELS[TOKENS])}
         value = min(100, max(1, round(100 * budget / patches)))
-        return {"budget": gr.Slider(maximum=100, value=value, label="Percent of the patches")}
+        return {"budget": gr.Slider(maximum=100, value=value, label=LABELS[SHARE])}
 
     def add_images(self, talk: Talk, text: str, *controls: Any) -> Change:
         """Put uploaded images to the next question."""
@@ -81,84 +92,92 @@ class Handlers:
     def redraw(self, talk: Talk, *controls: Any) -> Change:
         """Another setting chooses anew; picks are dropped."""
         setting = self.setting(*controls)
-        for picture in talk.pictures:
-            picture.picks = None
+        if setting == talk.setting:  # it has gone back, or was said twice
+            return {}
+        talk.drop_picks()
         line = f"{setting}: ask again to see what it answers" if talk.exchanges else ""
         return {"picture": self._picture(talk, setting), "status": show.status(line)}
 
     def choose(self, talk: Talk, event: gr.EventData, *controls: Any) -> Change:
-        """Show another image of the conversation."""
+        """Show another image of the conversation, or also what its patches attend to."""
         number = event.image
         if type(number) is not int or not 0 <= number < len(talk.pictures):
             raise ValueError(f"there is no image {number!r}: the conversation has {len(talk.pictures)}")
-        talk.selected = number
+        talk.selected, talk.pairs = number, event.pairs is True
         return {"picture": self._picture(talk, self.setting(*controls))}
 
-    def pick(self, talk: Talk, event: gr.EventData, *controls: Any) -> Change:
-        """Keep the patches that were picked by hand of an image, or leave them to the method again."""
-        if event.number <= talk.seen_pick and event.number != 1:  # a later one has overtaken it
-            return {}
-        talk.seen_pick = event.number
-        if type(event.image) is not int or not 0 <= event.image < len(talk.pictures):
-            raise ValueError(f"there is no image {event.image!r}: the conversation has {len(talk.pictures)}")
-        picks = event.patches
-        talk.pictures[event.image].picks = None if picks is None else tuple(tuple(map(int, tile)) for tile in picks)
-        return {"status": show.status("ask again to see what it answers" if talk.exchanges else "")}
+    def pick(self, talk: Talk, event: gr.EventData) -> Change:
+        """Keep the patches that were picked by hand of an image, or leave them to the method again.
 
-    def begin(self, talk: Talk) -> Change:
-        """A question comes."""
-        talk.begin()
-        return {"status": show.status("waiting for the model …", busy=True)}
+        One that a later one has overtaken, or that was made on a picture which is not the present one, is left out.
+        """
+        if event.number > talk.picked and event.drawn == talk.drawn and 0 <= event.image < len(talk.pictures):
+            picks = event.patches
+            talk.pictures[event.image].picks = None if picks is None else tuple(tuple(map(int, tile)) for tile in picks)
+        talk.note_pick(event.number)
+        return {}
 
-    def stop(self, talk: Talk) -> Change:
-        """Stop the answer at the next token; what is stopped says so itself."""
-        talk.stop()
+    def stop(self, talk: Talk, number: float = 0) -> Change:
+        """Stop the answers up to a question at the next token; what is stopped says so itself."""
+        talk.stop(int(number) or None)
+        return {}
+
+    def leave(self, talk: Talk, number: float) -> Change:
+        """Stop what was asked before a question: a new conversation begins with it, as soon as the line allows."""
+        talk.leaving = True
+        talk.stop(int(number) - 1)
         return {}
 
     def forget(self, talk: Talk) -> Change:
         """Begin anew."""
         self.desk.leave(talk)
         talk.forget()
-        return {"picture": "", "conversation": show.conversation([]), "status": "", "question": "", "strip": ""}
+        return {"picture": "", "conversation": show.conversation([]), "status": "", "strip": ""}
 
-    def ask(self, talk: Talk, question: str, *controls: Any) -> Iterator[Change]:
-        """Ask the next question."""
-        growing = self.desk.ask(talk, question, self.setting(*controls))
-        yield from self._grow(talk, growing, list(talk.exchanges))
+    def ask(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:
+        """Ask the next question; ``more``: controls, number of the question, and of the last pick before it."""
+        setting = self._begin(talk, *more)
+        yield from self._grow(talk, self.desk.ask(talk, question, setting), list(talk.exchanges))
         yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered")}
 
-    def ask_again(self, talk: Talk, *controls: Any) -> Iterator[Change]:
+    def ask_again(self, talk: Talk, *more: Any) -> Iterator[Change]:
         """Ask the last question again under the present setting."""
-        yield from self._grow(talk, self.desk.ask_again(talk, self.setting(*controls)), talk.exchanges[:-1])
+        setting = self._begin(talk, *more)
+        yield from self._grow(talk, self.desk.ask_again(talk, setting), talk.exchanges[:-1])
         yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered again")}
+
+    def _begin(self, talk: Talk, *more: Any) -> Setting:
+        *controls, number, picked = more
+        talk.begin(int(number))
+        talk.await_pick(int(picked))
+        return self.setting(*controls)
 
     def _grow(self, talk: Talk, growing: Iterator[Any], before: list[Any]) -> Iterator[Change]:
         start = last = time.monotonic()
+        yield {"conversation": show.conversation(before), "status": show.status("answering …", busy=True)}
         for exchange in growing:
             if (now := time.monotonic()) - last < _EVERY:
                 continue
             last = now
-            line = f"answering, {now - start:.0f} s …" if exchange else f"waiting for the model, {now - start:.0f} s …"
-            yield {
-                "conversation": show.conversation([*before, *([exchange] if exchange else [])]),
-                "status": show.status(line, busy=True),
-            }
+            change = {"status": show.status(f"answering, {now - start:.0f} s …", busy=True)}
+            yield change | ({"conversation": show.conversation([*before, exchange])} if exchange else {})
 
     def example(self, talk: Talk, example: Example, *controls: Any) -> Change:
         """Begin anew with an example's image and question."""
-        self.forget(talk)
-        talk.begin()
+        cleared = self.forget(talk)
         talk.add([example.upload()])
-        return {
+        talk.pairs = example.view == "pairs"
+        talk.hint = example.hint
+        if talk.pairs and not self.desk.page_model.pairable:
+            talk.hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
+        return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
-            "conversation": show.conversation([]),
-            "status": show.status(example.hint),
-            "question": example.question,
+            "status": show.status("reading …", busy=True),
         }
 
-    def compare(self, talk: Talk, question: str, *controls: Any) -> Iterator[Change]:
+    def compare(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:
         """Ask one question about the shown image under each method."""
-        setting = self.setting(*controls)
+        setting = self._begin(talk, *more)
         if not talk.pictures:
             raise ValueError("there is no image to compare on: add one first")
         question = question.strip() or (talk.exchanges[-1].question if talk.exchanges else "")

@@ -13,20 +13,22 @@ _NAMES = {"vanilla": "All tokens", "zipped": "VisionZip"}
 _MISSING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
-def status(text: str, error: bool = False, busy: bool = False) -> str:
+def status(text: str, error: bool = False, busy: bool = False, waiting: bool = False) -> str:
     """One line on what goes on, or on what went wrong; nothing for no text.
 
     Args:
         text: the line.
         error: it says what went wrong.
-        busy: the model is at work, or about to be: what the button Stop can end.
+        busy: the model is at work: what the button Stop can end.
+        waiting: others have their turn before; gradio's place in the queue stands beside it.
     """
     if not text:
         return ""
     line = escape(" ".join(text.split()))
     if error:
         return f'<p class="vz-error" role="alert">{line}</p>'
-    return f'<p class="vz-status{" vz-busy" if busy else ""}">{line}</p>'
+    kind = "vz-status" + " vz-busy" * busy + " vz-waiting" * waiting
+    return f'<p class="{kind}">{line}</p>'
 
 
 def conversation(exchanges: Sequence[Exchange]) -> str:
@@ -95,6 +97,9 @@ def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, la
         {
             "images": [{"name": each.upload.name, "url": each.upload.thumbnail} for each in talk.pictures],
             "selected": talk.selected,
+            "drawn": talk.drawn,
+            "picked": talk.picked,
+            "hint": talk.hint,
             "url": talk.pictures[talk.selected].upload.shown,
             "picks": talk.pictures[talk.selected].picks,
             "view": view,
@@ -118,11 +123,11 @@ def strip(shown: Picture, rows: Sequence[tuple[str, dict[str, Any] | None, Answe
     cells = []
     for method, data, answer in rows:
         if isinstance(answer, str) or data is None:
-            cells.append(f'<li><h4>{escape(method)}</h4><p class="vz-error">{escape(str(answer))}</p></li>')
+            cells.append(f'<li><h3>{escape(method)}</h3><p class="vz-error">{escape(str(answer))}</p></li>')
             continue
         cost = f"{answer.visual_tokens} visual tokens, first in {_seconds(answer.first_token)}"
         cells.append(
-            f"<li><h4>{escape(method)}</h4>{_kept(shown, method, data)}"
+            f"<li><h3>{escape(method)}</h3>{_kept(shown, method, data)}"
             f'<p class="vz-answer">{escape(answer.turn.text or "(no words)")}</p><p class="vz-cost">{cost}</p></li>'
         )
     return f'<ol class="vz-strip">{"".join(cells)}</ol>' if cells else ""

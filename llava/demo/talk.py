@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llava.demo.uploads import Upload
-from llava.serve.chat import Turn
-from visionzip import VisionZipConfig, unzip, visionzip
+from llava.serve.turns import Turn
+from visionzip import unzip, visionzip
 from visionzip.config import MergeRule, Positions
+
+Picks = tuple[tuple[int, ...], ...]
+"""Patches picked by hand: of each tile of an image its numbers, row by row from 0."""
+_PATIENCE = 5.0  # seconds
 
 
 class StoppedError(Exception):
@@ -66,10 +71,6 @@ class Setting:
             return {"dominant": self.split[0], "contextual": self.split[1]}
         return {"keep": self.keep}
 
-    def tokens(self, patches: int) -> int:
-        """Tokens of an image of N patches."""
-        return min(patches, VisionZipConfig(keep=self.keep).tokens(patches))
-
     def __str__(self) -> str:
         budget = f"{self.keep} tokens" if isinstance(self.keep, int) else f"{self.keep:.0%} of the patches"
         positions = f", {self.positions} positions" if self.positions else ""
@@ -87,7 +88,7 @@ class Picture:
     """
 
     upload: Upload
-    picks: tuple[tuple[int, ...], ...] | None = None
+    picks: Picks | None = None
 
 
 @dataclass
@@ -130,34 +131,63 @@ class Talk:
         self._numbers = itertools.count()
         self._ticket, self._stopped = 0, -1
         self.shown: dict[str, Any] = {}  # what each component of the page has
+        self.drawn = 0  # pictures since which the picks are dropped: one for the wrong picture does not count
+        self.picked = 0  # number of the last pick, as the browser counts them
+        self._heard = threading.Condition()
         self._clear()
 
     def _clear(self) -> None:
         self.pictures: list[Picture] = []
         self.waiting: list[Picture] = []  # for the next question
         self.selected = 0
+        self.hint = ""  # what there is to see in the picture
+        self.setting: Setting | None = None  # of the picture
+        self.pairs = False  # whether the picture says what each patch attends to
         self.exchanges: list[Exchange] = []
         self.sides: dict[str, Any] = {}  # a ChatSession each
-        self.seen_pick = 0
+        self.leaving = False  # a new one is to begin
 
-    def begin(self) -> None:
-        """A question is on its way: what stopped an earlier one does not stop it."""
-        self._ticket += 1
+    def begin(self, number: int = 0) -> None:
+        """A question's turn has come: what stopped earlier ones does not stop it.
 
-    def stop(self) -> None:
-        """Stop what is running or waiting."""
-        self._stopped = self._ticket
+        Args:
+            number: of the question, as the browser counts them; 0 is the next one.
+        """
+        self.leaving = False
+        self._ticket = number or self._ticket + 1
+
+    def stop(self, number: int | None = None) -> None:
+        """Stop the questions up to a number, whether they run, wait or are still to come; None is the last one's."""
+        self._stopped = max(self._stopped, self._ticket if number is None else number)
 
     def stopped(self) -> Callable[[], bool]:
         """Whether what begins now has been stopped."""
         mine = self._ticket
         return lambda: self._stopped >= mine
 
+    def note_pick(self, number: int) -> None:
+        """A pick has come."""
+        with self._heard:
+            self.picked = max(self.picked, number)
+            self._heard.notify_all()
+
+    def await_pick(self, number: int) -> None:
+        """Wait for a pick that was made before a question, but not for one that the network has lost."""
+        with self._heard:
+            self._heard.wait_for(lambda: self.picked >= number, _PATIENCE)
+
+    def drop_picks(self) -> None:
+        """Leave all pictures to the method; picks on their way come too late."""
+        self.drawn += 1
+        for picture in self.pictures:
+            picture.picks = None
+
     def add(self, uploads: Sequence[Upload]) -> None:
         """Put images to the next question."""
         new = [Picture(upload) for upload in uploads]
         self.pictures += new
         self.waiting += new
+        self.hint = ""
         if new:
             self.selected = len(self.pictures) - 1
 
@@ -165,6 +195,7 @@ class Talk:
         """Begin anew, without any image."""
         self.stop()
         self.begin()
+        self.drop_picks()
         self._clear()
 
     def next_number(self) -> int:

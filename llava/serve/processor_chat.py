@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from llava.model.generation import check_settings
-from llava.model.processor_model import Message, assistant_turn, inputs_of, prompt_of, user_turn
-from llava.serve.chat import OWN_ARGUMENTS, REFUSED_OF_CONVERSATIONS, Clock, Turn, answer_settings
+from llava.model.stock.processor_model import Message, assistant_turn, inputs_of, prompt_of, user_turn
+from llava.serve.turns import OWN_ARGUMENTS, REFUSED_OF_CONVERSATIONS, Clock, Turn, answer_settings
 from llava.video import Visual
 
 
@@ -28,7 +28,7 @@ class ProcessorSession:
 
     Args:
         model: zipped or not.
-        processor: from :func:`llava.model.processor_model.load_processor`.
+        processor: from :func:`llava.model.stock.processor_model.load_processor`.
         **generate_kwargs: for ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
 
     Raises:
@@ -53,6 +53,22 @@ class ProcessorSession:
         """Forget everything said and seen."""
         self._messages: list[Message] = []
         self._images: list[Image.Image] = []
+        self.visual_tokens = 0  # of all images of the conversation
+        self._forget_cache()
+
+    def resume(self, turns: Sequence[tuple[str, Sequence[Visual], str]]) -> None:
+        """Take up a conversation from its words, such as under another VisionZip setting: the next turn feeds it anew.
+
+        Args:
+            turns: for each its question, the images that were new in it, and the answer.
+
+        Raises:
+            ValueError: ``<image>`` and images differ in number. The conversation is then as it was.
+        """
+        messages: list[Message] = []
+        for text, images, answer in turns:
+            messages += [user_turn(text, len(images)), assistant_turn(answer)]
+        self._messages, self._images = messages, [image for _, images, _ in turns for image in images]
         self._forget_cache()
 
     def _forget_cache(self) -> None:
@@ -88,7 +104,8 @@ class ProcessorSession:
         messages, seen = [*self._messages, user_turn(text, len(images))], [*self._images, *images]
         inputs = inputs_of(self._processor, [prompt_of(self._processor, messages)], [seen]).to(self.model.device)
         ids = inputs["input_ids"][0].tolist()
-        room = self._room(inputs)
+        left_out = self._left_out(inputs)
+        room = self._room(len(ids), left_out)
         known, cached = self._reuse(ids)
         more = {} if self._cache is None else {"past_key_values": self._cache}
         clock = Clock(streamer)
@@ -105,6 +122,7 @@ class ProcessorSession:
         self._cached = (ids + new_ids)[:-1] if self._keeps_cache else []
         answer = self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
         self._messages, self._images = [*messages, assistant_turn(answer)], seen
+        self.visual_tokens = ids.count(self.model.config.image_token_id) - left_out
         visual = clock.fed - sum(token != self.model.config.image_token_id for token in ids[known:])
         return Turn(
             text=answer,
@@ -117,19 +135,25 @@ class ProcessorSession:
             decode_seconds=clock.last - clock.first,
         )
 
-    def _room(self, inputs: Mapping[str, Any]) -> int:
+    def _left_out(self, inputs: Mapping[str, Any]) -> int:
+        """Visual tokens of a conversation that the language model does not see."""
+        zipped = getattr(self.model, "_visionzip", None)
+        if zipped is None:
+            return 0
+        modalities = [modality for modality in zipped.family.modalities.values() if modality.pixels in inputs]
+        runs = [run for modality in modalities for run in modality.runs(self.model.model, zipped.config, inputs)]
+        return sum(run.full - run.short for run in runs)
+
+    def _room(self, length: int, left_out: int) -> int:
         """Tokens that an answer may have: what the prompt leaves of the model's context.
 
         Raises:
             ValueError: it leaves nothing.
         """
-        length, limit = inputs["input_ids"].shape[1], self.model.config.get_text_config().max_position_embeddings
+        limit = self.model.config.get_text_config().max_position_embeddings
         zipped = getattr(self.model, "_visionzip", None)
-        if zipped is not None and not zipped.original:
-            for modality in zipped.family.modalities.values():
-                if modality.pixels in inputs:
-                    runs = modality.runs(self.model.model, zipped.config, inputs)
-                    length -= sum(run.full - run.short for run in runs)
+        if zipped is not None and not zipped.original:  # else the answer's positions count what is left out
+            length -= left_out
         if length >= limit:
             raise ValueError(
                 f"the conversation has {length} tokens but the model's context is {limit}: reset it, or keep fewer "

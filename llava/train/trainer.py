@@ -42,7 +42,7 @@ class LlavaTrainer(SteadyTrainer):
         self._since: float | None = None
         # samples, images, their tokens, prompts that were cut, and those that have lost all answers
         self._counts = torch.zeros(5, dtype=torch.float64)
-        llava = unwrap(self.model)
+        self._llava = llava = unwrap(self.model)
         llava.loss_function = self._count_answers(llava.loss_function)
         llava.model.register_forward_pre_hook(self._count_prompts, with_kwargs=True)
         if learns_part:
@@ -98,7 +98,8 @@ class LlavaTrainer(SteadyTrainer):
         (text, images), self._text = self._text, None
         lengths = mask.sum(dim=1)
         limit = getattr(self.model.config, "tokenizer_model_max_length", None) or torch.inf
-        cut = lengths >= limit
+        # By the model at a position, far before which the last token that is left may stand; or when they were batched.
+        cut = torch.tensor(self._llava.cut_prompts, device=mask.device) | (lengths >= limit)
         images, tokens = images.masked_fill(cut, 0), (lengths - text).masked_fill(cut, 0)
         counts = torch.stack([torch.ones_like(text).sum(), images.sum(), tokens.sum(), cut.sum(), cut.sum() * 0])
         self._counts = self._counts.to(counts.device) + counts

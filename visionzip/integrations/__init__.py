@@ -1,10 +1,11 @@
-"""Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
+"""The model families that VisionZip can be attached to, registered by the names of their classes.
 
-Classes of transformers that are not named here have :mod:`visionzip.integrations.seam_any`.
+Names are registered, and not classes, so that no family is imported before it is used, and ``visionzip`` never imports
+``llava``. Classes of transformers that are not registered are handled by :mod:`visionzip.integrations.seam_any`.
 
-By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
-``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
+To add a family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`. To add any other family,
+write a module with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``. Register its classes here,
+or from outside by :func:`register`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Integration:
     """How one model family is zipped.
 
     Attributes:
-        family: its name, for messages.
-        attach: turns compression on, or re-configures it, and stores the setting in the model's config.
-        detach: turns it off and removes the setting.
-        encoders: what images go through, as ``"image"``, and where they have an encoder of their own, or one that
-            chooses among all patches of a frame, videos as ``"video"``.
-        default: a model's setting where the user gives none.
-        generating: the object whose ``generate`` and ``forward`` run: the model itself, or the one that it wraps.
+        family: the family's name, for messages.
+        attach: switches compression on, or changes its setting, and stores the setting in the model's config.
+        detach: switches compression off and removes the setting.
+        encoders: returns the encoder of images as ``"image"``, and that of videos as ``"video"`` if they have one of
+            their own, or one that chooses among all patches of a frame.
+        default: returns a model's setting if the user gives none.
+        generating: returns the object whose ``generate`` and ``forward`` run: the model itself, or one inside it.
     """
 
     family: str
@@ -74,43 +75,53 @@ _TRANSFORMERS = {
         ("glm46v.modeling_glm46v.Glm46V", "seam_families.GLM4V", "GLM-4.6V"),
         ("internvl.modeling_internvl.InternVL", "seam_families.INTERNVL", "InternVL"),
         ("gemma3.modeling_gemma3.Gemma3", "seam_families.GEMMA3", "Gemma 3"),
+        ("gemma4.modeling_gemma4.Gemma4", "seam_gemma4.GEMMA4", "Gemma 4"),
         ("idefics3.modeling_idefics3.Idefics3", "seam_families.IDEFICS3", "Idefics3"),
+        ("mistral3.modeling_mistral3.Mistral3", "seam_pixtral.PIXTRAL", "Mistral 3"),
         ("smolvlm.modeling_smolvlm.SmolVLM", "seam_families.IDEFICS3", "SmolVLM"),
     )
 }
 
 
+_BY_TOWER = {("hf_llava.LLAVA", "pixtral"): "seam_pixtral.PIXTRAL"}
+"""Classes that come with several kinds of encoders: Pixtral-12B is a LLaVA."""
+
+
 def family_of(model: nn.Module) -> Family:
-    """The family of a model of transformers.
+    """Return the family of a model of transformers.
 
     Raises:
-        TypeError: it is of none.
+        TypeError: the model belongs to no family.
     """
+    names = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
+    if (own := next((_REGISTERED[name] for name in names if name in _REGISTERED), None)) is not None:
+        return own
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
-            return _load(_TRANSFORMERS[name][0])
+            return _load(_TRANSFORMERS[name][0], model)
     if (family := _any_family(model)) is not None:
         return family
     raise TypeError(f"{type(model).__name__} is no model of transformers that VisionZip supports")
 
 
 def _any_family(model: nn.Module) -> Family | None:
-    """The family of a class of transformers that is not named here."""
+    """Return the family of a class of transformers that is not registered, if it can have one."""
     if not any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
         return None
     return import_module(f"{__name__}.seam_any").any_family(model)
 
 
-def _load(place: str) -> Family:
-    file, attribute = place.split(".")
+def _load(place: str, model: nn.Module) -> Family:
+    encoder = str(getattr(getattr(model.config, "vision_config", None), "model_type", None))
+    file, attribute = _BY_TOWER.get((place, encoder), place).split(".")
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 
 
-def _of_transformers(load: Callable[[], Family], name: str) -> Integration:
+def _of_transformers(load: Callable[[nn.Module], Family], name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
-            # Not before it is used: what is behind takes seconds to import.
-            return getattr(import_module(f"{__name__}.attach"), function)(load(), model, *args)
+            # This import takes seconds, so it waits until a model is zipped.
+            return getattr(import_module(f"{__name__}.attach"), function)(load(model), model, *args)
 
         return call
 
@@ -131,8 +142,24 @@ REGISTRY: dict[str, Integration] = {
 }
 
 
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(model_class: type[nn.Module], family: Family, name: str) -> None:
+    """Let ``visionzip(model)`` zip models of another class, built like those of transformers, while the process lives.
+
+    Args:
+        model_class: the class; classes that derive from it are zipped too.
+        family: the family by which its models are zipped.
+        name: the family's name, for messages.
+    """
+    key = f"{model_class.__module__}.{model_class.__qualname__}"
+    _REGISTERED[key] = family
+    REGISTRY[key] = _of_transformers(lambda *_model: family, name)
+
+
 def find_integration(model: nn.Module) -> Integration:
-    """The integration of a model's class or of the nearest of its base classes.
+    """Find the integration of a model's class, or of the nearest base class that has one.
 
     Raises:
         TypeError: there is none; the message lists the supported classes.
@@ -145,7 +172,7 @@ def find_integration(model: nn.Module) -> Integration:
     whole = f"{own.removesuffix('Model')}ForConditionalGeneration"
     known = any(name.endswith(f".{whole}") for name in REGISTRY)
     if not known and (family := _any_family(model)) is not None:
-        return _of_transformers(lambda: family, "any that takes mm_encoder_outputs (transformers)")
+        return _of_transformers(lambda _model: family, "any that takes mm_encoder_outputs (transformers)")
     hint = f" Give the whole {whole}, not its base model." if known else ""
     raise TypeError(
         f"VisionZip does not support {own}.{hint} Supported are these classes and what derives from them: {supported}; "

@@ -1,5 +1,5 @@
 // Draws what llava.picture.picture_data says: patches in the image's own pixels, with their scores and fates.
-const VIEWS = { kept: 'Kept', attention: 'Attention', groups: 'Merged groups', pick: 'Pick by hand' };
+const VIEWS = { kept: 'Kept', attention: 'Attention', pairs: 'From a patch', groups: 'Merged groups', pick: 'Pick by hand' };
 const HEAT = [[13, 8, 65], [106, 10, 131], [190, 55, 84], [243, 120, 25], [252, 230, 90]];
 const BINS = 40;
 const find = (selector) => element.querySelector(selector);
@@ -48,10 +48,25 @@ function isKept(patch) {
   return state.picks ? state.picks[state.tile].has(patch) : !role || role[patch] === 'kept';
 }
 
-function paint(patch, top, groupOf) {
+// The patch whose attention is shown: the one under the pointer, at first the one in the middle.
+const source = () => state.cursor ?? Math.floor(tile().grid[0] / 2) * tile().grid[1] + Math.floor(tile().grid[1] / 2);
+const fromPatch = () => state.view === 'pairs' && tile().pairs;
+
+// What is shown of each patch: attention in a layer; or that of one patch, as a share of the most it pays to any.
+function values() {
+  if (!fromPatch()) { return tile().attention[state.layer]; }
+  if (tile().unpacked?.from !== tile().pairs) {
+    tile().unpacked = { from: tile().pairs, bytes: Uint8Array.from(atob(tile().pairs), (sign) => sign.charCodeAt(0)) };
+  }
+  const count = tile().rects.length;
+  return Array.from(tile().unpacked.bytes.subarray(source() * count, (source() + 1) * count), (root) => (root / 255) ** 2);
+}
+
+function paint(patch, shares, top, groupOf) {
   const role = tile().role ? tile().role[patch] : 'kept';
-  if (state.view === 'attention') {
-    return `fill="${heat(tile().attention[state.layer][patch] / top)}" fill-opacity="0.68"`;
+  if (state.view === 'attention' || fromPatch()) {
+    const edge = fromPatch() && tile().role && isKept(patch) ? ' class="dominant"' : '';
+    return `fill="${heat(shares[patch] / top)}" fill-opacity="0.68"${edge}`;
   }
   if (state.view === 'groups' && !state.picks) {
     if (!groupOf.has(patch)) { return role === 'kept' ? 'fill="#fff" fill-opacity="0"' : 'fill="#101418" fill-opacity="0.82"'; }
@@ -64,17 +79,35 @@ function paint(patch, top, groupOf) {
 }
 
 function drawPatches() {
-  const { region, rects, attention, groups } = tile();
+  const { region, rects, groups } = tile();
   const [width, height] = data.size;
   const box = [Math.min(0, region[0]), Math.min(0, region[1]), Math.max(width, region[2]), Math.max(height, region[3])];
   svg.setAttribute('viewBox', [box[0], box[1], box[2] - box[0], box[3] - box[1]].join(' '));
-  const top = Math.max(...attention[state.layer]);
+  const shares = values();
+  const top = Math.max(...shares);
   const groupOf = new Map();
   (groups ?? []).forEach((group, index) => group.patches.forEach((patch) => groupOf.set(patch, index)));
   const drawn = rects.map(([left, upper, right, lower], patch) =>
-    `<rect data-patch="${patch}" x="${left}" y="${upper}" width="${right - left}" height="${lower - upper}" ${paint(patch, top, groupOf)}/>`);
+    `<rect data-patch="${patch}" x="${left}" y="${upper}" width="${right - left}" height="${lower - upper}" ${paint(patch, shares, top, groupOf)}/>`);
   svg.innerHTML = `<image href="${escape(shown.url)}" width="${width}" height="${height}" preserveAspectRatio="none"/>` +
     drawn.join('') + '<rect class="cursor" fill="none"/>';
+  drawCursor();
+}
+
+function mark(cursor, patch) {
+  const [left, upper, right, lower] = tile().rects[patch];
+  Object.entries({ x: left, y: upper, width: right - left, height: lower - upper })
+    .forEach(([name, value]) => cursor.setAttribute(name, value));
+}
+
+// The cursor is on another patch.
+function moved() {
+  if (fromPatch()) {
+    const shares = values();
+    const top = Math.max(...shares);
+    svg.querySelectorAll('[data-patch]').forEach((rect, patch) => rect.setAttribute('fill', heat(shares[patch] / top)));
+    drawHistogram();
+  }
   drawCursor();
 }
 
@@ -82,13 +115,17 @@ function drawCursor() {
   const cursor = svg.querySelector('.cursor');
   const info = find('.vz-info');
   if (state.cursor === null) {
-    cursor?.setAttribute('width', 0);
+    if (fromPatch()) { mark(cursor, source()); } else { cursor?.setAttribute('width', 0); }
     info.textContent = 'Point at a patch, or move with the arrow keys.';
     return;
   }
-  const [left, upper, right, lower] = tile().rects[state.cursor];
-  Object.entries({ x: left, y: upper, width: right - left, height: lower - upper })
-    .forEach(([name, value]) => cursor.setAttribute(name, value));
+  mark(cursor, state.cursor);
+  if (fromPatch()) {
+    const shares = values();
+    const most = shares.indexOf(Math.max(...shares));
+    info.textContent = `${place(state.cursor)} · attends most to ${place(most)}, which is ${fate(most)}`;
+    return;
+  }
   const score = tile().attention[state.layer][state.cursor];
   const ranks = tile().attention[state.layer].filter((other) => other > score).length + 1;
   info.textContent = `${place(state.cursor)} · attention ${score.toPrecision(3)}, ` +
@@ -96,7 +133,7 @@ function drawCursor() {
 }
 
 function drawHistogram() {
-  const scores = tile().attention[state.layer];
+  const scores = values();
   const top = Math.max(...scores);
   const bins = Array.from({ length: BINS }, () => [0, 0]);
   scores.forEach((score, patch) => {
@@ -106,14 +143,14 @@ function drawHistogram() {
   const scale = 68 / Math.sqrt(Math.max(...bins.map(([rest, kept]) => rest + kept)));
   find('.vz-histogram').innerHTML = bins.map(([rest, kept], index) => {
     const whole = Math.sqrt(rest + kept) * scale;
-    const part = rest + kept ? (whole * kept) / (rest + kept) : 0;
+    const part = rest + kept ? whole * (kept / (rest + kept)) : 0; // never more than the whole
     const bar = (name, y, height) => `<rect class="${name}" x="${index * 8 + 0.5}" y="${y}" width="7" height="${height}"/>`;
     return bar('rest', 70 - whole, whole - part) + bar('kept', 70 - part, part);
   }).join('');
   const kept = scores.reduce((sum, score, patch) => sum + (isKept(patch) ? score : 0), 0);
   const number = scores.filter((_, patch) => isKept(patch)).length;
   const share = Math.round((100 * kept) / scores.reduce((sum, score) => sum + score, 0));
-  const sentence = `${number} kept patches of ${scores.length} have ${share} % of this layer's attention`;
+  const sentence = `${number} kept patches of ${scores.length} have ${share} % of ${fromPatch() ? "this patch's" : "this layer's"} attention`;
   find('.vz-share').textContent = `${sentence}. Bars: patches by attention, low to high; green: kept.`;
   find('.vz-histogram').setAttribute('aria-label', `Histogram: ${sentence}`);
 }
@@ -124,14 +161,19 @@ function legend() {
   return {
     kept: swatch('background:#fff', 'kept') + target + swatch('background:#30343a', 'merged or dropped'),
     attention: swatch(`background:linear-gradient(90deg,${HEAT.map((color) => `rgb(${color})`)});width:4em`, 'low to high attention'),
+    pairs: swatch('border-color:#ffe14d', 'the patch that attends') + swatch('border-color:#fff;outline:1px solid #777', 'kept') +
+      swatch(`background:linear-gradient(90deg,${HEAT.map((color) => `rgb(${color})`)});width:4em`, 'low to high, in the layer that decides'),
     groups: swatch('background:#fff', 'kept') + swatch(`background:linear-gradient(90deg,${[0, 1, 2, 3].map(hue)});width:4em`,
       'one colour for each contextual token') + target,
     pick: swatch('background:#fff;border-color:#0a7d4f', 'kept') + swatch('background:#30343a', 'dropped') + '<span>click to change, then Ask again</span>',
   }[state.view];
 }
 
+// Whether the model has what a view shows.
+const fits = (view) => ({ groups: data?.method, pairs: data?.pairable, pick: data?.pickable })[view] ?? true;
+
 function draw() {
-  const views = Object.entries(VIEWS).filter(([name]) => name !== 'groups' || data?.method);
+  const views = Object.entries(VIEWS).filter(([name]) => fits(name));
   find('.vz-images').innerHTML = (shown?.images ?? []).map(({ name, url }, index) =>
     `<button type="button" data-image="${index}" aria-pressed="${index === shown.selected}" aria-label="Show ${escape(name)}" title="${escape(name)}">` +
     `<img src="${escape(url)}" alt=""></button>`).join('');
@@ -139,6 +181,8 @@ function draw() {
   ['.vz-bar', '.vz-patches', '.vz-info', '.vz-legend', '.vz-deep'].forEach((name) => find(name).toggleAttribute('hidden', !data));
   find('.vz-empty').hidden = Boolean(data);
   find('.vz-hand').hidden = !data || state.view !== 'pick';
+  find('.vz-hint').textContent = shown?.hint ?? '';
+  find('.vz-hint').hidden = !shown?.hint;
   if (!data) { return; }
   find('.vz-views').innerHTML = views.map(([name, label]) =>
     `<label><input type="radio" name="vz-view" value="${name}" ${name === state.view ? 'checked' : ''}><span>${label}</span></label>`).join('');
@@ -163,7 +207,8 @@ function count() {
 function send() {
   state.number += 1;
   const patches = state.picks && state.picks.map((each) => [...each].sort((one, other) => one - other));
-  trigger('input', { image: shown.selected, number: state.number, patches });
+  find('.vz-info').closest('.vz-picture').dataset.picks = state.number; // a question waits for them
+  trigger('input', { image: shown.selected, drawn: shown.drawn, number: state.number, patches });
   drawPatches();
   drawHistogram();
   count();
@@ -187,8 +232,10 @@ function receive() {
     if (other) { state.cursor = null; state.tile = 0; }
     if (other || state.layer >= data.layers) { state.layer = shown.layer ?? data.layer; }
     state.tile = Math.min(state.tile, data.tiles.length - 1);
-    if (!data.method && state.view === 'groups') { state.view = 'kept'; }
-    state.picks = shown.picks && shown.picks.map((each) => new Set(each));
+    if (!fits(state.view)) { state.view = 'attention'; }
+    // Those picked since the server drew this, on the same picture, are on their way to it.
+    const newer = !other && shown.drawn === before.drawn && shown.picked < state.number;
+    if (!newer) { state.picks = shown.picks && shown.picks.map((each) => new Set(each)); }
   }
   draw();
 }
@@ -197,8 +244,8 @@ element.addEventListener('click', (event) => {
   const image = event.target.closest('[data-image]');
   const action = event.target.closest('[data-do]');
   const patch = event.target.closest('[data-patch]');
-  if (image) { trigger('select', { image: Number(image.dataset.image) }); }
-  if (patch) { state.cursor = Number(patch.dataset.patch); toggle(state.cursor); drawCursor(); }
+  if (image) { trigger('select', { image: Number(image.dataset.image), pairs: state.view === 'pairs' }); }
+  if (patch) { state.cursor = Number(patch.dataset.patch); toggle(state.cursor); moved(); }
   if (action) {
     const name = action.dataset.do;
     if (name === 'method') { state.picks = null; } else {
@@ -209,7 +256,12 @@ element.addEventListener('click', (event) => {
   }
 });
 element.addEventListener('change', (event) => {
-  if (event.target.name === 'vz-view') { state.view = event.target.value; draw(); find(`[value="${state.view}"]`).focus(); }
+  if (event.target.name === 'vz-view') {
+    state.view = event.target.value;
+    draw();
+    find(`[value="${state.view}"]`).focus();
+    if (state.view === 'pairs' && !tile().pairs) { trigger('select', { image: shown.selected, pairs: true }); }
+  }
   if (event.target.matches('.vz-tiles select')) { state.tile = Number(event.target.value); state.cursor = null; draw(); }
 });
 element.addEventListener('input', (event) => {
@@ -224,7 +276,7 @@ svg.addEventListener('pointermove', (event) => {
   const at = `${event.clientX} ${event.clientY}`;
   if (at === pointer) { return; } // a browser says so too when patches are drawn anew under a pointer at rest
   pointer = at;
-  if (patch) { state.cursor = Number(patch.dataset.patch); drawCursor(); }
+  if (patch) { state.cursor = Number(patch.dataset.patch); moved(); }
 });
 svg.addEventListener('keydown', (event) => {
   const [rows, columns] = tile().grid;
@@ -233,7 +285,7 @@ svg.addEventListener('keydown', (event) => {
     event.preventDefault();
     const next = (state.cursor ?? 0) + (state.cursor === null ? 0 : step);
     const wraps = Math.abs(step) === 1 && Math.floor(next / columns) !== Math.floor((state.cursor ?? next) / columns);
-    if (next >= 0 && next < rows * columns && !wraps) { state.cursor = next; drawCursor(); }
+    if (next >= 0 && next < rows * columns && !wraps) { state.cursor = next; moved(); }
   } else if ((event.key === ' ' || event.key === 'Enter') && state.cursor !== null) {
     event.preventDefault();
     toggle(state.cursor);

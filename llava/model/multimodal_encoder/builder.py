@@ -11,7 +11,8 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
 from llava.model.multimodal_encoder.openclip_encoder import OpenCLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
-from llava.model.multimodal_encoder.vision_tower import VisionTower, resolve_tower_path
+from llava.model.multimodal_encoder.tower_files import resolve_tower_path
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 
 _TOWERS: dict[str, type[VisionTower]] = {"clip": CLIPVisionTower, "siglip": SigLipVisionTower}
 
@@ -81,5 +82,5 @@ def _encoder_config(
         raise OSError(
             f"cannot read the config of the vision tower {field}={name!r}: it is neither a folder (also not inside the "
             f"checkpoint) nor to be had from the hub. Download it and set {field} in the checkpoint's config.json to "
-            f"its folder. ({error})"
+            f"its folder. ({' '.join(str(error).split())})"
         ) from error

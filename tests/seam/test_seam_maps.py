@@ -1,0 +1,60 @@
+"""Figures of today's families: attention on merged tokens, and what is kept and merged, as the zipped model has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from seam_checkpoints import save_checkpoint
+
+from checkpoints import picture
+from llava.cli import main as visionzip_command
+from llava.model.stock.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
+from visionzip import unzip, visionzip
+from visionzip.integrations import family_of
+from visionzip.integrations.seam_maps import inspect_picture
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(request.param, tmp_path_factory.mktemp("maps") / request.param)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["visionzip", "divprune"])
+def test_a_map_has_what_the_model_keeps(checkpoint: Path, method: str):
+    """Places of the kept tokens are those that the language model gets, in a grid of the picture's own shape."""
+    processor = load_processor(str(checkpoint))
+    model, image = load_model(str(checkpoint), processor, "cpu", torch.float32), picture(0, (90, 60))
+    inputs = inputs_of(processor, [prompt_of(processor, [user_turn("", 1)])], [[image]])
+    visionzip(model, keep=0.4, method=method)
+    tokens = inspect_picture(model, inputs, image)
+    rows, columns = tokens.grid
+    assert (rows, columns) == ((6, 9) if "qwen" in checkpoint.name else (4, 4))
+    assert tuple(tokens.image.shape) == (28 * rows, 28 * columns, 3)
+    encoded = family_of(model).modalities["image"].encode(model.model, model._visionzip.config, inputs)
+    kept = tokens.roles.dominant.clone()
+    kept[tokens.roles.targets] = True
+    assert kept.nonzero().flatten().tolist() == encoded.places[-1].tolist()
+    assert tokens.num_kept == len(encoded.places[-1]) and len(tokens.roles.targets) == (3 if rows == 6 else 1) * (
+        method == "visionzip"
+    )
+    layers = family_of(model).encoder.layers(model.model)
+    assert len(tokens.attention) == len(layers) and tokens.layer == len(layers) - 1
+    torch.testing.assert_close(tokens.attention.sum(dim=1), torch.ones(len(layers)))
+    if method == "visionzip":  # the dominant tokens are those of highest attention
+        assert tokens.attention[-1][tokens.roles.dominant].min() >= tokens.attention[-1][~tokens.roles.dominant].max()
+    assert inspect_picture(unzip(model), inputs, image).roles is None
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Pictures of two shapes, one row each."""
+    checkpoint = save_checkpoint("qwen3_vl", tmp_path / "qwen3_vl")
+    files = [str(tmp_path / f"{seed}.png") for seed in range(2)]
+    for seed, file in enumerate(files):
+        picture(seed, (90, 60) if seed else (60, 90)).save(file)
+    command = ["visualize", "--model-path", str(checkpoint), "--image", *files, "--device", "cpu"]
+    assert visionzip_command([*command, "--keep", "0.4", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("wrote") == 5
+    assert all(file.stat().st_size > 10_000 for file in (tmp_path / "out").glob("*.png"))
