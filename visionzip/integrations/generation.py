@@ -185,7 +185,7 @@ def _refuse_images(zipped: Zipped, model: nn.Module, prompt: Tensor) -> None:
     if any((prompt == token).any() for token in tokens):
         raise ValueError(
             "a zipped model cannot assist with prompts that have images, as transformers gives an assistant the "
-            "placeholders without the images: call unzip(assistant_model)"
+            "placeholders without the images: unzip(assistant_model)"
         )
 
 
