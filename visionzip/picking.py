@@ -48,7 +48,8 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
     positions = positions or positions_of(own)
-    config = replace(own, method=name, keep=keep, positions=positions, size_bias=has_size_bias(own))
+    counts = {"keep": keep, "max_tokens": None, "min_tokens": 1, "video_keep": None}
+    config = replace(own, method=name, **counts, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     METHODS[name] = picked(patches, cls_token)
     try:
