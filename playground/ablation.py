@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.benchmarks import scenes
-from eval.running.asking import Pixels, prepare
+from eval.models.llava import LlavaModel
+from eval.running.asking import in_order
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
@@ -101,7 +102,8 @@ class Scenes:
     def __init__(self, model_path: str, data: Path) -> None:
         tokenizer, self.model, processor, _ = load_pretrained_model(model_path, device="cpu")
         truth = scenes.truth(data)
-        prompts = prepare(scenes.questions(data), tokenizer, self.model.config, "vicuna_v1")
+        asked = LlavaModel(self.model, tokenizer, processor, "vicuna_v1")
+        prompts = in_order(asked.prepare(scenes.questions(data)))
         self.keys = [prompt.question.visuals[0].key for prompt in prompts]
         self.types = [truth[prompt.question.id][0] for prompt in prompts]
         answers = [tokenizer(f" {truth[p.question.id][1]}", add_special_tokens=False).input_ids[1:] for p in prompts]
@@ -110,11 +112,11 @@ class Scenes:
             for p, answer in zip(prompts, answers, strict=True)
         ]
         self.lengths = [len(answer) + 1 for answer in answers]
-        pixels, self.reads = Pixels(processor, self.model, False), {}
+        self.reads = {}
         setting = VisionZipConfig(keep=1, method="visionzip-plus")
         self.tower = self.model.get_vision_tower()
         for start in range(0, len(prompts), 64):
-            new = {key: each.images[0] for key, each in pixels.of(prompts[start : start + 64]).items()}
+            new = {key: each.images[0] for key, each in asked.visuals_of(prompts[start : start + 64]).items()}
             new = {key: image for key, image in new.items() if key not in self.reads}
             if new:
                 read = read_encoder(self.tower.encoder, torch.stack(list(new.values())), setting)

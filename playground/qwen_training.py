@@ -29,7 +29,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from llava.constants import IGNORE_INDEX
 from llava.folders import whole_files
 from llava.images import load_image
-from llava.model.processor_model import load_processor, prompt_of, user_turn
+from llava.model.stock.processor_model import load_processor, prompt_of, user_turn
 from llava.train.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
 from llava.train.labels import attention_apart
 from llava.train.run import TrainingArguments, TrainingParser, check_installed, finish, run_training

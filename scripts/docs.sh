@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the documentation as a site: the pages of docs/ and a reference made of the docstrings.
 #
-#   bash scripts/docs.sh              writes results/site/, whose index.html opens in a browser; stops at any warning
-#   bash scripts/docs.sh serve        shows it on http://127.0.0.1:8000 and follows changes
+#   bash scripts/docs.sh              writes results/site/, whose pages open in a browser; stops at any warning
+#   bash scripts/docs.sh serve        shows it on http://127.0.0.1:8000, where the search works too, and follows changes
 #
 # Installs as scripts/test.sh does. Neither the build nor the pages use the network.
 set -euo pipefail

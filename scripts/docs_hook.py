@@ -39,8 +39,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links between docs/ and the rest lead where the site has them."""
+    """Let links between docs/ and the rest lead where the site has them; of the rest, the search finds CONTRIBUTING."""
     own = page.file.src_uri
+    if own.startswith(OUTSIDE) and own != f"{OUTSIDE}CONTRIBUTING.md":
+        page.meta["search"] = {"exclude": True}
 
     def moved(link: re.Match[str]) -> str:
         uri = linked(own, link[1])
@@ -80,9 +82,8 @@ def outside(config: Any, uri: str) -> File:
     if file.suffix not in CODE and file.exists():
         return File.generated(config, uri, abs_src_path=str(file), inclusion=InclusionLevel.NOT_IN_NAV)
     if file.exists():
-        hidden = "---\nsearch: {exclude: true}\n---\n"
         text = file.read_text(encoding="utf-8")
-        content = f"{hidden}# {file.relative_to(ROOT)}\n\n````{file.suffix[1:]}\n{text}````\n"
+        content = f"# {file.relative_to(ROOT)}\n\n````{file.suffix[1:]}\n{text}````\n"
     else:
         names = sorted(own.name for own in file.parent.iterdir() if own.suffix in CODE | {".md", ".ipynb"})
         content = f"# {file.parent.relative_to(ROOT)}\n\n" + "\n".join(f"- [{name}]({name})" for name in names)

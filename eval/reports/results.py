@@ -64,26 +64,29 @@ def summarize(
             "seconds": _seconds(answers, own),
         }
         if own[0] in scores:
-            found = [scores[run] for run in own]
-            mean = statistics.fmean(score.score for score in found)
             error = 100 * float(resampled[:, columns[row]].std(ddof=1)) if row in columns else None
-            entry |= {
-                "metric": next((score.metric for score in found if _unjudged(score)), found[0].metric),
-                "unjudged": sum(map(_unjudged, found)),
-                "score": mean,
-                "standard_error": error,
-                "score_by_seed": {
-                    str(run.seed): score.score for run, score in zip(own, found, strict=True) if run.seed is not None
-                },
-                "of_vanilla": mean / vanilla.score if vanilla is not None and vanilla.score else None,
-                "parts": {
-                    name: statistics.fmean(score.parts[name] for score in found if name in score.parts)
-                    for name in found[0].parts
-                },
-                "details": found[0].details,
-            }
+            entry |= _scored({run: scores[run] for run in own}, error, vanilla)
         rows.append(entry | _cost_of(own[0], length, answers, cost))
     return {"rows": rows, "differences": _differences(points, resampled, columns)}
+
+
+def _scored(scores: Mapping[Run, Score], error: float | None, vanilla: Score | None) -> dict[str, Any]:
+    """Of one row: its score, the mean over its seeds, with the standard error and what that is of vanilla's."""
+    found = list(scores.values())
+    mean = statistics.fmean(score.score for score in found)
+    return {
+        "metric": next((score.metric for score in found if _unjudged(score)), found[0].metric),
+        "unjudged": sum(map(_unjudged, found)),
+        "score": mean,
+        "standard_error": error,
+        "score_by_seed": {str(run.seed): score.score for run, score in scores.items() if run.seed is not None},
+        "of_vanilla": mean / vanilla.score if vanilla is not None and vanilla.score else None,
+        "parts": {
+            name: statistics.fmean(score.parts[name] for score in found if name in score.parts)
+            for name in found[0].parts
+        },
+        "details": found[0].details,
+    }
 
 
 def _unjudged(score: Score) -> int:

@@ -119,6 +119,16 @@ def average_score(verdicts: Sequence[Verdict]) -> float | None:
     return sum(verdict.score for verdict in verdicts) / len(verdicts) if verdicts else None
 
 
+def _verdicts(answers: Mapping[str, Answer], truth: Mapping[str, Item], judge: Judge) -> dict[str, Verdict]:
+    """What the judge, or its proxy, says about some answers, by their names; without those it says nothing about."""
+    if judge.exact:
+        right = {name: normalized_match(answer.text, truth[name].answer) for name, answer in answers.items()}
+        return {name: Verdict(yes, 5 * yes) for name, yes in right.items()}
+    requests = [judge_request(truth[name], answer.text) for name, answer in answers.items()]
+    judged = judge.ask(requests, parse_verdict, None, says_yes_or_no)
+    return {name: verdict for name, verdict in zip(answers, judged, strict=True) if verdict is not None}
+
+
 def score(
     answers: Sequence[Answer], truth: Mapping[str, Item], judge: Judge | None, kinds: Mapping[str, str] | None = None
 ) -> Score:
@@ -144,13 +154,7 @@ def score(
     known = matched.answers
     broken = [name for name, answer in known.items() if unreadable(answer)]
     asked = [name for name in known if name not in set(broken)]
-    if judge.exact:
-        right = [normalized_match(known[name].text, truth[name].answer) for name in asked]
-        judged: list[Verdict | None] = [Verdict(yes, 5 * yes) for yes in right]
-    else:
-        requests = [judge_request(truth[name], known[name].text) for name in asked]
-        judged = judge.ask(requests, parse_verdict, None, says_yes_or_no)
-    found = {name: verdict for name, verdict in zip(asked, judged, strict=True) if verdict is not None}
+    found = _verdicts({name: known[name] for name in asked}, truth, judge)
     verdicts = found | {name: Verdict(False, 0) for name in broken}
     left_out = [name for name in asked if name not in found or not says_yes_or_no(found[name])]
     if asked and len(left_out) == len(asked):

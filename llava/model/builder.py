@@ -70,15 +70,7 @@ def load_pretrained_model(
     model_path = checkpoint_path(model_path)
     model_base = model_base and checkpoint_path(model_base)
     device = check_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    options = {
-        "device_map": device_map if device == "cuda" or device_map is None else {"": device},
-        "dtype": _dtype(kwargs, device),
-        **kwargs,
-    }
-    if use_flash_attn:
-        options["attn_implementation"] = "flash_attention_2"
-    if load_8bit or load_4bit:
-        options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
+    options = _options(kwargs, device, device_map, use_flash_attn, load_8bit, load_4bit)
 
     # All that can be wrong is looked at before the weights are fetched and read, which takes minutes.
     if is_transformers(config_values(model_path)):
@@ -114,6 +106,22 @@ def load_pretrained_model(
         )
     context_len = getattr(model.config, "max_sequence_length", 2048)
     return tokenizer, model, image_processor, context_len
+
+
+def _options(
+    kwargs: dict[str, Any], device: str, device_map: Any, use_flash_attn: bool, load_8bit: bool, load_4bit: bool
+) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``."""
+    options = {
+        "device_map": device_map if device == "cuda" or device_map is None else {"": device},
+        "dtype": _dtype(kwargs, device),
+        **kwargs,
+    }
+    if use_flash_attn:
+        options["attn_implementation"] = "flash_attention_2"
+    if load_8bit or load_4bit:
+        options["quantization_config"] = _quantization(load_8bit, load_4bit, options["dtype"])
+    return options
 
 
 def _dtype(kwargs: dict[str, Any], device: str) -> torch.dtype | str:

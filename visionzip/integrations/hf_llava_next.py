@@ -30,6 +30,7 @@ from visionzip.integrations.towers import (
     sequence_length,
     short_counts,
 )
+from visionzip.methods import EncoderRead
 from visionzip.tiles import tile_order
 
 Grid = tuple[int, int]
@@ -221,7 +222,7 @@ def pooled_patches(base: nn.Module) -> int:
 def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> tuple[Tensor, CompressedTokens]:
     """Choose tokens of frames (F, 3, h, w) after pooling; scores and keys are averaged over the pooled patches."""
     tower = base.vision_tower
-    read = read_encoder(tower, frames, config)
+    read: EncoderRead = read_encoder(tower, frames, config)
     first = int(read.cls_token)
 
     def average(values: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from visionzip.integrations.huggingface import Arguments, Encoded, Modality
 from visionzip.integrations.pooled_videos import pooled_videos
 from visionzip.integrations.runs import Run
 from visionzip.integrations.towers import TowerFamily, check_layer, full_length, short_counts
+from visionzip.methods import EncoderRead
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
@@ -111,7 +112,7 @@ def pooled_patches(base: nn.Module) -> int:
 
 def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> tuple[Tensor, CompressedTokens]:
     """Choose tokens of frames (F, 3, h, w) among projected and pooled patches."""
-    read = read_encoder(base.vision_tower, frames, config)
+    read: EncoderRead = read_encoder(base.vision_tower, frames, config)
 
     def pool(tokens: Tensor) -> Tensor:
         first = int(read.cls_token)
