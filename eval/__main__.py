@@ -22,17 +22,18 @@ from llava.methods import METHODS
 from llava.screen import print_table
 
 from . import COMMAND
-from .answers import read_answers
 from .config import RunConfig
-from .data import data_of, judge_of
-from .judge import ATTEMPTS
-from .leaderboard import TOKENS, default_methods, leaderboard
-from .matching import shortfalls
-from .paper import paper_table
 from .prepare import prepare
 from .registry import BENCHMARKS
-from .runner import run, unscored
-from .table import write_table
+from .reports.leaderboard import TOKENS, default_methods, leaderboard
+from .reports.paper import paper_table
+from .reports.table import write_table
+from .running.answer_files import read_answers
+from .running.data import data_of, judge_of
+from .running.runner import run
+from .running.scoring import unscored
+from .scoring.judge import ATTEMPTS
+from .scoring.matching import shortfalls
 
 GOES_ON = "interrupted: the same command goes on from here"
 

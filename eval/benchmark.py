@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .judge import Judge
+from .reading.tables import Tables
 from .records import Answer, File, Question, Score, Table
-from .sources import Tables
+from .scoring.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Benchmark:
         graded: the score of a file that the official judge has graded already.
         submit: for a server: write the answers in its format into a folder; returns the file.
         missing: what the official tool does with questions that have no answer, in words.
-        asked: the part of a truth that some answers are to, where :func:`eval.matching.asked` does not find it.
+        asked: the part of a truth that some answers are to, where :func:`eval.scoring.matching.asked` does not find it.
     """
 
     name: str

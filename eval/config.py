@@ -9,7 +9,7 @@ from typing import Any
 
 from visionzip.config import Positions
 
-from .judge import ATTEMPTS
+from .scoring.judge import ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RunConfig:
     Attributes:
         benchmark: its name in :data:`eval.registry.BENCHMARKS`.
         model_path: checkpoint, a folder or a hub name; ``model_base``, ``conv_mode``, ``device``, ``load_8bit`` and
-            ``load_4bit`` say how it is loaded, see :func:`llava.arguments.load_from_arguments`.
+            ``load_4bit`` say how it is loaded, see :func:`llava.loading.load_from_arguments`.
         output: folder of the results.
         method: names in :data:`llava.methods.METHODS`.
         tokens: visual tokens to keep per tile, a run each.
@@ -31,8 +31,8 @@ class RunConfig:
         limit: only the first so many questions; None asks all.
         frames: of each video; None takes the benchmark's own number.
         skip_bad: questions whose image or video cannot be read count as wrong.
-        data, data_root, from_hub: where the data is, see :func:`eval.data.data_of`.
-        judge, judge_attempts: who scores, see :func:`eval.data.judge_of`.
+        data, data_root, from_hub: where the data is, see :func:`eval.running.data.data_of`.
+        judge, judge_attempts: who scores, see :func:`eval.running.data.judge_of`.
     """
 
     benchmark: str

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .models import kind_of
 from .models.base import Prompt
 from .records import Question, Visual
-from .runner import config_of
+from .running.setting import config_of
 
 
 def manifest() -> ModelManifest:

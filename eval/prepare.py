@@ -8,8 +8,8 @@ import sys
 from llava.screen import print_table, track
 
 from .benchmark import Benchmark
-from .data import Data, data_of, missing_files
 from .registry import BENCHMARKS
+from .running.data import Data, data_of, missing_files
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ class Visual:
         frames: of a video, how many of its frames these are; None: it is an image.
         path: the file, where it is one; it is looked for before any work starts.
         content: a checksum of the bytes, or of what they lie in, at little cost: it tells whether answers can stay.
-            None: the file's, see :func:`eval.fingerprint.checksum_of_image`.
+            None: the file's, see :func:`eval.reading.fingerprint.checksum_of_image`.
     """
 
     key: str

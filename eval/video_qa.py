@@ -2,10 +2,10 @@
 
 Prompt: one ``<image>`` for each of 8 frames (``--frames``), a line break, the question as it is; template ``llava_v1``,
 or a model's own where that is not Vicuna's; greedy, up to 1024 tokens. (The released script asks for sampling at a
-temperature of 0, which the transformers that it pins refuses.) Score: :mod:`eval.video_judge`. Source: Video-LLaVA,
-``videollava/eval/video/{run_inference,eval}_video_qa.py``, without three of its faults: on several GPUs it compares
-predictions with the answers to other questions, it mirrors videos at random, and it passes over videos that are missing
-(here they are counted as wrong; ``details`` has the accuracy without them).
+temperature of 0, which the transformers that it pins refuses.) Score: :mod:`eval.scoring.video_judge`. Source:
+Video-LLaVA, ``videollava/eval/video/{run_inference,eval}_video_qa.py``, without three of its faults: on several GPUs it
+compares predictions with the answers to other questions, mirrors videos at random, and passes over videos that are
+missing (here they are counted as wrong; ``details`` has the accuracy without them).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from llava.video import FRAMES, read_frames
 
 from .benchmark import Benchmark
-from .fingerprint import checksum_of_image
-from .frames import EXTENSIONS, clip, videos_below
+from .reading.fingerprint import checksum_of_image
+from .reading.frames import EXTENSIONS, clip, videos_below
+from .reading.sources import need, read_json
+from .reading.tables import Rows, Tables
 from .records import File, Question, Table, Visual
-from .sources import Rows, Tables, need, read_json
-from .video_judge import Item, graded, score
+from .scoring.video_judge import Item, graded, score
 
 if TYPE_CHECKING:
     from PIL import Image

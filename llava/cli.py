@@ -22,7 +22,7 @@ BENCHMARKS: Commands = {
         "llava.measure.tuning:add_tuning_arguments",
         "a step of projector tuning, zipped, cached, both or neither",
     ),
-    "gpu": ("llava.measure.gpu_report:add_gpu_arguments", "all that only a GPU can show, within a time limit"),
+    "gpu": ("llava.measure.gpu.report:add_gpu_arguments", "all that only a GPU can show, within a time limit"),
 }
 COMMANDS: Commands = {
     "chat": ("llava.serve.cli:add_zipped_chat_arguments", "talk about images and videos in the terminal"),

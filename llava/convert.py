@@ -21,8 +21,9 @@ from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_mode_for, conv_templates
 from llava.folders import check_absent, check_room, whole_folder
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import config_values, read_config
-from llava.model.layouts import (
+from llava.model.checkpoints.configs import config_values, read_config
+from llava.model.checkpoints.files import checkpoint_path, has_weights, load_weights, weight_files
+from llava.model.checkpoints.layouts import (
     BACKBONES,
     NATIVE,
     STORED,
@@ -32,7 +33,7 @@ from llava.model.layouts import (
     original_key,
     original_values,
 )
-from llava.model.loading import check_weights, checkpoint_path, has_weights, load_weights, main_dtype, weight_files
+from llava.model.checkpoints.loading import check_weights, main_dtype
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.processors import (
     check_added_tokens,

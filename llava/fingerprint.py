@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from llava.model.loading import find_file
+from llava.model.checkpoints.files import find_file
 
 # Of larger files than the first, samples are read, so far apart, and so long (bytes).
 _WEIGHTS = (64 << 20, 4 << 20, 64 << 10)

@@ -12,8 +12,10 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from llava.arguments import DTYPES
 from llava.folders import check_absent, check_room, whole_folder
-from llava.model.builder import checkpoint_parts, load_pretrained_model, read_config
-from llava.model.loading import checkpoint_path, find_file, has_weights, load_weights, main_dtype, weight_files
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints.configs import checkpoint_parts, read_config
+from llava.model.checkpoints.files import checkpoint_path, find_file, has_weights, load_weights, weight_files
+from llava.model.checkpoints.loading import main_dtype
 from llava.serve.cli import describe
 
 

@@ -15,7 +15,8 @@ Counts are shares of the patches of an image or tile, so that they fit prompts w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -138,10 +139,25 @@ def _before(method: Choosing, summary: str | None = None, **setting: Any) -> Met
 PLUS = CHOOSING["visionzip-plus"]
 FASTV, SPARSEVLM = "FastV, arXiv 2403.06764", "SparseVLM, arXiv 2410.04417"
 
-METHODS: dict[str, Method] = {
+
+class _Choosing(Mapping[str, Method]):
+    """Those of :mod:`visionzip.methods` as they are now: one's own too, which were added after this was imported."""
+
+    def __getitem__(self, name: str) -> Method:
+        return _before(CHOOSING[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CHOOSING)
+
+    def __len__(self) -> int:
+        return len(CHOOSING)
+
+
+_PICTURES = {
     "vanilla": Method("all visual tokens", lambda model, tokens, seed: model),
     "resize": Method("at most T tokens by a smaller picture, where a model takes any size", _resize, of_picture=True),
-    **{name: _before(method) for name, method in CHOOSING.items()},
+}
+_OTHERS = {
     "plus-choice": _before(PLUS, "visionzip-plus: its choice alone", positions="consecutive", size_bias=False),
     "plus-positions": _before(PLUS, "visionzip-plus without its size bias", size_bias=False),
     "fastv": Method("T tokens are left after the cut", _fastv, FASTV, left=lambda seen: seen[-1]),
@@ -151,6 +167,7 @@ METHODS: dict[str, Method] = {
         "published layers and numbers: T tokens on average over 32 layers", _sparsevlm_average, SPARSEVLM, left=fmean
     ),
 }
+METHODS: Mapping[str, Method] = ChainMap(_OTHERS, _Choosing(), _PICTURES)  # it lists the last first
 
 
 def per_tile(tokens: int, tiles: int) -> int:

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import torch
 
-from llava.arguments import (
-    add_image_argument,
-    add_language_arguments,
-    add_method_arguments,
-    add_model_arguments,
-    has_processor,
-    load_from_arguments,
-    load_with_processor,
-)
+from llava.arguments import add_image_argument, add_language_arguments, add_method_arguments, add_model_arguments
 from llava.files import write_atomically
 from llava.images import load_image
+from llava.loading import has_processor, load_from_arguments, load_with_processor
 from llava.methods import METHODS as ALL_METHODS
-from llava.model.processor_model import inputs_of, prompt_of, user_turn
+from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
 from llava.picture import encoder_inputs
 from visionzip.integrations.seam_maps import inspect_picture
 from visionzip.methods import METHODS

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.asking import Pixels, prepare
 from eval.benchmarks import scenes
+from eval.models.llava import LlavaModel
+from eval.running.asking import in_order
 from llava.commands import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.prompts import pad_rows, splice
 from llava.model.visual import VisualTokens, lay_out
 from visionzip import VisionZipConfig
@@ -101,7 +102,8 @@ class Scenes:
     def __init__(self, model_path: str, data: Path) -> None:
         tokenizer, self.model, processor, _ = load_pretrained_model(model_path, device="cpu")
         truth = scenes.truth(data)
-        prompts = prepare(scenes.questions(data), tokenizer, self.model.config, "vicuna_v1")
+        asked = LlavaModel(self.model, tokenizer, processor, "vicuna_v1")
+        prompts = in_order(asked.prepare(scenes.questions(data)))
         self.keys = [prompt.question.visuals[0].key for prompt in prompts]
         self.types = [truth[prompt.question.id][0] for prompt in prompts]
         answers = [tokenizer(f" {truth[p.question.id][1]}", add_special_tokens=False).input_ids[1:] for p in prompts]
@@ -110,15 +112,15 @@ class Scenes:
             for p, answer in zip(prompts, answers, strict=True)
         ]
         self.lengths = [len(answer) + 1 for answer in answers]
-        pixels, self.reads = Pixels(processor, self.model, False), {}
+        self.reads = {}
         setting = VisionZipConfig(keep=1, method="visionzip-plus")
         self.tower = self.model.get_vision_tower()
         for start in range(0, len(prompts), 64):
-            new = {key: each.images[0] for key, each in pixels.of(prompts[start : start + 64]).items()}
+            new = {key: each.images[0] for key, each in asked.visuals_of(prompts[start : start + 64]).items()}
             new = {key: image for key, image in new.items() if key not in self.reads}
             if new:
                 read = read_encoder(self.tower.encoder, torch.stack(list(new.values())), setting)
-                read = replace(read, projected=self.model._project(read.patches))
+                read = read.replace(projected=self.model._project(read.patches))
                 self.reads |= dict(zip(new, _each(read), strict=True))
 
     @torch.inference_mode()
@@ -162,7 +164,7 @@ class Scenes:
 def _each(read: EncoderRead) -> Iterator[EncoderRead]:
     parts = {name: getattr(read, name) for name in ("hidden_states", "scores", "keys", "projected", "pixels")}
     for place in range(len(read.hidden_states)):
-        yield replace(read, **{name: part[place : place + 1] for name, part in parts.items()})
+        yield read.replace(**{name: part[place : place + 1] for name, part in parts.items()})
 
 
 def _batches(total: int, size: int = 100) -> Iterator[range]:

@@ -10,7 +10,7 @@
 # commands in .venv/bin name an absolute interpreter, and in a copied or moved repository that is someone else's.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-EXTRAS=demo,dev,eval,figures,quant,train,video
+EXTRAS=demo,dev,docs,eval,figures,quant,train,video
 
 say() { printf '\n== %s\n' "$*"; }
 

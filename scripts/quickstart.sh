@@ -30,7 +30,7 @@ import json
 import sys
 from pathlib import Path
 
-from eval.answers import read_answers
+from eval.running.answer_files import read_answers
 from eval.benchmarks.scenes import median_image
 
 folder = Path(sys.argv[1])

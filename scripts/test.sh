@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The project's checks, from nothing: installs, then runs ruff and pytest.
+# The project's checks, from nothing: installs, then runs ruff, mypy and pytest.
 #
 #   bash scripts/test.sh                          everything
 #   bash scripts/test.sh tests/method/test_golden.py     these tests only; all arguments go to pytest (paths: from the root)
@@ -30,6 +30,8 @@ say "ruff check"
 "$PYTHON" -m ruff check .
 say "ruff format --check"
 "$PYTHON" -m ruff format --check .
+say "mypy"
+"$PYTHON" -m mypy
 say "pytest $*"
 # a file of tests at a time on each core; `-n 0` at the end of the arguments runs them one after another
 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

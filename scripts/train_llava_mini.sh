@@ -14,6 +14,7 @@
 # every step that much shorter, to see it run through.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 use_environment
 cd "$ROOT"
 OUT="${1:-results/llava-mini}"
@@ -22,19 +23,6 @@ PROCESSES="${PROCESSES:-2}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # glibc keeps the memory of large tensors for the next step: a fifth faster than giving it back to the system and taking it anew
 export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
-
-scaled() { "$PYTHON" -c "print(max(1, round($1 * $SCALE)))"; }
-
-# step NAME COMMAND…: runs a step unless it is done
-step() {
-    local name="$1"
-    shift
-    [[ -e "$OUT/done-$name" ]] && return
-    say "$name"
-    local start=$SECONDS
-    "$@"
-    echo "$((SECONDS - start)) s" >"$OUT/done-$name"
-}
 
 # train MODULE FOLDER STEPS BATCH RATE …: one Trainer run; BATCH is for one process, the rest goes to the module
 train() {

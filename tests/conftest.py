@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from interpreter import quick_environment
 from judge_server import JudgeServer, Reply
 from mini_gemini import write_mini_gemini
 from training import TRAINER, command, turns
@@ -166,6 +168,19 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A virtual environment for scripts, whose Python starts at once."""
+    with quick_environment(tmp_path_factory.mktemp("venv")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def quick_starts(quick_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts ``sys.executable`` gets that Python."""
+    monkeypatch.setattr(sys, "executable", str(quick_python / "bin" / "python"))
+
+
+@pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
     """LLaVA's kind of tokenizer, by its ``legacy`` setting."""
     made = {}
@@ -269,9 +284,9 @@ def dataset(world: Path, tokenizers, tmp_path: Path) -> Callable[..., Instructio
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge's waits, a hundred times shorter; a key, and no proxy in between."""
-    monkeypatch.setattr("eval.endpoint._FIRST_WAIT", 0.005)
-    monkeypatch.setattr("eval.endpoint._LONGEST_WAIT", 0.02)
-    monkeypatch.setattr("eval.endpoint._RETRIES", 3)
+    monkeypatch.setattr("eval.scoring.endpoint._FIRST_WAIT", 0.005)
+    monkeypatch.setattr("eval.scoring.endpoint._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("eval.scoring.endpoint._RETRIES", 3)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -1,14 +1,14 @@
-"""``visionzip(model)`` and ``unzip(model)``: switch the compression of a model on and off."""
+"""Switch the compression of a model on and off: ``visionzip(model)`` and ``unzip(model)``."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from visionzip.config import MergeRule, Positions, VisionZipConfig
-from visionzip.integrations import find_integration
+from visionzip.integrations import Integration, find_integration
 from visionzip.methods.visionzip import split
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,45 +32,45 @@ def visionzip(
 ) -> Model:
     """Let a model see only K dominant and M contextual visual tokens per image, tile or frame (arXiv 2412.04467).
 
-    Works in place on this one object: no class is modified and other models in the process are not affected. Calling it
-    again re-configures. The setting is stored in ``model.config.visionzip``, so that ``save_pretrained`` and
-    ``from_pretrained`` keep it. Nothing is trained; :func:`unzip` takes it off again.
+    The model is changed in place, and only this one object: no class is modified, and no other model in the process is
+    affected. Calling the function again changes the setting, and :func:`unzip` removes it. The setting is stored in
+    ``model.config.visionzip``, so that ``save_pretrained`` and ``from_pretrained`` keep it. Nothing is trained.
+
+    :class:`VisionZipConfig` explains every argument after the model. If none of them is given, the setting stored in
+    ``model.config.visionzip`` is applied, if there is one.
 
     Args:
-        model: a model of a supported family, or LLaVA's vision tower, or a wrapper of PEFT or ``torch.compile`` around
-            one.
+        model: a model of a supported family, a LLaVA vision tower of this repository, or a wrapper of PEFT or
+            ``torch.compile`` around one.
         dominant: tokens to keep by attention, CLS included (default: 54; Video-LLaVA: 15 per frame).
-        contextual: tokens to merge the rest into (default: 10; Video-LLaVA: 2 per frame).
-        keep: tokens to keep in all, in the place of these two: a number, which VisionZip splits 27 : 5, or a share of
-            the patches of each image, tile or frame (0.25). Default of Qwen-VL and the other families whose merged
-            tokens are chosen among: 0.5; there a number is a cap, and small images keep all they have.
-        method: how they are chosen (default: ``"visionzip"``): a name of :data:`visionzip.methods.METHODS`. All but
-            VisionZip take ``keep``.
-        layer: encoder layer to score (default: -2; models of transformers: their config's ``vision_feature_layer``).
+        contextual: tokens to merge the others into (default: 10; Video-LLaVA: 2 per frame).
+        keep: tokens to keep in all, in place of these two: a number, which VisionZip splits 27 : 5, or a share of the
+            patches of each image, tile or frame (0.25). For Qwen-VL and the other families that choose among merged
+            tokens the default is 0.5, and a number is an upper limit: smaller images keep all their tokens.
+        method: how tokens are chosen: a name of :data:`visionzip.methods.METHODS` (default: ``"visionzip"``). All but
+            VisionZip need ``keep``.
+        layer: the encoder layer to score (default: -2; models of transformers: their config's
+            ``vision_feature_layer``).
         merge: ``"released"`` (default) or ``"average"``.
-        seed: of methods that draw at random (default: 0).
-        positions: ``"consecutive"`` or ``"original"`` (default: the method's own).
-        size_bias: whether a kept token's attention grows with the patches it stands for (default: the method's own).
-        max_tokens: the most tokens of an image, tile or frame where ``keep`` is a share (default: no limit).
-        min_tokens: the least, as far as it has so many (default: 1).
-        video_keep: tokens of a whole video or their share, chosen among all its frames at once (default: each frame is
-            chosen from alone).
-            All of these are explained in :class:`VisionZipConfig`. With none of them, the setting stored in
-            ``model.config.visionzip`` is applied, if there is one.
+        seed: the seed of methods that draw at random (default: 0).
+        positions: ``"consecutive"`` or ``"original"`` (default: the method's).
+        size_bias: whether a kept token's attention grows with the patches it stands for (default: the method's).
+        max_tokens: the most tokens of an image, tile or frame if ``keep`` is a share (default: no limit).
+        min_tokens: the fewest tokens of one if ``keep`` is a share (default: 1).
+        video_keep: how many tokens of a whole video to keep, or their share, chosen among all its frames at once
+            (default: tokens are chosen in each frame alone).
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: the model is of no supported family (the message lists them), or a count is not an integer.
+        TypeError: the model's family is not supported (the message lists those that are), or a count is not an integer.
         ValueError: a number is outside its limits, the encoder has no such layer, the method is unknown or does not fit
             the model, or the model has no vision tower.
 
     Warns:
         UserWarning: the budget is the encoder's whole sequence or more, so nothing is compressed.
     """
-    target = unwrap(model)
-    integration = find_integration(target)
     if keep is not None and (dominant, contextual) != (None, None):
         raise ValueError(
             f"keep={keep} was given with dominant={dominant}, contextual={contextual}: give one or the other"
@@ -80,20 +80,25 @@ def visionzip(
     setting = {"dominant": dominant, "contextual": contextual, "keep": keep, "method": method}
     setting |= {"layer": layer, "merge": merge, "seed": seed, "positions": positions, "size_bias": size_bias}
     setting |= {"max_tokens": max_tokens, "min_tokens": min_tokens, "video_keep": video_keep}
-    given = {name: value for name, value in setting.items() if value is not None}
-    if given.keys() & {"dominant", "contextual"}:
-        given["keep"] = None  # of a family whose default is a share
-    stored = getattr(getattr(target, "config", None), "visionzip", None)
-    if stored and not given:
-        config = VisionZipConfig.from_dict(stored)
-    else:
-        config = dataclasses.replace(integration.default(target), **given)
-    integration.attach(target, config)
+    target = unwrap(model)
+    integration = find_integration(target)
+    integration.attach(target, _config(target, integration, setting))
     return model
 
 
+def _config(model: nn.Module, integration: Integration, setting: dict[str, Any]) -> VisionZipConfig:
+    """Complete what the user gave, or else take what the model's config has stored, or else the family's default."""
+    given = {name: value for name, value in setting.items() if value is not None}
+    stored = getattr(getattr(model, "config", None), "visionzip", None)
+    if stored and not given:
+        return VisionZipConfig.from_dict(stored)
+    if given.keys() & {"dominant", "contextual"}:
+        given["keep"] = None  # the family's default may be a share, which would win over these two
+    return dataclasses.replace(integration.default(model), **given)
+
+
 def unzip(model: Model) -> Model:
-    """Undo :func:`visionzip`: the model's outputs are bit-identical to those before it.
+    """Undo :func:`visionzip`: afterwards the model's outputs are bit-identical to those before it.
 
     Args:
         model: a model of a supported family, zipped or not.
@@ -102,7 +107,7 @@ def unzip(model: Model) -> Model:
         The same object.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model's family is not supported.
         ValueError: the model has no vision tower.
     """
     target = unwrap(model)
@@ -111,6 +116,6 @@ def unzip(model: Model) -> Model:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper or one of ``torch.compile``; any other as it is."""
+    """Return the model inside a wrapper of PEFT or ``torch.compile``; any other model is returned itself."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,8 +1,8 @@
-"""Reads the queries and keys of one encoder layer while it runs, and turns them into scores.
+"""Read the queries and keys of one encoder layer while it runs, and compute the patches' scores from them.
 
-Fused attention kernels (sdpa, flash-attn) never form the attention matrix, and asking for it would send every layer
-back to the eager kernel. VisionZip needs one row of it, in one layer: that row is computed here from the layer's own
-projections, so that all layers keep their kernel.
+Fused attention kernels (sdpa, flash-attn) never form the attention matrix, and a model that is asked for it runs the
+eager kernel in every layer. VisionZip needs one row of the matrix of one layer. The hooks here read that layer's own
+projections and compute the row, so that all layers keep their kernel.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
-_SEPARATE, _FUSED = ("q_proj", "k_proj"), ("qkv_proj",)  # transformers' layers have these, vLLM's that
-_NORMS = ("q_norm", "k_norm")  # behind these, in layers that have them (InternVL's)
+_SEPARATE, _FUSED = ("q_proj", "k_proj"), ("qkv_proj",)  # projections of transformers' layers, and of vLLM's
+_NORMS = ("q_norm", "k_norm")  # some layers (InternVL's) normalise queries and keys after the projections
 
 
 class QueriesKeys(NamedTuple):
-    """Queries and keys of one attention layer, with bias, unscaled: each (B, H, S, Dh)."""
+    """Queries and keys of one attention layer, each (B, H, S, Dh), with bias and unscaled, and the layer's scale."""
 
     queries: Tensor
     keys: Tensor
@@ -31,7 +31,7 @@ class QueriesKeys(NamedTuple):
 
 
 class AttentionReader(Generic[T]):
-    """Filled while the attention layer runs inside :func:`read_attention`."""
+    """Collect what an attention layer projects inside :func:`read_attention`, and hold what is made of it."""
 
     def __init__(self, attention: nn.Module, names: tuple[str, ...], reduce: Callable[[QueriesKeys], T]) -> None:
         self._attention = attention
@@ -41,9 +41,12 @@ class AttentionReader(Generic[T]):
         self._result: T | None = None
 
     def record(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        """Take one projection's output, (B, S, H * Dh) or fused (B, S, 3 * H * Dh); the last one makes the result.
+        """Take one projection's output; once all are there, reduce them to the result.
 
-        vLLM's projections return a tuple, of which the output is the first.
+        Args:
+            name: of the projection.
+            output: (B, S, H * Dh), or (B, S, 3 * H * Dh) of a fused one. vLLM's projections return a tuple, whose first
+                entry this is.
         """
         # Scores and keys only choose tokens: no gradient flows through them, and with gradient checkpointing there must
         # be nothing here for it to save.
@@ -51,11 +54,11 @@ class AttentionReader(Generic[T]):
         if len(self._captured) == len(self._names):
             outputs = [self._captured.pop(name) for name in self._names]
             pair = outputs if len(outputs) == 2 else outputs[0].chunk(3, dim=-1)[:2]
-            split = [each.unflatten(-1, (self._attention.num_heads, -1)).transpose(1, 2) for each in pair]
-            self._result = self._reduce(QueriesKeys(*split, scale=self._attention.scale))
+            queries, keys = (each.unflatten(-1, (self._attention.num_heads, -1)).transpose(1, 2) for each in pair)
+            self._result = self._reduce(QueriesKeys(queries, keys, self._attention.scale))
 
     def result(self) -> T:
-        """What ``reduce`` made of the layer's queries and keys.
+        """Return what ``reduce`` made of the layer's queries and keys.
 
         Raises:
             RuntimeError: the layer has not run inside the ``with`` block.
@@ -71,20 +74,21 @@ def _unreduced(read: QueriesKeys) -> QueriesKeys:
 
 @contextmanager
 def read_attention(
-    attention: nn.Module, reduce: Callable[[QueriesKeys], T] = _unreduced
+    attention: nn.Module,
+    reduce: Callable[[QueriesKeys], T] = _unreduced,  # type: ignore[assignment]  # T is QueriesKeys by default
 ) -> Iterator[AttentionReader[T]]:
-    """Record what one attention layer's query and key projections return during the ``with`` block.
+    """Record the queries and keys of one attention layer that runs during the ``with`` block.
 
-    The hooks are on these projections of this one module, only during the block, and listen to the calling thread
-    only: neither another model nor another thread that runs the same model is affected. The projections are looked up
-    at entry, so adapters (LoRA) or quantised layers that have replaced them are read as they are.
+    The hooks hang on this one module's projections, only during the block, and they listen to the calling thread only,
+    so neither another model nor another thread that runs the same model is affected. The projections are looked up at
+    entry, so adapters (LoRA) and quantised layers that have replaced them are read as well.
 
     Args:
-        attention: module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``, as transformers' CLIP and SigLIP
-            attention layers have; where it normalises what these return, by ``q_norm`` and ``k_norm``, that is read.
-            Or with ``qkv_proj`` in the place of the two, as vLLM's have.
-        reduce: applied at once, inside the layer, so that the queries and keys need not outlive it; as they are if not
-            given.
+        attention: a module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``, such as the attention layers of
+            transformers' CLIP and SigLIP; or with ``qkv_proj`` in place of the first two, such as vLLM's. Of a module
+            that normalises queries and keys by ``q_norm`` and ``k_norm``, the normalised ones are read.
+        reduce: computes the result from the queries and keys inside the layer, so that these are freed at once. By
+            default they are the result themselves.
 
     Yields:
         An :class:`AttentionReader`; call its ``result()`` after the layer has run.
@@ -119,20 +123,23 @@ def read_attention(
 def read_parts(
     attention: nn.Module, names: tuple[str, ...], reduce: Callable[[dict[str, Tensor], dict[str, Any]], T]
 ) -> Iterator[list[T]]:
-    """Record what parts of one attention layer return, and with which arguments the layer was called.
+    """Record what submodules of one attention layer return, and the arguments that the layer is called with.
 
-    The hooks are as those of :func:`read_attention`. For layers that rotate queries and keys behind their projections:
-    what they rotate by is among the arguments.
+    This is for layers that rotate queries and keys after their projections: the rotation is among the arguments. The
+    hooks are as careful as those of :func:`read_attention`.
 
     Args:
         attention: the layer.
-        names: its parts.
-        reduce: of what these returned, by name, and of the arguments; applied behind the layer.
+        names: the names of its submodules.
+        reduce: computes the result from the submodules' outputs, by name, and the layer's arguments, by name. It is
+            called as soon as the layer has run.
 
     Yields:
-        A list that gets what ``reduce`` returns.
+        A list, to which each run of the layer appends the result.
     """
-    thread, found, captured = threading.get_ident(), [], {}
+    thread = threading.get_ident()
+    found: list[T] = []
+    captured: dict[str, Tensor] = {}
 
     def listen(name: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -156,89 +163,93 @@ def read_parts(
 
 @contextmanager
 def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record what patches of packed images receive in one attention layer with rotary positions, as Qwen-VL's have.
+    """Record the scores and keys of packed images in one layer with rotary positions, such as Qwen-VL's.
 
-    Images lie one behind the other in one sequence of S patches and attend within ``cu_seqlens``.
+    Packed images lie one behind the other in one sequence of S patches, and each attends only to its own part of it,
+    which ``cu_seqlens`` delimits.
 
     Args:
-        attention: module with ``qkv``, ``num_heads`` and ``scaling``, called with ``cu_seqlens`` and
-            ``position_embeddings``; its rotation is ``apply_rotary_pos_emb_vision`` beside its class.
+        attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
+            ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
 
     Yields:
-        A list that gets what :func:`packed_scores` returns.
+        A list, to which each run of the layer appends what :func:`packed_scores` returns.
     """
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
 
     def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        queries, keys, _ = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # (S, H, Dh)
-        turned = rotate(queries, keys, *given["position_embeddings"])
+        split = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # three of (S, H, Dh)
+        queries, keys = rotate(split[0], split[1], *given["position_embeddings"])
         lengths = given["cu_seqlens"].diff().tolist()
-        return packed_scores(*(values.transpose(0, 1) for values in (*turned, keys)), lengths, attention.scaling)
+        return packed_scores(
+            queries.transpose(0, 1), keys.transpose(0, 1), split[1].transpose(0, 1), lengths, attention.scaling
+        )
 
     with read_parts(attention, ("qkv",), score) as found:
         yield found
 
 
 def packed_scores(
-    queries: Tensor, keys: Tensor, unturned: Tensor, lengths: list[int], scale: float
+    queries: Tensor, keys: Tensor, unrotated: Tensor, lengths: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Score the patches of packed images, each image alone, in blocks of queries.
+    """Score the patches of packed images, each image alone.
 
     Args:
-        queries: (H, S, Dh), rotated.
-        keys: likewise.
-        unturned: keys before rotation: what a patch is like, not where it is.
-        lengths: patches of each image.
-        scale: of the layer's attention.
+        queries: (H, S, Dh), the rotated queries.
+        keys: (H, S, Dh), the rotated keys.
+        unrotated: (H, S, Dh), the keys before the rotation, which tell what a patch is like and not where it is.
+        lengths: how many patches each image has.
+        scale: the scale of the layer's attention.
 
     Returns:
-        (S,) float32, attention received, summed over heads, mean over the image's queries; and (S, Dh) float32, keys
-        before rotation, mean over heads.
+        The scores (S,) float32, as :func:`patch_scores` computes them without a CLS token; and the keys (S, Dh) float32
+        before the rotation, mean over heads.
     """
-    images = zip(*(values[None].split(lengths, dim=2) for values in (queries, keys)), strict=True)
-    scores = [patch_scores(QueriesKeys(*image, scale), cls_token=False)[0] for image in images]
-    return torch.cat(scores), unturned.float().mean(dim=0)
+    by_image = zip(queries[None].split(lengths, dim=2), keys[None].split(lengths, dim=2), strict=True)
+    scores = [patch_scores(QueriesKeys(*image, scale), cls_token=False)[0] for image in by_image]
+    return torch.cat(scores), unrotated.float().mean(dim=0)
 
 
 def cls_attention(read: QueriesKeys) -> Tensor:
-    """Softmax attention of the CLS query (position 0) on all positions.
+    """Compute the attention that the CLS token (position 0) pays to every position.
+
+    Only the query of the CLS token is used, so that the cost is H x 1 x S and not H x S x S.
 
     Args:
-        read: queries and keys (B, H, S, Dh). Only the CLS query is used: the cost is H x 1 x S, not H x S x S.
+        read: queries and keys (B, H, S, Dh).
 
     Returns:
-        (B, H, S) in float32, the row that eager attention calls ``attentions[layer][:, :, 0]``.
+        (B, H, S) float32, which is ``attentions[layer][:, :, 0]`` of a model with eager attention.
     """
     return _attention(read.queries[:, :, :1], read)[:, :, 0]
 
 
 def received_attention(read: QueriesKeys, block: int = 128) -> Tensor:
-    """Attention that each position receives, averaged over all queries.
-
-    For encoders without a CLS token, such as SigLIP (the paper's Algorithm 3).
+    """Compute the attention that every position receives, mean over all queries, for encoders without a CLS token.
 
     Args:
         read: queries and keys (B, H, S, Dh).
-        block: queries at a time, so that no more than (B, H, block, S) is ever stored.
+        block: how many queries to compute at a time, so that no more than (B, H, block, S) is ever stored.
 
     Returns:
-        (B, H, S) in float32: the mean over the query axis of the eager attention matrix.
+        (B, H, S) float32, which is ``attentions[layer].mean(dim=2)`` of a model with eager attention.
     """
-    length = read.queries.shape[2]
-    total = sum(_attention(queries, read).sum(dim=2) for queries in read.queries.split(block, dim=2))
-    return total / length
+    total = torch.zeros_like(read.queries[..., 0], dtype=torch.float32)
+    for queries in read.queries.split(block, dim=2):
+        total += _attention(queries, read).sum(dim=2)
+    return total / read.queries.shape[2]
 
 
 def patch_attention(read: QueriesKeys, cls_token: bool, block: int = 128) -> Tensor:
-    """Attention of each patch on each patch, mean over heads.
+    """Compute the attention that each patch pays to each patch, mean over heads.
 
     Args:
         read: queries and keys (B, H, S, Dh).
-        cls_token: position 0 is a CLS token, which is left out on both sides.
-        block: queries at a time, so that no more than (B, H, block, S) is stored of single heads.
+        cls_token: whether position 0 is a CLS token, which is left out on both sides.
+        block: how many queries to compute at a time, so that no more than (B, H, block, S) of single heads is stored.
 
     Returns:
-        (B, N, N) in float32: row i is what patch i pays; it sums to 1 less what a CLS token gets.
+        (B, N, N) float32: row i is what patch i pays, and sums to 1 minus what it pays to a CLS token.
     """
     first = int(cls_token)
     queries = read.queries[:, :, first:].split(block, dim=2)
@@ -246,26 +257,35 @@ def patch_attention(read: QueriesKeys, cls_token: bool, block: int = 128) -> Ten
 
 
 def patch_scores(read: QueriesKeys, cls_token: bool) -> Tensor:
-    """Score of each patch: attention summed over heads (the paper's Algorithm 1; 3 without CLS).
+    """Compute the dominant score of each patch, by which VisionZip keeps tokens.
+
+    With queries q and keys k of the scored layer, which has H heads of d channels, the score of patch i is::
+
+        with a CLS token        s_i = sum over heads h of softmax_j(q_CLS . k_j / sqrt(d))[i]
+        without (SigLIP)        s_i = sum over heads h of mean over queries p of softmax_j(q_p . k_j / sqrt(d))[i]
+
+    Source: the paper's S_h = softmax(Q_h K_h^T / sqrt(D_h)), its row of the CLS token in Algorithm 1, its mean over
+    queries in Algorithm 3. Like the released code this sums over heads; the paper's S_avg is their mean, which ranks
+    patches in the same order.
 
     Args:
         read: queries and keys (B, H, S, Dh) of the scored layer.
-        cls_token: position 0 is a CLS token, whose attention is the score; else the attention received is.
+        cls_token: whether position 0 is a CLS token.
 
     Returns:
-        (B, N) in float32; N = S - 1 with a CLS token (its own score is left out), else S.
+        (B, N) float32; N = S - 1 with a CLS token, which gets no score itself, otherwise N = S.
     """
     return cls_attention(read).sum(dim=1)[:, 1:] if cls_token else received_attention(read).sum(dim=1)
 
 
 def merge_keys(read: QueriesKeys) -> Tensor:
-    """Keys averaged over heads, by which contextual tokens are matched (released code).
+    """Average the keys over heads; their cosine decides which tokens are merged (released code).
 
     Args:
         read: queries and keys (B, H, S, Dh) of the scored layer.
 
     Returns:
-        (B, S, Dh) in float32.
+        (B, S, Dh) float32.
     """
     return read.keys.float().mean(dim=1)
 

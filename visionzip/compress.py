@@ -1,8 +1,8 @@
-"""The method itself: pure functions on tensors, with no module state.
+"""VisionZip itself on tensors: keep the dominant tokens, merge the others into contextual tokens.
 
-Everything here is batched and has shapes that depend on the arguments' shapes only, never on their values: no Python
-loop over images or tokens, no boolean mask, no transfer to the host. That is what ``torch.compile(fullgraph=True)`` and
-CUDA graphs need.
+The functions are pure and batched, and the shapes of their results follow from the shapes of their arguments, never
+from values: there is no Python loop over images or tokens, no boolean mask and no transfer to the host. That is what
+``torch.compile(fullgraph=True)`` and CUDA graphs need.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from visionzip.config import MergeRule, VisionZipConfig
 
 
 class CompressedTokens(NamedTuple):
-    """What :func:`compress_tokens` returns, for B images of S tokens: K dominant and M contextual tokens each.
+    """The K dominant and M contextual tokens of each of B images, and where in its sequence of S tokens they come from.
 
     Attributes:
-        tokens: (B, K+M, D), dominant tokens in the order of the sequence, then the contextual ones.
-        dominant_indices: (B, K) int64, ascending positions in the sequence; the CLS token (position 0) is included.
-        target_indices: (B, M) int64, ascending position of each contextual token's target.
-        assignment: (B, S) int64, slot 0..M-1 of the contextual token that each position went into (a target goes into
-            its own), -1 for dominant positions. With M = 0 all are -1: the rest is dropped.
-        sizes: (B, K+M) float32, patches that each token stands for in the language model's attention; None where the
+        tokens: (B, K+M, D), the dominant tokens in the order of the sequence, then the contextual tokens.
+        dominant_indices: (B, K) int64, the ascending positions of the dominant tokens; a kept CLS token is position 0.
+        target_indices: (B, M) int64, the ascending positions of the targets, one for each contextual token.
+        assignment: (B, S) int64, for each position the contextual token (0 to M - 1) that it is merged into; a target
+            is merged into its own. Dominant and dropped positions have -1, so with M = 0 all have -1.
+        sizes: (B, K+M) float32, how many patches each token stands for in the language model's attention; None if the
             setting has no ``size_bias``.
     """
 
@@ -37,7 +37,7 @@ class CompressedTokens(NamedTuple):
 
     @property
     def kept(self) -> Tensor:
-        """(B, K+M) int64, the position that each token keeps: its own, or its target's."""
+        """(B, K+M) int64, the position in the sequence of each dominant token and of each contextual token's target."""
         return torch.cat([self.dominant_indices, self.target_indices], dim=1)
 
 
@@ -51,32 +51,42 @@ def compress_tokens(
     cls_token: bool = True,
     merge: MergeRule = "released",
 ) -> CompressedTokens:
-    """Keep the tokens that attention concentrates on and merge the rest (VisionZip, arXiv 2412.04467).
+    """Keep the tokens that attention concentrates on and merge the others (VisionZip, arXiv 2412.04467).
 
-    The dominant tokens are the CLS token and the ``dominant - 1`` patches of highest score; equal scores resolve to the
-    lower index. Of the R tokens that remain, in order, every ``max(1, R // contextual)``-th is a target, the first
-    ``contextual`` of them; each other one joins the target whose key is most similar (cosine; a key of norm zero is
-    equally similar to all and joins the first). Scores and similarities are compared in float32 or better (in TF32
-    where you have allowed that for matrix products), whatever the input's type and whether autocast is on; the result
-    is differentiable with respect to ``hidden_states``.
+    1. **Dominant tokens.** The CLS token and the K - 1 patches of highest score are kept (K patches without a CLS
+       token). :func:`visionzip.attention.patch_scores` has the formula of the score. Equal scores resolve to the lower
+       index.
+    2. **Targets.** R = S - K tokens remain, in the order of the sequence. With ``step = max(1, R // M)``, the targets
+       t_1 … t_M are the remaining tokens 0, step, 2 step, …, (M - 1) step.
+    3. **Assignment.** Each other remaining token i joins the target whose key is most similar to its own,
+       ``argmax_m cos(k_i, k_{t_m})``; equal similarities resolve to the first target.
+    4. **Merge.** With A_m the tokens that joined target t_m and h the hidden states, contextual token m is::
 
-    Source: the paper's Algorithm 1 (3 without a CLS token) for the dominant tokens, the released code for the others.
+           merge="released"    h_{t_m} + (1 / |A_m|) * sum of h_i over i in A_m        (h_{t_m} if A_m is empty)
+           merge="average"     (h_{t_m} + sum of h_i over i in A_m) / (1 + |A_m|)
+
+    Scores and similarities are compared in float32 or better (in TF32 if you have allowed that for matrix products),
+    whatever the input's type is and whether or not autocast is on. A key of norm zero has similarity 0 to every target.
+    The result is differentiable with respect to ``hidden_states``.
+
+    Source: the paper's Algorithm 1 (Algorithm 3 without a CLS token) for step 1; the released code for steps 2, 3 and
+    ``"released"``, which differs from the paper's text, ``"average"``.
 
     Args:
-        hidden_states: (B, S, D) output of the scored encoder layer.
-        scores: (B, N) attention on each patch; N = S - 1 with a CLS token, else S.
-        keys: (B, S, Dk) keys of that layer, averaged over heads.
-        dominant: K, tokens to keep, at least 1; counts the CLS token.
-        contextual: M, tokens to merge the rest into, at least 0.
-        cls_token: position 0 is a CLS token: it has no score and is always kept.
-        merge: see :class:`VisionZipConfig`.
+        hidden_states: (B, S, D), the output of the scored encoder layer.
+        scores: (B, N), the attention on each patch; N = S - 1 with a CLS token, otherwise N = S.
+        keys: (B, S, Dk), the keys of that layer, averaged over heads.
+        dominant: K, how many tokens to keep, at least 1; it counts the CLS token.
+        contextual: M, how many tokens to merge the others into, at least 0; with 0 the others are dropped.
+        cls_token: whether position 0 is a CLS token, which has no score and is always kept.
+        merge: the formula of step 4.
 
     Returns:
-        :class:`CompressedTokens`. With K + M >= S nothing is compressed: all S tokens come back as they were, in order,
-        and all count as dominant.
+        The chosen tokens. With K + M >= S nothing is compressed: all S tokens come back unchanged and in order, and all
+        count as dominant.
 
     Raises:
-        ValueError: the shapes do not fit together, or a count is below its limit.
+        ValueError: the shapes do not fit together, a count is below its limit, or ``merge`` is unknown.
     """
     VisionZipConfig(dominant=dominant, contextual=contextual, merge=merge)  # checks the three
     _check_shapes(hidden_states, scores, keys, cls_token)
@@ -107,12 +117,12 @@ def compress_tokens(
 
 
 def compress_alike(hidden_states: Tensor, chosen: CompressedTokens, merge: MergeRule) -> Tensor:
-    """Keep and merge another layer's tokens as those of one were.
+    """Apply a choice that was made on one layer's hidden states to another layer's.
 
     Args:
-        hidden_states: (B, S, D) of the same S tokens.
-        chosen: what was kept and merged.
-        merge: see :class:`VisionZipConfig`.
+        hidden_states: (B, S, D), the other layer's hidden states of the same S tokens.
+        chosen: which tokens are kept, and which are merged into which.
+        merge: the formula of the merge, as in :func:`compress_tokens`.
 
     Returns:
         (B, K+M, D), in the order of ``chosen.tokens``.
@@ -124,18 +134,18 @@ def compress_alike(hidden_states: Tensor, chosen: CompressedTokens, merge: Merge
 
 
 def group_sizes(keys: Tensor, kept: Tensor, cls_token: bool) -> Tensor:
-    """Count the patches that each kept token stands for: itself, and the dropped ones that are most like it.
+    """Count the patches that each kept token stands for: its own patch, and the dropped ones that are most like it.
 
-    A dropped patch counts for the kept one whose key is most similar (cosine; the first where equal). A CLS token
-    stands for no patch: it counts 1, and no other counts for it, unless it is all that is kept.
+    A dropped patch is counted to the kept token whose key is most similar (cosine; the first of equal ones). A kept CLS
+    token has size 1: dropped patches are counted to it only if no other token is kept.
 
     Args:
-        keys: (B, S, Dk), keys of the sequence, averaged over heads.
-        kept: (B, T) int64 positions that the tokens keep.
-        cls_token: position 0 is a CLS token.
+        keys: (B, S, Dk), the keys of all tokens, averaged over heads.
+        kept: (B, T) int64, the positions of the kept tokens (:attr:`CompressedTokens.kept`).
+        cls_token: whether position 0 is a CLS token.
 
     Returns:
-        (B, T) float32, each at least 1; a row's sum is N, or N + 1 with a CLS token that is kept.
+        (B, T) float32, each at least 1. A row sums to N patches, or to N + 1 if the CLS token is kept.
     """
     batch, length, _ = keys.shape
     with torch.autocast(keys.device.type, enabled=False):
@@ -146,7 +156,7 @@ def group_sizes(keys: Tensor, kept: Tensor, cls_token: bool) -> Tensor:
     own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     member = similarity.argmax(dim=-1).scatter(1, kept, own)
     counted = torch.ones(batch, length, device=keys.device)
-    if cls_token:  # one that was dropped is no patch of anyone's
+    if cls_token:  # a dropped CLS token is no patch, so no kept token stands for it
         counted[:, 0] = (kept == 0).any(dim=1).float()
     return counted.new_zeros(kept.shape).scatter_add(1, member, counted)
 
@@ -172,7 +182,7 @@ def _gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def _split(scores: Tensor, dominant: int, length: int, cls_token: bool) -> tuple[Tensor, Tensor]:
-    """Positions of the dominant tokens (B, K) and of the rest (B, S-K), both ascending."""
+    """Find the positions of the dominant tokens (B, K) and of the others (B, S-K), both ascending."""
     # A stable sort, not topk: topk leaves the order of equal scores to the device.
     ranking = _at_least_float32(scores).sort(dim=1, descending=True, stable=True).indices
     chosen = ranking[:, : dominant - int(cls_token)] + int(cls_token)
@@ -185,7 +195,7 @@ def _split(scores: Tensor, dominant: int, length: int, cls_token: bool) -> tuple
 
 
 def _assign(keys: Tensor, rest: Tensor, target_indices: Tensor, step: int) -> Tensor:
-    """Slot of each remaining token (B, R): its own for a target, that of the most similar target for the others."""
+    """Number the contextual token (B, R) that each remaining token joins: steps 2 and 3 of :func:`compress_tokens`."""
     with torch.autocast(keys.device.type, enabled=False):
         unit = F.normalize(_at_least_float32(keys), dim=-1)
         similarity = _gather_tokens(unit, rest) @ _gather_tokens(unit, target_indices).transpose(1, 2)
@@ -196,9 +206,10 @@ def _assign(keys: Tensor, rest: Tensor, target_indices: Tensor, step: int) -> Te
 
 
 def _merge(hidden_states: Tensor, assignment: Tensor, target_indices: Tensor, merge: MergeRule) -> Tensor:
-    """Contextual tokens (B, M, D), as one product of weights (B, M, S) with the hidden states.
+    """Merge into the contextual tokens (B, M, D): step 4 of :func:`compress_tokens`.
 
-    A product, not a scatter: it is deterministic on a GPU too, and its sum runs in float32.
+    Both formulas are weighted sums over the sequence, so they are one product of weights (B, M, S) with the hidden
+    states. Unlike a scatter, that is deterministic on a GPU too, and it accumulates in float32.
     """
     values = _at_least_float32(hidden_states)
     slot = torch.arange(target_indices.shape[1], device=assignment.device)[:, None]

@@ -1,4 +1,4 @@
-"""The setting of VisionZip: how many tokens to keep, where to look, how to merge."""
+"""The setting of a zipped model: how many tokens are kept, by which method, and where they stand."""
 
 from __future__ import annotations
 
@@ -13,37 +13,43 @@ Positions = Literal["consecutive", "original"]
 
 @dataclass(frozen=True)
 class VisionZipConfig:
-    """How a vision tower compresses its tokens. Checks itself; immutable, hashable, picklable.
+    """How the visual tokens of each image, tile or frame are compressed.
+
+    A setting checks itself when it is made, and it is immutable, hashable and picklable. The defaults are the paper's
+    64-token setting of LLaVA-1.5 (Table 1).
 
     Args:
-        dominant: tokens to keep by attention, at least 1. Counts the CLS token where the encoder has one, as in the
-            released package: 54 is CLS + 53 patches. LLaVA-NeXT: per tile.
-        contextual: tokens to merge the rest into, at least 0 (0 drops the rest). LLaVA-NeXT: per tile.
-        layer: encoder layer that is scored, and whose output is kept. -2 is the penultimate one, as in the paper.
-        merge: ``"released"``: target + mean of the tokens assigned to it, as the published code does;
-            ``"average"``: mean over the target and its assigned tokens, as the paper's text says.
-        method: how tokens are chosen, a name of :data:`visionzip.methods.METHODS`.
-        keep: T, tokens to keep in all, or their share of the patches (0.25); it takes the place of ``dominant`` and
-            ``contextual``. LLaVA-NeXT: per tile.
-        seed: of methods that draw at random, 0 or more.
-        positions: where the kept tokens stand in the language model: ``"consecutive"``, as released, or
-            ``"original"``: where they would stand if all were there, and the text behind them likewise.
-        size_bias: add the logarithm of how many patches a kept token stands for to its attention logits in the language
-            model (ToMe, arXiv 2210.09461). None, here and in ``positions``, is the method's own.
-
-        max_tokens: of a ``keep`` that is a share, the most tokens of one image (tile, frame): with 0.25, a photograph
-            of 12 megapixels is 2961 of Qwen2.5-VL's 11 844 tokens, and with ``max_tokens=1024`` it is 1024.
-        min_tokens: of such a share, the least, as long as the image has so many: small images need most of theirs.
-        video_keep: tokens of a whole video, or their share (0.1), chosen among all its frames at once, by ``method``: a
-            frame with more to see keeps more, and one may keep none. None: each frame is chosen from alone, like an
-            image. For families behind transformers' seam that take videos (Qwen-VL, Gemma 4).
+        dominant: how many tokens to keep by attention, at least 1. It counts the CLS token of an encoder that has one,
+            as in the released package: 54 is CLS + 53 patches. For LLaVA-NeXT it is a number per tile.
+        contextual: how many tokens to merge the others into, at least 0; with 0 the others are dropped. For LLaVA-NeXT
+            it is a number per tile.
+        layer: the encoder layer that is scored and whose output is kept; -2 is the penultimate one, as in the paper.
+        merge: how a contextual token is computed: ``"released"`` is the target plus the mean of the tokens assigned to
+            it, as in the published code; ``"average"`` is the mean of the target and these tokens, as in the paper's
+            text. :func:`visionzip.compress_tokens` has both formulas.
+        method: how tokens are chosen: a name of :data:`visionzip.methods.METHODS`.
+        keep: T, how many tokens to keep in all, or their share of the patches (0.25), in place of ``dominant`` and
+            ``contextual``. For LLaVA-NeXT it is per tile.
+        seed: the seed of methods that draw at random, 0 or more.
+        positions: where kept tokens stand in the language model: ``"consecutive"``, as in the released package, or
+            ``"original"``, where kept tokens and the text after them have the positions that they have in the
+            uncompressed prompt. None stands for the method's default.
+        size_bias: whether log(s) is added to the attention logits of a token that stands for s patches, in every layer
+            of the language model (ToMe, arXiv 2210.09461). None stands for the method's default.
+        max_tokens: the most tokens that an image, tile or frame keeps if ``keep`` is a share. With ``keep=0.25`` a
+            photograph of 12 megapixels keeps 2961 of Qwen2.5-VL's 11 844 tokens; with ``max_tokens=1024`` it keeps
+            1024.
+        min_tokens: the fewest tokens that an image, tile or frame keeps if ``keep`` is a share; an image with fewer
+            tokens keeps all of them.
+        video_keep: how many tokens of a whole video to keep, or their share (0.1). They are chosen by ``method`` among
+            all its frames at once, so that a frame that shows more keeps more, and another may keep none. With None,
+            tokens are chosen in each frame alone, as in an image. Only families behind transformers' seam that take
+            videos have this (Qwen-VL, Gemma 4).
 
     Raises:
-        TypeError: a number or a switch is of the wrong type.
-        ValueError: a number is outside its limits, ``merge`` or ``positions`` is unknown, a method other than
-            VisionZip has no ``keep``, or one that is no share has ``max_tokens`` or ``min_tokens``.
-
-    The defaults are the paper's 64-token setting of LLaVA-1.5 (Table 1).
+        TypeError: a number or a switch has the wrong type.
+        ValueError: a number is outside its limits; ``merge`` or ``positions`` is unknown; a method other than VisionZip
+            has no ``keep``; or ``max_tokens`` or ``min_tokens`` is given and ``keep`` is no share.
     """
 
     dominant: int = 54
@@ -61,12 +67,12 @@ class VisionZipConfig:
 
     def __post_init__(self) -> None:
         for name in ("dominant", "contextual", "layer", "seed", "max_tokens", "min_tokens"):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if name == "max_tokens" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}")
-            object.__setattr__(self, name, int(value))  # numpy's integers do not go into JSON
+            object.__setattr__(self, name, int(value))  # JSON takes no numpy integers
         if self.dominant < 1:
             raise ValueError(
                 f"dominant={self.dominant} is below 1: keep at least one token (it counts the CLS token; "
@@ -97,8 +103,8 @@ class VisionZipConfig:
         self._check_tokens("keep", "patches")
 
     def _check_tokens(self, name: str, of_what: str) -> None:
-        """Check a number of tokens or a share."""
-        value = getattr(self, name)
+        """Check a setting that is a number of tokens or a share."""
+        value: Any = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
         value = int(value) if isinstance(value, Integral) else float(value)
@@ -114,7 +120,7 @@ class VisionZipConfig:
     def _check_limits(self) -> None:
         limits = {"max_tokens": self.max_tokens, "min_tokens": self.min_tokens}
         for name, value in limits.items():
-            if value in (None, type(self).__dataclass_fields__[name].default):
+            if value is None or value == type(self).__dataclass_fields__[name].default:
                 continue
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1: keep at least one token")
@@ -129,7 +135,7 @@ class VisionZipConfig:
             )
 
     def tokens(self, patches: int) -> int:
-        """Visual tokens that the setting asks for of one image (tile, frame) of N patches: at least 1."""
+        """Count the visual tokens that the setting asks for of an image, tile or frame of N patches: at least 1."""
         if self.keep is None:
             return self.dominant + self.contextual
         if isinstance(self.keep, int):
@@ -138,34 +144,35 @@ class VisionZipConfig:
         return tokens if self.max_tokens is None else min(tokens, self.max_tokens)
 
     def of_videos(self) -> VisionZipConfig:
-        """The setting of whole videos, as if each were one image; only with ``video_keep``."""
+        """Return the setting for whole videos, which treats each as one image; only for one with ``video_keep``."""
         return dataclasses.replace(self, keep=self.video_keep, video_keep=None, max_tokens=None, min_tokens=1)
 
     def __str__(self) -> str:
-        """The budget as messages have it: ``dominant=54 + contextual=10``, ``keep=0.25, max_tokens=99``."""
+        """Word the budget for messages: ``dominant=54 + contextual=10`` or ``keep=0.25, max_tokens=99``."""
         if self.keep is None:
             return f"dominant={self.dominant} + contextual={self.contextual}"
         limits = {"max_tokens": self.max_tokens, "min_tokens": None if self.min_tokens == 1 else self.min_tokens}
         return ", ".join([f"keep={self.keep}", *(f"{name}={value}" for name, value in limits.items() if value)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain dict that is stored in ``model.config.visionzip``: the budget, and what is not the default."""
+        """Return the plain dict that is stored in ``model.config.visionzip``, without defaults of optional settings."""
         values = dataclasses.asdict(self)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        unsaid = ("dominant", "contextual") if self.keep is not None else ()
+        unused: tuple[str, ...] = ("dominant", "contextual") if self.keep is not None else ()
         optional = ("method", "keep", "seed", "positions", "size_bias", "max_tokens", "min_tokens", "video_keep")
         return {
             name: value
             for name, value in values.items()
-            if name not in unsaid and not (name in optional and value == defaults[name])
+            if name not in unused and not (name in optional and value == defaults[name])
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VisionZipConfig:
-        """Read a stored setting back.
+        """Read a setting back that :meth:`to_dict` has written.
 
         Raises:
-            ValueError: a key is not one of this class's.
+            TypeError: a value has the wrong type.
+            ValueError: a key is unknown, or a value is outside its limits.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):

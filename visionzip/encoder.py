@@ -1,12 +1,11 @@
-"""Runs an image encoder of transformers up to the layer that VisionZip scores, and compresses what comes out.
+"""Run an image encoder up to the scored layer, and choose among its tokens: the one stage of every model family.
 
-For CLIP and SigLIP encoders, wherever they stand: in LLaVA's tower here and in transformers' own models. No layer
-behind the scored one is run, and all run the user's attention kernel.
+The encoder is transformers' CLIP or SigLIP, in LLaVA's vision tower of this repository or in a model of transformers.
+No layer after the scored one runs, and every layer keeps the user's attention kernel.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -22,15 +21,15 @@ from visionzip.methods.base import Reads
 
 
 def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> None:
-    """Check that pixels are normalised numbers: of a floating type, none NaN or infinite.
+    """Check that pixels have a floating type, as normalised ones do, and that none is NaN or infinite.
 
     Args:
-        batch: (tiles, …), the tiles of all images.
+        batch: (tiles, …), the tiles of all images one after the other.
         counts: how many tiles each image has.
-        name: of the argument that the images are in.
+        name: the name of the argument that has the images, for the message.
 
     Raises:
-        ValueError: they are not; the message names the image.
+        ValueError: the pixels fail a check; the message names the image.
     """
     if not batch.is_floating_point():
         raise ValueError(
@@ -48,17 +47,17 @@ def check_finite(batch: Tensor, counts: Sequence[int], name: str = "images") -> 
 
 
 def check_tokens(tokens: Sequence[Tensor], name: str = "images") -> None:
-    """Check visual tokens that go to a language model, which would answer NaN with the token of number 0.
+    """Check that visual tokens are finite: with NaN, a language model would answer with the token of number 0.
 
-    They are looked at once for a call, when they are made, not once a step; and not in training, where a step of mixed
-    precision may overflow, which its scaler answers.
+    Tokens are checked once when they are made, and not in every step of decoding. They are not checked in training:
+    there a step in mixed precision may overflow, and the gradient scaler handles it.
 
     Args:
         tokens: (n, D) of each image.
-        name: of what they were made of.
+        name: what the tokens were made from, for the message.
 
     Raises:
-        ValueError: some are NaN or infinite; the message names the image.
+        ValueError: a token is NaN or infinite; the message names the image.
     """
     if torch.compiler.is_compiling() or torch.isfinite(torch.cat(list(tokens)).detach()).all():
         return
@@ -72,45 +71,45 @@ def check_tokens(tokens: Sequence[Tensor], name: str = "images") -> None:
 
 
 def has_cls_token(vision_model: nn.Module) -> bool:
-    """Whether position 0 is a CLS token (CLIP has one, SigLIP has none)."""
+    """Say whether the encoder has a CLS token at position 0: CLIP does, SigLIP does not."""
     return hasattr(vision_model.embeddings, "class_embedding")
 
 
 def side_length(vision_model: nn.Module) -> int:
-    """Patches along the edge of an image."""
-    return vision_model.config.image_size // vision_model.config.patch_size
+    """Count the patches along one edge of the encoder's square input."""
+    return int(vision_model.config.image_size // vision_model.config.patch_size)
 
 
 def layers_needed(vision_model: nn.Module, layer: int) -> int:
-    """How many encoder layers have to run for the output of ``layer``.
+    """Count the encoder layers that have to run for the output of ``layer``.
 
     Args:
-        vision_model: the encoder.
-        layer: :attr:`VisionZipConfig.layer`.
+        vision_model: transformers' ``CLIPVisionModel`` or ``SiglipVisionModel``.
+        layer: :attr:`VisionZipConfig.layer`; negative ones count from the end.
 
     Raises:
         ValueError: the encoder has no such layer.
     """
-    layers = vision_model.config.num_hidden_layers  # not of the module: training from a cache drops its layers
+    layers = int(vision_model.config.num_hidden_layers)  # the module may have fewer: training from a cache drops them
     if not -layers <= layer < layers:
         raise ValueError(f"layer={layer} is outside the vision tower's {layers} layers (-{layers} to {layers - 1})")
     return layer % layers + 1
 
 
 def hidden_states(vision_model: nn.Module, pixel_values: Tensor, layers: int, **layer_kwargs: Any) -> Tensor:
-    """Output (B, S, D) of the first ``layers`` encoder layers; the ones behind them are not run.
+    """Run the first ``layers`` layers of an encoder and return their output (B, S, D).
 
     Args:
         vision_model: transformers' ``CLIPVisionModel`` or ``SiglipVisionModel``.
         pixel_values: (B, 3, h, w) on any device, in any floating type.
-        layers: 0 for the embeddings alone.
-        **layer_kwargs: for each layer (``frames`` of one that attends over time).
+        layers: how many layers run; 0 returns the embeddings.
+        **layer_kwargs: arguments that every layer gets, such as ``frames`` of layers that attend over time.
     """
     weight = vision_model.embeddings.patch_embedding.weight
     # Offloaded weights are on "meta" until accelerate's hooks bring them in; then these move the pixels too.
     device = pixel_values.device if weight.is_meta else weight.device
     states = vision_model.embeddings(pixel_values.to(device=device, dtype=weight.dtype))
-    if (norm := getattr(vision_model, "pre_layrnorm", None)) is not None:  # CLIP's, spelt like that
+    if (norm := getattr(vision_model, "pre_layrnorm", None)) is not None:  # CLIP has this attribute, spelt like that
         states = norm(states)
     for layer in vision_model.encoder.layers[:layers]:
         states = layer(states, None, **layer_kwargs)
@@ -125,14 +124,18 @@ def read_encoder(
     run: Callable[..., Tensor] = hidden_states,
     **layer_kwargs: Any,
 ) -> EncoderRead:
-    """Run an encoder to the scored layer and read what the setting's method asks for, but what is behind a projector.
+    """Run an encoder up to the scored layer and read what the setting's method needs.
+
+    The projected patches are not read here, as the encoder does not know the projector: :func:`choose_tokens` computes
+    them.
 
     Args:
-        vision_model: as in :func:`hidden_states`.
+        vision_model: transformers' ``CLIPVisionModel`` or ``SiglipVisionModel``.
         pixel_values: (B, 3, h, w).
         config: the setting.
-        run: runs it, with the arguments of :func:`hidden_states`; that is for encoders of transformers.
-        **layer_kwargs: as in :func:`hidden_states`.
+        run: runs the encoder; a function with the arguments of :func:`hidden_states`, for encoders that run another
+            way (vLLM's).
+        **layer_kwargs: arguments that every layer gets.
 
     Raises:
         ValueError: the encoder has no such layer, or the method is unknown.
@@ -140,24 +143,27 @@ def read_encoder(
     reads = reads_of(config)
     layers = layers_needed(vision_model, config.layer)
     cls_token = has_cls_token(vision_model)
-    facts = {"cls_token": cls_token, "pixels": pixel_values, "grid": (side_length(vision_model),) * 2}
-    if not reads & {"scores", "keys"}:  # no hook where nothing is read
-        return EncoderRead(run(vision_model, pixel_values, layers, **layer_kwargs), **facts)
+    grid = (side_length(vision_model), side_length(vision_model))
+    if not reads & {"scores", "keys"}:  # without hooks, as the attention is not needed
+        states = run(vision_model, pixel_values, layers, **layer_kwargs)
+        return EncoderRead(states, cls_token, pixels=pixel_values, grid=grid)
     summarize = partial(scores_and_keys, reads=reads, cls_token=cls_token)
     with read_attention(vision_model.encoder.layers[layers - 1].self_attn, summarize) as reader:
         states = run(vision_model, pixel_values, layers, **layer_kwargs)
-    return EncoderRead(states, scores=reader.result()[0], keys=reader.result()[1], **facts)
+    scores, keys = reader.result()
+    return EncoderRead(states, cls_token, scores, keys, pixels=pixel_values, grid=grid)
 
 
 def reads_of(config: VisionZipConfig) -> frozenset[Reads]:
-    """Say what a setting needs of the encoder: what its method reads, and the keys where tokens have sizes."""
-    return method_of(config).reads | ({"keys"} if has_size_bias(config) else set())
+    """List what a setting reads from the encoder: what its method reads, and the keys if tokens have sizes."""
+    sizes: frozenset[Reads] = frozenset({"keys"}) if has_size_bias(config) else frozenset()
+    return method_of(config).reads | sizes
 
 
 def scores_and_keys(
     read: QueriesKeys, reads: Collection[Reads], cls_token: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute of the scored layer's attention what is read of it: scores (B, N) and keys (B, S, Dk), each or None."""
+    """Compute the scores (B, N) and the keys (B, S, Dk) of the scored layer, each None unless it is in ``reads``."""
     scores = patch_scores(read, cls_token) if "scores" in reads else None
     return scores, merge_keys(read) if "keys" in reads else None
 
@@ -165,27 +171,29 @@ def scores_and_keys(
 def choose_tokens(
     read: EncoderRead, config: VisionZipConfig, project: Callable[[Tensor], Tensor] | None = None
 ) -> CompressedTokens:
-    """Compress what was read of an encoder: the one stage that every model family goes through.
+    """Let the setting's method choose tokens from what was read: every model family goes through this function.
 
     Args:
-        read: of B images of S tokens.
+        read: what was read from the encoder, for B images of S tokens.
         config: the setting.
-        project: the model's projector, (B, N, D) to (B, N, P), for methods that choose by what is behind it; not needed
-            where ``read.projected`` is there.
+        project: the model's projector, (B, N, D) to (B, N, P). Methods that read projected patches need it, unless
+            ``read`` has them already.
+
+    Returns:
+        The tokens, with their sizes if the setting has a size bias.
 
     Raises:
         ValueError: the method reads projected patches, and there is no projector.
     """
     method = method_of(config)
-    if "projected" in method.reads and read.projected is None:
+    if "projected" in method.reads and not read.has("projected"):
         if project is None:
             raise ValueError(
-                f"method={config.method!r} chooses by patches behind the projector, which a vision tower alone does "
-                "not have: run it in a model"
+                f"method={config.method!r} compares patches behind the projector, but a vision tower alone has no "
+                "projector: apply visionzip to the whole model"
             )
-        with torch.no_grad():  # they only choose
-            projected = project(read.patches).to(read.hidden_states.device)
-            read = dataclasses.replace(read, projected=projected)
+        with torch.no_grad():  # projected patches only decide what is chosen, so they need no gradient
+            read = read.replace(projected=project(read.patches).to(read.hidden_states.device))
     chosen = method.choose(read, method.counts(config, read.patches.shape[1], read.cls_token), config)
     if has_size_bias(config):
         with torch.no_grad():
@@ -200,14 +208,14 @@ def compress_images(
     project: Callable[[Tensor], Tensor] | None = None,
     **layer_kwargs: Any,
 ) -> CompressedTokens:
-    """Visual tokens of images, before the projector, with what was kept and merged.
+    """Run an encoder on images and choose their visual tokens, which the projector has not seen yet.
 
     Args:
-        vision_model: as in :func:`hidden_states`.
+        vision_model: transformers' ``CLIPVisionModel`` or ``SiglipVisionModel``.
         pixel_values: (B, 3, h, w).
         config: the setting.
-        project: as in :func:`choose_tokens`.
-        **layer_kwargs: as in :func:`hidden_states`.
+        project: the model's projector, as in :func:`choose_tokens`.
+        **layer_kwargs: arguments that every layer gets.
 
     Raises:
         ValueError: the encoder has no such layer, or what :func:`choose_tokens` raises.

@@ -1,7 +1,7 @@
-"""What images and prompts cost, in operations: the paper's formula, and the exact count module by module.
+"""Count what images and prompts cost in operations: by the paper's formula, and exactly, module by module.
 
-The exact counts are of matrix products (a multiplication and its addition are two), as ``torch.utils.flop_counter`` has
-them; tests/measuring/test_flops.py compares the two, module by module.
+The exact counts are those of matrix products, where a multiplication and its addition are two operations.
+``torch.utils.flop_counter`` counts alike, and tests/measuring/test_flops.py compares the two module by module.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def prefill_flops(tokens: int, layers: int, hidden_size: int, intermediate_size: int) -> int:
-    """The paper's estimate of a prefill: T x (4 n d^2 + 2 n^2 d + 2 n d m).
+    """Estimate the operations of a prefill by the paper's formula, T x (4 n d^2 + 2 n^2 d + 2 n d m).
 
-    It counts a multiplication with its addition as one, and two of SwiGLU's three products; :func:`llama_prefill_flops`
-    counts what is really done.
+    The formula counts a multiplication and its addition as one operation, and only two of SwiGLU's three products.
+    :func:`llama_prefill_flops` counts what is really computed.
 
     Args:
         tokens: n, the prompt's length with its visual tokens.
-        layers: T.
-        hidden_size: d.
-        intermediate_size: m, width of the feed-forward network.
+        layers: T, the layers of the language model.
+        hidden_size: d, its hidden size.
+        intermediate_size: m, the width of its feed-forward network.
 
     Source: arXiv 2412.04467, Preliminary.
     """
@@ -30,27 +30,29 @@ def prefill_flops(tokens: int, layers: int, hidden_size: int, intermediate_size:
 
 
 def llama_prefill_flops(config: Any, tokens: int) -> int:
-    """Operations of a prefill in which every layer sees all tokens: the sum of :func:`llama_module_flops`.
+    """Count the operations of a prefill in which every layer sees all tokens: the sum of :func:`llama_module_flops`.
 
     Args:
-        config: of a Llama, Mistral or Qwen2 model.
+        config: the config of a Llama, Mistral or Qwen2 model.
         tokens: the prompt's length with its visual tokens.
     """
     return sum(llama_module_flops(config, [tokens] * config.num_hidden_layers).values())
 
 
 def llama_module_flops(config: Any, lengths: Sequence[int]) -> dict[str, int]:
-    """Operations of one prompt's prefill by module, over all layers.
+    """Count the operations of one prompt's prefill by module, summed over all layers.
 
-    Projections with grouped keys and values, the two products of attention over the whole square (fused kernels may
-    skip its upper half), the three of SwiGLU, and the logits of the last position, as ``generate`` computes them.
+    The count has the projections, with grouped keys and values; the two products of attention over the whole square,
+    though fused kernels may skip its upper half; the three products of SwiGLU; and the logits of the last position,
+    which is all that ``generate`` computes.
 
     Args:
-        config: of a Llama, Mistral or Qwen2 model.
-        lengths: tokens that each layer sees; they differ where a method prunes between layers.
+        config: the config of a Llama, Mistral or Qwen2 model.
+        lengths: how many tokens each layer sees; they differ if a method prunes between layers.
 
     Returns:
-        By the module's name inside a layer; ``self_attn`` are the two products that are no module's.
+        The operations by the module's name inside a layer. The two products of attention belong to no module and have
+        the name ``self_attn``.
 
     Raises:
         ValueError: there is not one length for each layer.
@@ -71,15 +73,16 @@ def llama_module_flops(config: Any, lengths: Sequence[int]) -> dict[str, int]:
 
 
 def clip_module_flops(config: Any, images: int, layers: int) -> dict[str, int]:
-    """Operations of a CLIP tower by module, over the layers that run.
+    """Count the operations of a CLIP tower by module, summed over the layers that run.
 
     Args:
-        config: of a CLIP vision model.
-        images: images or tiles.
+        config: the config of a CLIP vision model.
+        images: how many images or tiles there are.
         layers: how many layers run (LLaVA: all but the last).
 
     Returns:
-        By the module's name, inside a layer for those of layers; ``self_attn`` as in :func:`llama_module_flops`.
+        The operations by the module's name, for modules of a layer inside that layer. ``self_attn`` has the two
+        products of attention, as in :func:`llama_module_flops`.
     """
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     length = patches + 1
@@ -91,19 +94,20 @@ def clip_module_flops(config: Any, images: int, layers: int) -> dict[str, int]:
 
 
 def compression_flops(config: Any, images: int, dominant: int, contextual: int) -> dict[str, int]:
-    """Operations that VisionZip adds to a CLIP tower.
+    """Count the operations that VisionZip adds to a CLIP tower.
 
     Args:
-        config: of the CLIP vision model.
-        images: images or tiles.
-        dominant: K, CLS included.
-        contextual: M.
+        config: the config of the CLIP vision model.
+        images: how many images or tiles there are.
+        dominant: K, the dominant tokens, CLS included.
+        contextual: M, the contextual tokens.
 
     Returns:
-        ``score``: the CLS row of attention; ``similarity``: of the rest to the targets; ``merge``: the weighted sums.
+        The operations of ``score``, the CLS token's row of attention; ``similarity``, that of the remaining tokens to
+        the targets; and ``merge``, the weighted sums.
     """
     length = (config.image_size // config.patch_size) ** 2 + 1
-    if dominant + contextual >= length:  # nothing is compressed, but the row is computed
+    if dominant + contextual >= length:  # nothing is merged, but the scores are computed all the same
         contextual = 0
     per_head = config.hidden_size // config.num_attention_heads
     return {
@@ -114,5 +118,5 @@ def compression_flops(config: Any, images: int, dominant: int, contextual: int) 
 
 
 def projector_flops(vision_size: int, hidden_size: int, tokens: int) -> int:
-    """Operations of LLaVA's projector (``mlp2x_gelu``) on some visual tokens."""
+    """Count the operations of LLaVA's projector (``mlp2x_gelu``) on a number of visual tokens."""
     return 2 * tokens * hidden_size * (vision_size + hidden_size)

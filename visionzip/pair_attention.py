@@ -1,4 +1,4 @@
-"""How much each patch attends to each other one (the paper's Figure 14), for a page or a figure to show."""
+"""Compute how much each patch attends to each other patch (the paper's Figure 14), for a page or a figure."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from visionzip.integrations import find_integration
 
 @torch.inference_mode()
 def pair_attention(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a model's image encoder up to the layer that decides, and note what its patches attend to there.
+    """Run a model's image encoder up to the scored layer, and record what its patches attend to there.
 
     Args:
-        model: of a family with a CLIP or SigLIP tower, zipped or not.
-        images: (B, 3, h, w), as the model's image processor makes them; tiles are images of their own.
+        model: a model of a family with a CLIP or SigLIP tower, zipped or not.
+        images: (B, 3, h, w) from the model's image processor; tiles count as images of their own.
 
     Returns:
-        (B, N, N) float32 on the CPU: attention of patch i on patch j, mean over heads. What a patch pays to a CLS
-        token is left out, so that rows sum to 1 or less.
+        (B, N, N) float32 on the CPU: the attention that patch i pays to patch j, mean over heads. What a patch pays to
+        a CLS token is left out, so that rows sum to 1 or less.
 
     Raises:
-        TypeError: the model is of no supported family.
-        ValueError: its encoder is of another kind, or the shape of the images is not the encoder's.
+        TypeError: the model's family is not supported.
+        ValueError: the encoder is of another kind, or the images do not have its shape.
     """
     target = unwrap(model)
     integration = find_integration(target)
@@ -45,9 +45,9 @@ def pair_attention(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def packed_pairs(attention: Tensor) -> str:
-    """An image's (N, N) attention in a byte each, as base64: 255 * sqrt(attention / the highest of its row).
+    """Encode an image's attention (N, N) as base64, one byte a pair: 255 * sqrt(attention / the highest of its row).
 
-    Square roots: of most pairs there would be nothing left on a linear scale.
+    The square root keeps small values apart: on a linear scale, most pairs would become 0.
     """
     shares = (attention / attention.amax(dim=1, keepdim=True)).sqrt()
     return base64.b64encode((shares * 255).round().to(torch.uint8).numpy().tobytes()).decode()

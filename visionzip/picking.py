@@ -1,4 +1,4 @@
-"""``picked_tokens(model, patches)``: for a while a model sees the patches that someone has picked, and no others."""
+"""Let a model see only the patches that a person has picked, for a while: ``picked_tokens(model, patches)``."""
 
 from __future__ import annotations
 
@@ -7,51 +7,58 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from visionzip.apply import unwrap
-from visionzip.config import Positions, VisionZipConfig
+from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token
 from visionzip.integrations import Integration, family_of, find_integration
 from visionzip.methods import METHODS, has_size_bias, positions_of
 from visionzip.methods.picked import Patches, picked, picked_rows
 
-_numbers = itertools.count(1)  # two models may have picked tokens at once
+if TYPE_CHECKING:
+    from visionzip.integrations.huggingface import Family
+
+_numbers = itertools.count(1)  # each pick has a name of its own, as two models may have one at the same time
 
 
 @contextmanager
 def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -> Iterator[None]:
     """Let a model see only the patches that are picked, during the ``with`` block.
 
-    Inside it the model is zipped with them: ``generate``, a chat or :func:`visionzip.token_map.inspect_tokens` runs as
-    with any other method, at the encoder layer and with the positions of the model's setting. Behind it, also after an
-    exception, the model has its setting of before, or none. One model cannot have two picks at once, so threads take
-    turns.
+    Inside the block the model is zipped with these patches, with the encoder layer and the positions of its own
+    setting, so that ``generate``, a chat or :func:`visionzip.token_map.inspect_tokens` runs as with any other method.
+    After the block, even after an exception, the model has its former setting again, or none. A model has one pick at a
+    time, so threads have to take turns.
 
     Args:
-        model: as :func:`visionzip.visionzip` takes it.
-        patches: their numbers, row by row from 0 (row * columns + column), in any order: to be kept of each encoder
-            input (image, tile, frame), behind transformers' seam of its merged tokens; or a list of them for each
-            encoder input in order (of LLaVA-NeXT the whole image, then the tiles row by row), equally long.
-        cls_token: keep the CLS token too, where the encoder has one.
+        model: a model that :func:`visionzip.visionzip` takes.
+        patches: the patches' numbers, row by row from 0 (row * columns + column), in any order: one list, whose patches
+            are kept of every encoder input (image, tile, frame), or one list for each encoder input, equally long.
+            LLaVA-NeXT's inputs are the whole image, then the tiles row by row. In families that choose among merged
+            tokens, these count as patches.
+        cls_token: whether to keep the CLS token too, if the encoder has one.
 
     Raises:
-        TypeError: the model is of no supported family, or a number is no integer.
-        ValueError: no patch is picked, one is outside the grid, or the lists differ in length; where the model runs,
-            also that there are not as many lists as encoder inputs.
+        TypeError: the model's family is not supported, or a patch's number is no integer.
+        ValueError: no patch is picked, a patch is outside the grid, or the lists differ in length. A run of the model
+            raises it if there are as many lists as neither 1 nor the encoder inputs.
     """
     target = unwrap(model)
     integration = find_integration(target)
-    before, has_cls, positions = _setting(integration, target)
+    before, has_cls, seam = _setting(integration, target)
     own = before or integration.default(target)
     keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
-    positions = positions or positions_of(own)
+    positions = "original" if seam and seam.rotary else positions_of(own)
     counts = {"keep": keep, "max_tokens": None, "min_tokens": 1, "video_keep": None}
     config = replace(own, method=name, **counts, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
-    METHODS[name] = picked(patches, cls_token)
+    method = picked(patches, cls_token)
+    # Where images have any size, only the running model knows the grid, and checks it.
+    METHODS[name] = replace(method, check=lambda tokens, grid: None) if seam else method
     try:
         _attach(integration, target, config)
         try:
@@ -61,23 +68,23 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
                 integration.detach(target)
             else:
                 _attach(integration, target, before)
-            if stored is not None:  # also of a model that was loaded with a setting, and not zipped yet
+            if stored is not None:  # a model may have been loaded with a setting and not zipped yet
                 target.config.visionzip = stored
     finally:
         del METHODS[name]
 
 
-def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Positions | None]:
-    """A model's setting, whether its encoder has a CLS token, and the only positions it can have, if there are such."""
-    zipped = getattr(model, "_visionzip", None)
+def _setting(integration: Integration, model: nn.Module) -> tuple[VisionZipConfig | None, bool, Family | None]:
+    """A model's setting, whether its encoder has a CLS token, and its family if it is behind transformers' seam."""
     try:
         encoder = integration.encoders(model)["image"]
-    except ValueError:  # behind transformers' seam: tokens are chosen among what an encoder of any kind returns
-        return zipped and zipped.config, False, "original" if family_of(model).rotary else None
+    except ValueError:  # an encoder of another kind, of which only the merged tokens are known
+        zipped = getattr(model, "_visionzip", None)
+        return zipped and zipped.config, False, family_of(model)
     return encoder.setting, has_cls_token(encoder.vision_model), None
 
 
 def _attach(integration: Integration, model: nn.Module, config: VisionZipConfig) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # all patches may be picked; and the setting is the user's own
+        warnings.simplefilter("ignore", UserWarning)  # picking all patches is no mistake, and the setting was there
         integration.attach(model, config)

@@ -1,9 +1,9 @@
-"""Where in an image the encoder looks: the part of it that each input of an encoder shows, and each patch of that.
+"""Find the rectangle of the original image that each encoder input shows, and that each of its patches shows.
 
-An image processor scales, pads, crops and cuts along the axes, so that what an encoder's square input shows is a
-rectangle of the original image: the whole of it, a part where the processor crops or makes tiles, or more than the
-image where it pads. Rectangles are (left, top, right, bottom) in pixels of the original image, as fractions where the
-processor scales; they reach outside of the image where it pads.
+An image processor scales, pads, crops and cuts along the axes, so each square encoder input shows a rectangle of the
+original image: the whole image, a part of it if the processor crops or makes tiles, or more than the image if it pads.
+Rectangles are (left, top, right, bottom) in pixels of the original image. They have fractions if the processor scales,
+and reach outside the image if it pads.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Rectangle = tuple[float, float, float, float]
 
 
 def patch_rectangles(region: Rectangle, grid: Size) -> list[Rectangle]:
-    """The rectangle of each patch, row by row.
+    """Cut a rectangle into those of its patches, row by row.
 
     Args:
-        region: of all of them.
+        region: the rectangle that all patches cover together.
         grid: (rows, columns) of patches.
     """
     left, top, right, bottom = region
@@ -32,13 +32,13 @@ def patch_rectangles(region: Rectangle, grid: Size) -> list[Rectangle]:
 
 
 def covered_part(region: Rectangle, share: float) -> Rectangle:
-    """What patches cover of a region: all, unless they do not divide the encoder's input (56 of 60 pixels)."""
+    """Shrink a region to the share of its edges that patches cover, such as 56 of an input's 60 pixels."""
     left, top, right, bottom = region
     return (left, top, left + (right - left) * share, top + (bottom - top) * share)
 
 
 def padded(size: Size) -> Rectangle:
-    """The square around an image (width, height) of its longer side, as LLaVA pads: the image is in its middle."""
+    """Find the square to which LLaVA pads an image (width, height): as wide as its longer side, around its middle."""
     width, height = size
     edge = max(size)
     left, top = (edge - width) // 2, (edge - height) // 2
@@ -46,12 +46,12 @@ def padded(size: Size) -> Rectangle:
 
 
 def cropped(size: Size, scaled: Size, crop: Size) -> Rectangle:
-    """The middle of an image, as CLIP's processor cuts it.
+    """Find the middle part of an image that CLIP's processor crops.
 
     Args:
         size: (width, height) of the image.
-        scaled: (width, height) that it is scaled to.
-        crop: (width, height) that is cut out then.
+        scaled: (width, height) that the processor scales it to.
+        crop: (width, height) that it then crops from the middle.
     """
     left, top = ((scaled[axis] - crop[axis]) // 2 for axis in (0, 1))
     across, down = size[0] / scaled[0], size[1] / scaled[1]
@@ -59,16 +59,16 @@ def cropped(size: Size, scaled: Size, crop: Size) -> Rectangle:
 
 
 def tiles(size: Size, resolution: Size, edge: int) -> list[Rectangle]:
-    """The whole image, and the tiles that LLaVA-NeXT cuts it into, row by row.
+    """List what the encoder inputs of LLaVA-NeXT show: the whole image, then its tiles row by row.
 
     Args:
         size: (width, height) of the image.
-        resolution: (width, height) that it is scaled into, and centred in.
-        edge: of a tile in pixels.
+        resolution: (width, height) of the canvas into which the image is scaled, and in whose middle it lies.
+        edge: the edge of a tile in pixels of the canvas.
     """
     width, height = size
     scale = min(resolution[0] / width, resolution[1] / height)
-    if resolution[0] / width < resolution[1] / height:  # rounded up as it is scaled
+    if resolution[0] / width < resolution[1] / height:  # the processor rounds the shorter side up
         scaled = (resolution[0], min(math.ceil(height * scale), resolution[1]))
     else:
         scaled = (min(math.ceil(width * scale), resolution[0]), resolution[1])
@@ -83,15 +83,15 @@ def tiles(size: Size, resolution: Size, edge: int) -> list[Rectangle]:
 
 
 def processed(size: Size, processor: Any, edge: int | None = None) -> list[Rectangle]:
-    """What each encoder input shows that an image processor of transformers makes of an image.
+    """List what the encoder inputs show that an image processor of transformers makes from an image.
 
     Args:
         size: (width, height) of the image.
-        processor: CLIP's, SigLIP's, or one of the LLaVA families'.
-        edge: of what it makes in pixels, where it is called for another one than its own.
+        processor: an image processor of CLIP, SigLIP or a LLaVA family.
+        edge: the edge in pixels of the inputs that it makes, if it is called with another size than its own.
 
     Returns:
-        One rectangle; of processors that make tiles the whole image's and those of the grid.
+        One rectangle; or, from a processor that makes tiles, the whole image's and those of the tiles.
     """
     own, crop = processor.size, None
     if getattr(processor, "do_center_crop", None):
@@ -100,14 +100,16 @@ def processed(size: Size, processor: Any, edge: int | None = None) -> list[Recta
     if (pinpoints := getattr(processor, "image_grid_pinpoints", None)) is not None:
         height, width = select_best_resolution(size[::-1], pinpoints)
         return tiles(size, (width, height), crop[1] if crop else shortest or own["height"])
-    left, top, right, bottom = (0, 0, *size)
+    region: Rectangle = (0, 0, *size)
     if hasattr(processor, "pad_to_square") and processor.do_pad:
-        left, top, right, bottom = padded(size)
-    if crop is None:  # squeezed into its size
-        return [(left, top, right, bottom)]
-    given = (right - left, bottom - top)
-    scaled = (own["width"], own["height"])
+        region = padded(size)
+    if crop is None:  # the processor squeezes all of it into its size
+        return [region]
+    left, top, right, bottom = region
+    width, height = round(right - left), round(bottom - top)
     if shortest:
-        scaled = tuple(int(shortest * length / min(given)) for length in given)
-    inner = cropped(given, scaled, crop)
+        scaled = (int(shortest * width / min(width, height)), int(shortest * height / min(width, height)))
+    else:
+        scaled = (own["width"], own["height"])
+    inner = cropped((width, height), scaled, crop)
     return [(inner[0] + left, inner[1] + top, inner[2] + left, inner[3] + top)]

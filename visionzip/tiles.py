@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: the order in which an image's compressed tiles are read."""
+"""Put the compressed tiles of a LLaVA-NeXT image in the order in which the language model reads them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ def tile_order(
     cls_token: bool = True,
     keeps_cls: bool | None = None,
 ) -> Tensor:
-    """Order in which the compressed tiles of one LLaVA-NeXT image enter the language model.
+    """Compute the order in which the compressed tiles of one LLaVA-NeXT image enter the language model.
 
-    First the whole-image tile as it is; then the dominant patches of all other tiles in raster order of the whole
-    image (so rows interleave tiles); then those tiles' CLS tokens; then their contextual tokens, tile by tile.
-    ``tokens.flatten(0, 1)[order]`` is the sequence. Source: the released code, without its fixed 24 x 24 grid.
+    The sequence ``tokens.flatten(0, 1)[order]`` has, one after the other:
+
+    1. all tokens of the tile that shows the whole image;
+    2. the dominant patches of all other tiles in raster order of the whole image, so that a row runs across tiles;
+    3. the CLS tokens of these tiles;
+    4. their contextual tokens, tile by tile.
+
+    Source: the released code, without its fixed grid of 24 x 24 patches.
 
     Args:
         dominant_indices: (T, K) of :class:`CompressedTokens`; tile 0 is the whole image, the others are row-major.
-        contextual: M, contextual tokens of each tile.
-        grid: (columns, rows) of tiles, whole image not counted: columns * rows = T - 1.
+        contextual: M, the contextual tokens of each tile.
+        grid: (columns, rows) of tiles, without the whole image: columns * rows = T - 1.
         patches: (columns, rows) of patches in a tile.
-        cls_token: position 0 of each tile is a CLS token, so that patch 0 has position 1.
-        keeps_cls: the first of the K is that token; as ``cls_token`` if not given.
+        cls_token: whether position 0 of each tile is a CLS token, so that patch 0 has position 1.
+        keeps_cls: whether the first of the K is that token; None stands for the value of ``cls_token``.
 
     Returns:
-        (T * (K + M),) int64: a permutation of the flattened tokens.
+        (T * (K + M),) int64, a permutation of the flattened tokens.
 
     Raises:
         ValueError: the grid does not hold T - 1 tiles.
@@ -44,7 +49,7 @@ def tile_order(
     device = dominant_indices.device
 
     tile = torch.arange(tiles - 1, device=device)[:, None]
-    start = (tile + 1) * length  # of each tile in the flattened tokens
+    start = (tile + 1) * length  # where each tile begins in the flattened tokens
     patch = dominant_indices[1:, first_patch:] - int(cls_token)
     y = (tile // grid_columns) * rows + patch // columns
     x = (tile % grid_columns) * columns + patch % columns
@@ -66,15 +71,15 @@ def join_tiles(
     cls_token: bool = True,
     keeps_cls: bool | None = None,
 ) -> Tensor:
-    """One image's compressed tiles in the order of :func:`tile_order`.
+    """Join one image's compressed tiles in the order of :func:`tile_order`.
 
     Args:
-        tokens: (T, K + M, D) of its tiles, before or after the projector.
-        dominant_indices: (T, K) as there.
-        grid: (columns, rows) as there.
+        tokens: (T, K + M, D), the tokens of its tiles, before or after the projector.
+        dominant_indices: (T, K) of :class:`CompressedTokens`, as in :func:`tile_order`.
+        grid: (columns, rows) of tiles, without the whole image.
         side: patches along one edge of a tile.
-        cls_token: as there.
-        keeps_cls: as there.
+        cls_token: whether position 0 of each tile is a CLS token.
+        keeps_cls: whether the first of the K is that token; None stands for the value of ``cls_token``.
 
     Returns:
         (T * (K + M), D).

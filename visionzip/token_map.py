@@ -1,4 +1,4 @@
-"""What a model's vision tower looks at, keeps and merges, patch by patch, for :mod:`visionzip.visualize` to draw."""
+"""Record what a vision tower attends to, keeps and merges, patch by patch; :mod:`visionzip.visualize` draws it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class PatchRoles(NamedTuple):
     """What a zipped tower does with the N patches of one image.
 
     Attributes:
-        dominant: (N,) bool, the patches that are kept as they are.
-        groups: (N,) int64, slot 0..M-1 of the contextual token that a patch goes into; -1 for the dominant ones, and
-            those that are dropped.
-        targets: (M,) int64, the patch that each contextual token's other patches join.
-        sizes: (N,) float32, patches that the token at each patch stands for, by the setting's ``size_bias``; 0 where no
-            token is. None without ``size_bias``.
+        dominant: (N,) bool, true for the patches that are kept unchanged.
+        groups: (N,) int64, the contextual token (0 to M - 1) that a patch is merged into; -1 for dominant and for
+            dropped patches.
+        targets: (M,) int64, for each contextual token the patch that its other patches join.
+        sizes: (N,) float32, for each patch that has a token, how many patches this stands for; 0 for other patches.
+            None if the setting has no ``size_bias``.
     """
 
     dominant: Tensor
@@ -43,18 +43,17 @@ class TokenMap:
     """One image as the vision tower sees it. Patches are numbered row by row; all tensors are on the CPU.
 
     Attributes:
-        image: (h, w, 3) float32 in 0..1: the pixels that became patches, after the processor has padded, cropped and
-            resized (what is left over at the right and the bottom, where patches do not divide the image, is cut off).
+        image: (h, w, 3) float32, 0 to 1: the pixels that became patches, after the processor has padded, cropped and
+            resized the image. A rest at the right and the bottom that fills no patch is cut off.
         grid: (rows, columns) of patches, N in all, each of h / rows x w / columns pixels.
-        attention: (L, N) float32, attention on each patch in each encoder layer, mean over heads: the CLS token's, or
-            the mean of what all patches pay in encoders without one. What :func:`visionzip.attention.patch_scores`
-            sums.
-        layer: 0..L-1, the layer that decides.
-        cls_token: whether the encoder has a CLS token, which is no patch and always kept.
+        attention: (L, N) float32, the attention on each patch in each encoder layer: the mean over heads, where
+            :func:`visionzip.attention.patch_scores` has the sum.
+        layer: the scored layer, 0 to L - 1.
+        cls_token: whether the encoder has a CLS token, which is no patch.
         roles: what happens to each patch; None if the tower is not zipped.
         keeps_cls: whether the CLS token is one of the visual tokens of a zipped tower.
-        setting: by which patches are kept and merged; None if the tower is not zipped.
-        method: the one that the setting names.
+        setting: the setting by which patches are kept and merged; None if the tower is not zipped.
+        method: the method that the setting names; None if the tower is not zipped.
     """
 
     image: Tensor
@@ -69,54 +68,70 @@ class TokenMap:
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """N, the patches of the image."""
         return self.attention.shape[1]
 
     @property
+    def zipped_roles(self) -> PatchRoles:
+        """What happens to each patch.
+
+        Raises:
+            ValueError: the tower is not zipped.
+        """
+        if self.roles is None:
+            raise ValueError(
+                "this model was not zipped, so no patch is kept or merged: call visionzip(model, dominant=54, "
+                "contextual=10) before inspect_tokens, or draw attention_map, attention_histogram or layer_panel"
+            )
+        return self.roles
+
+    @property
     def num_kept(self) -> int:
-        """Visual tokens that a zipped tower makes of the image: CLS, if it keeps that, dominant and contextual ones."""
-        return self.keeps_cls + int(self.roles.dominant.sum()) + len(self.roles.targets)
+        """The visual tokens that a zipped tower makes from the image: dominant ones, with CLS, and contextual ones."""
+        roles = self.zipped_roles
+        return self.keeps_cls + int(roles.dominant.sum()) + len(roles.targets)
 
     @property
     def num_top(self) -> int:
-        """How many patches captions call the top ones: as many as are dominant; a tenth if none is."""
+        """How many patches count as the top ones: as many as are dominant, or a tenth of all if none is."""
         kept = 0 if self.roles is None else int(self.roles.dominant.sum())
         return kept or max(1, self.num_patches // 10)
 
     @property
     def kept_share(self) -> float:
-        """Share, 0 to 1, of the deciding layer's attention on patches that the dominant ones hold."""
+        """The share, 0 to 1, of the scored layer's attention on patches that the dominant patches get."""
         scores = self.attention[self.layer]
-        return float(scores[self.roles.dominant].sum() / scores.sum())
+        return float(scores[self.zipped_roles.dominant].sum() / scores.sum())
 
     def top_share(self, layer: int) -> float:
-        """Share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest ones hold."""
+        """Compute the share, 0 to 1, of a layer's attention on patches that its :attr:`num_top` highest patches get."""
         scores = self.attention[layer]
         return float(scores.topk(self.num_top).values.sum() / scores.sum())
 
 
 def token_data(tokens: TokenMap, region: Rectangle) -> dict[str, Any]:
-    """Say what a :class:`TokenMap` holds in plain numbers and lists, for a page; nothing is drawn.
+    """Convert a :class:`TokenMap` to plain numbers and lists, for a page that draws them.
 
     Args:
-        tokens: of one image or tile.
-        region: (left, top, right, bottom), what of the original image its pixels show, in pixels of that image
-            (:mod:`visionzip.placement`).
+        tokens: the map of one image or tile.
+        region: (left, top, right, bottom), the rectangle of the original image that its pixels show, in pixels of that
+            image (:mod:`visionzip.placement`).
 
     Returns:
-        A dict that ``json`` takes. Patches are numbered row by row from 0, N in all:
+        A dict that ``json`` takes. Lists by patch have N entries, row by row.
 
-        - ``region`` [left, top, right, bottom]; ``grid`` [rows, columns]; ``rects``: of each patch, as the region; they
-          reach outside of the image where the processor padded it;
-        - ``attention``: of each layer, of each patch, mean over heads; ``score``: that of the layer that decides;
-          ``rank``: 1 for the patch of highest score (of equal ones the first), to N;
-        - ``role`` of each patch: ``"kept"``; ``"target"``, of a contextual token; ``"merged"`` into one; ``"dropped"``.
-          ``into``: the patch that stands for it, itself or its target, None if it is dropped;
-        - ``groups``: of each contextual token its ``target``, ``patches`` (the target among them) and ``size``, their
-          number;
-        - ``sizes``: of each patch what its token stands for with ``size_bias``, 0 without a token; None without bias.
+        - ``region``: [left, top, right, bottom]; ``grid``: [rows, columns]; ``rects``: the rectangle of each patch,
+          which reaches outside the image if the processor padded it.
+        - ``attention``: for each layer, the attention on each patch, mean over heads; ``score``: the scored layer's;
+          ``rank``: 1 for the patch of highest score (equal scores by lower index) to N.
+        - ``role``: for each patch ``"kept"``, ``"target"`` (of a contextual token), ``"merged"`` (into one) or
+          ``"dropped"``; ``into``: the patch that stands for it, which is itself or its target; None if it is dropped.
+        - ``groups``: for each contextual token a dict of its ``target``, its ``patches`` with the target among them,
+          and their number, ``size``.
+        - ``sizes``: for each patch how many patches its token stands for with ``size_bias``; 0 without a token, and
+          None in place of the list without ``size_bias``.
 
-        The last four are None if the model is not zipped.
+        ``role``, ``into``, ``groups`` and ``sizes`` are None if the model is not zipped.
     """
     score = tokens.attention[tokens.layer]
     order = score.sort(descending=True, stable=True).indices
@@ -134,7 +149,7 @@ def token_data(tokens: TokenMap, region: Rectangle) -> dict[str, Any]:
 
 def _role_data(roles: PatchRoles) -> dict[str, Any]:
     targets = roles.targets.tolist()
-    into = [targets[slot] if slot >= 0 else None for slot in roles.groups.tolist()]
+    into: list[int | None] = [targets[slot] if slot >= 0 else None for slot in roles.groups.tolist()]
     names = []
     for patch, kept in enumerate(roles.dominant.tolist()):
         if kept:
@@ -151,34 +166,34 @@ def _role_data(roles: PatchRoles) -> dict[str, Any]:
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Four digits that count: 24 layers of 576 patches are to be sent."""
+    """Round to four significant digits: the page is sent 24 layers of 576 patches."""
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 @torch.inference_mode()
 def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> list[TokenMap]:
-    """Run a model's image encoder to its end and note the attention in every layer and what becomes of every patch.
+    """Run all layers of a model's image encoder, and record the attention in each and what becomes of every patch.
 
-    The scores come from the layers' own queries and keys, whatever the attention kernel. Layers whose weights the
-    checkpoint lacks (a tower of LLaVA never uses its last one) are left out.
+    The attention is computed from the layers' own queries and keys, whatever the attention kernel is. Layers whose
+    weights the checkpoint lacks are left out: a LLaVA tower never uses its last layer.
 
     Args:
-        model: a model of a supported family, zipped or not, a vision tower of LLaVA's, or a wrapper of PEFT or
-            ``torch.compile`` around one. Methods that choose by patches behind the projector need a model.
-        images: (B, 3, h, w), as the model's image processor makes them. Tiles (B, T, 3, h, w) are images of their own:
-            ``images[:, 0]`` are those that show the whole image, ``images.flatten(0, 1)`` all. Of Video-LLaVA also
-            videos, as its processor makes them; their frames are images of their own here, one after the other. (Other
-            families of videos pool a frame before they choose among its tokens, which no patch is then.)
-        processor: the model's processor or image processor, whose normalisation is undone in the pictures. Needed for
-            transformers' own models; others have theirs.
+        model: a model of a supported family, zipped or not, a LLaVA vision tower, or a wrapper of PEFT or
+            ``torch.compile`` around one. A method that reads patches behind the projector needs a whole model.
+        images: (B, 3, h, w) from the model's image processor. Tiles (B, T, 3, h, w) count as images of their own: give
+            ``images[:, 0]`` for those that show the whole image, or ``images.flatten(0, 1)`` for all. Video-LLaVA also
+            takes videos from its processor, whose frames count as images, one after the other. (Other families pool
+            the patches of a frame before they choose, so that a token is no patch.)
+        processor: the model's processor or image processor, whose normalisation is undone in the pictures. Models of
+            transformers need it; LLaVA towers have their own.
 
     Returns:
-        A :class:`TokenMap` of each image; with ``roles`` if the model is zipped.
+        A :class:`TokenMap` of each image, with ``roles`` if the model is zipped.
 
     Raises:
-        TypeError: the model is of no supported family.
-        ValueError: the images' shape is not the encoder's, the model has no vision tower, the method needs a projector
-            and there is none, or no processor is known.
+        TypeError: the model's family is not supported.
+        ValueError: the images do not have the encoder's shape, the model has no vision tower, the method needs a
+            projector and there is none, or no processor is known.
         OSError: the tower has no image processor, so the images cannot be shown.
     """
     target = unwrap(model)
@@ -186,7 +201,7 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     encoder = _encoder_for(integration.encoders(target), images)
     pixels, over_time = encoder.inputs(images)
     tower = encoder.vision_model
-    pixels = pixels.to(tower.dtype)  # as the model does: methods that draw at random go by the values
+    pixels = pixels.to(tower.dtype)  # as the model does: random choices follow from the pixels' values
     setting = encoder.setting or integration.default(target)
     layer = layers_needed(tower, setting.layer) - 1
     if layer >= encoder.trained:
@@ -194,10 +209,11 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     side, cls_token = side_length(tower), has_cls_token(tower)
     shown = _as_shown(pixels, _image_processor(encoder, processor, target), side * tower.config.patch_size)
     attention = _attention_of_layers(encoder, pixels, over_time)
-    roles, method, keeps_cls = [None] * len(pixels), None, False
+    roles: list[PatchRoles | None] = [None] * len(pixels)
+    method, keeps_cls = None, False
     if encoder.setting is not None:
         method = method_of(setting)
-        roles = roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
+        roles[:] = roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
         keeps_cls = token_counts(setting, side**2, cls_token).cls_token
     return [
         TokenMap(shown[i], (side, side), attention[i], layer, cls_token, roles[i], keeps_cls, encoder.setting, method)
@@ -206,7 +222,7 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
 
 
 def _encoder_for(encoders: dict[str, Encoder], images: Tensor) -> Encoder:
-    """The encoder that these images go through, or, of five dimensions, these videos."""
+    """Find the encoder of these images, or of these videos if they have five dimensions."""
     if "video" in encoders and images.ndim == 5:
         return encoders["video"]
     encoder = encoders["image"]
@@ -214,8 +230,8 @@ def _encoder_for(encoders: dict[str, Encoder], images: Tensor) -> Encoder:
     if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
         raise ValueError(
             f"images must be (B, 3, {edge}, {edge}) with B >= 1, got {tuple(images.shape)}: prepare them with the "
-            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]. Frames of a video "
-            "are images too, but only Video-LLaVA chooses among their patches; other families pool them before"
+            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]. Of videos, "
+            "only Video-LLaVA chooses among their patches; other families pool the patches of a frame before that"
         )
     return encoder
 
@@ -225,14 +241,14 @@ def _image_processor(encoder: Encoder, processor: Any, model: nn.Module) -> Any:
         return getattr(processor, "image_processor", processor)
     if encoder.processor is None:
         raise ValueError(
-            f"{type(model).__name__} of transformers does not hold its image processor, without which images cannot be "
-            "shown as they were: give processor=AutoProcessor.from_pretrained(…)"
+            f"{type(model).__name__} of transformers does not hold its image processor, whose normalisation has to be "
+            "undone to show the images: give processor=AutoProcessor.from_pretrained(…)"
         )
     return encoder.processor()
 
 
 def _attention_of_layers(encoder: Encoder, pixels: Tensor, over_time: dict[str, Any]) -> Tensor:
-    """(B, L, N), mean over heads, of the layers that have trained weights."""
+    """Record the attention (B, L, N) on patches, mean over heads, in the layers that have trained weights."""
     tower, cls_token = encoder.vision_model, has_cls_token(encoder.vision_model)
 
     def mean_over_heads(read: QueriesKeys) -> Tensor:
@@ -246,14 +262,14 @@ def _attention_of_layers(encoder: Encoder, pixels: Tensor, over_time: dict[str, 
 
 
 def _as_shown(images: Tensor, processor: Any, covered: int) -> Tensor:
-    """Pixels (B, covered, covered, 3) in 0..1: the processor's normalisation undone."""
+    """Undo the processor's normalisation: pixels (B, covered, covered, 3), 0 to 1."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     pixels = (images.cpu().float() * std + mean).clamp(0, 1)
     return pixels[:, :, :covered, :covered].permute(0, 2, 3, 1)
 
 
 def roles_of(compressed: CompressedTokens, cls_token: bool) -> list[PatchRoles]:
-    """Positions in the sequence as numbers of patches, for each image."""
+    """Convert positions in the sequence to numbers of patches, for each image."""
     first = int(cls_token)
     groups = compressed.assignment.cpu()
     dominant = torch.zeros_like(groups, dtype=torch.bool).scatter(1, compressed.dominant_indices.cpu(), True)

@@ -18,11 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionzip.token_map import PatchRoles, TokenMap, inspect_tokens
+from visionzip.tinting import dominant_pixels, group_pixels, known_roles, overlay_pixels
+from visionzip.token_map import TokenMap, inspect_tokens
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.colors import PowerNorm, hsv_to_rgb
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -55,7 +56,7 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
     Raises:
         ValueError: there are none, or the model was not zipped.
     """
-    roles = [_roles(tokens) for tokens in maps]
+    roles = [known_roles(tokens) for tokens in maps]
     figure, rows = _rows(maps, width=13, height=4)
     for row, tokens, role in zip(rows, maps, roles, strict=True):
         image, heat, kept, merged = row.subplots(1, 4)
@@ -67,7 +68,7 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
         if tokens.keeps_cls:
             title = f"{_count(patches + 1, f'{_kind(tokens)} token')}: {_count(patches, 'patch')} + CLS"
         caption = f"they hold {tokens.kept_share:.0%} of the attention on patches"
-        _draw(kept, tokens, _dominant_pixels(tokens), title, caption)
+        _draw(kept, tokens, dominant_pixels(tokens), title, caption)
         _draw_groups(merged, tokens)
     return figure
 
@@ -102,7 +103,7 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
     Raises:
         ValueError: there are none, or the model was not zipped.
     """
-    roles = [_roles(tokens) for tokens in maps]
+    roles = [known_roles(tokens) for tokens in maps]
     figure, rows = _rows(maps, width=5.6, height=6.2)
     for row, tokens, role in zip(rows, maps, roles, strict=True):
         axes = row.subplots()
@@ -110,10 +111,10 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
         title = _count(patches, f"{_kind(tokens)} patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
             title += f" and, by colour, {_count(len(role.targets), 'contextual token')}"
-        sized = role.sizes is not None
-        _draw(axes, tokens, _overlay_pixels(tokens), title, _merged(tokens) + "; numbers: patches stood for" * sized)
+        caption = _merged(tokens) + "; numbers: patches stood for" * (role.sizes is not None)
+        _draw(axes, tokens, overlay_pixels(tokens), title, caption)
         _outline_targets(axes, tokens)
-        if sized:
+        if role.sizes is not None:
             _write_sizes(axes, tokens, role.sizes)
     return figure
 
@@ -195,58 +196,6 @@ def layer_panel(maps: Sequence[TokenMap]) -> Figure:
     return figure
 
 
-# --- the image in other colours: (h, w, 3) float32 in 0..1 ---
-
-
-def _dominant_pixels(tokens: TokenMap) -> Tensor:
-    """All patches whitened but the dominant ones."""
-    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), tokens.image, _whitened(tokens))
-
-
-def _group_pixels(tokens: TokenMap) -> Tensor:
-    """All patches in the colours of their groups, one for each contextual token, but the dominant ones, in grey."""
-    grey = 0.62 + 0.16 * tokens.image.mean(dim=-1, keepdim=True)
-    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), grey, _tinted(tokens))
-
-
-def _overlay_pixels(tokens: TokenMap) -> Tensor:
-    """The dominant patches as they are among the others in pale colours of their groups."""
-    pale = 0.5 * _tinted(tokens) + 0.5  # or the dominant patches would be lost among the colours
-    return torch.where(_per_pixel(tokens, _roles(tokens).dominant), tokens.image, pale)
-
-
-def _whitened(tokens: TokenMap) -> Tensor:
-    return 0.2 * tokens.image + 0.8
-
-
-def _tinted(tokens: TokenMap) -> Tensor:
-    """All patches in the colours of their groups; whitened without one, as those that are dropped with M = 0."""
-    role = _roles(tokens)
-    colors = torch.cat([_group_colors(len(role.targets)), torch.zeros(1, 3)])  # the last one, -1, is of no group
-    tint = 0.35 * tokens.image.mean(dim=-1, keepdim=True) + 0.65 * _per_pixel(tokens, colors[role.groups])
-    return torch.where(_per_pixel(tokens, role.groups >= 0), tint, _whitened(tokens))
-
-
-def _group_colors(number: int) -> Tensor:
-    """Colours (number, 3) in 0..1, all different, neighbours far apart.
-
-    Steps of the golden ratio around the circle of hues: groups that follow each other lie side by side in the image.
-    """
-    slot = torch.arange(number, dtype=torch.float64)
-    hue = slot * (math.sqrt(5) - 1) / 2 % 1
-    saturation = torch.full_like(hue, 0.8)
-    brightness = 1 - 0.25 * (slot % 2)  # tells those apart that are neighbours on the circle, when there are many
-    return torch.from_numpy(hsv_to_rgb(torch.stack([hue, saturation, brightness], dim=-1).numpy())).float()
-
-
-def _per_pixel(tokens: TokenMap, values: Tensor) -> Tensor:
-    """Values of patches, (N,) or (N, 3), at each pixel: (h, w, 1) or (h, w, 3)."""
-    rows, columns = tokens.grid
-    height, width = tokens.image.shape[0] // rows, tokens.image.shape[1] // columns
-    grid = values.reshape(rows, columns, -1)
-    return grid.repeat_interleave(height, dim=0).repeat_interleave(width, dim=1)
-
-
 def _heat(tokens: TokenMap, layer: int) -> Tensor:
     return tokens.attention[layer].reshape(tokens.grid)
 
@@ -288,14 +237,14 @@ def _draw_attention(axes: Axes, tokens: TokenMap) -> None:
 
 
 def _draw_groups(axes: Axes, tokens: TokenMap) -> None:
-    number = len(_roles(tokens).targets)
+    number = len(known_roles(tokens).targets)
     title = f"{_count(number, 'contextual token')}, by colour" if number else "no contextual tokens"
-    _draw(axes, tokens, _group_pixels(tokens), title, f"{_merged(tokens)}; grey: kept")
+    _draw(axes, tokens, group_pixels(tokens), title, f"{_merged(tokens)}; grey: kept")
     _outline_targets(axes, tokens)
 
 
 def _outline_targets(axes: Axes, tokens: TokenMap) -> None:
-    for target in _roles(tokens).targets.tolist():
+    for target in known_roles(tokens).targets.tolist():
         row, column = divmod(target, tokens.grid[1])
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
 
@@ -315,7 +264,7 @@ def _kind(tokens: TokenMap) -> str:
 
 
 def _merged(tokens: TokenMap) -> str:
-    role = _roles(tokens)
+    role = known_roles(tokens)
     rest = int((~role.dominant).sum())
     if not len(role.targets):
         return f"{_count(rest, 'patch')} dropped" if rest else "nothing is left over"
@@ -340,12 +289,3 @@ def _layer_name(tokens: TokenMap) -> str:
 def _count(number: int, noun: str) -> str:
     plural = noun + ("es" if noun.endswith("ch") else "s")
     return f"{number} {noun if number == 1 else plural}"
-
-
-def _roles(tokens: TokenMap) -> PatchRoles:
-    if tokens.roles is None:
-        raise ValueError(
-            "this model was not zipped, so no patch is kept or merged: call visionzip(model, dominant=54, "
-            "contextual=10) before inspect_tokens, or draw attention_map, attention_histogram or layer_panel"
-        )
-    return tokens.roles

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import Benchmark
-from ..matching import match, percent
-from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, read_json, refuse_repeated
+from ..scoring.matching import match, percent
 
 _QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 _OFFICIAL = "testdev_balanced_questions.json"

@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from ..benchmark import Benchmark
-from ..judge import Judge, Request, marked
-from ..matching import match, unreadable
+from ..reading.sources import need, picture, read_jsonl, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, picture, read_jsonl, refuse_repeated
+from ..scoring.judge import Judge, marked
+from ..scoring.matching import match, unreadable
+from ..scoring.replies import Request
 
 JUDGE_MODEL = "gpt-4-0314"
 _CATEGORIES = ("conv", "detail", "complex")

@@ -31,14 +31,15 @@ from llava.images import load_image
 
 from .. import COMMAND
 from ..benchmark import Benchmark
-from ..fingerprint import checksum_of_bytes
-from ..matching import match, percent, percent_by
-from ..questions import LETTER, lettered, listed
+from ..reading.fingerprint import checksum_of_bytes
+from ..reading.questions import LETTER, lettered, listed
+from ..reading.sources import need, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
-from ..sources import Tables, need, refuse_repeated
+from ..scoring.matching import match, percent, percent_by
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..scoring.judge import Judge
 
 _ROTATION = 1_000_000
 _LETTERS = "ABCD"

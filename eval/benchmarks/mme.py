@@ -22,10 +22,11 @@ from pathlib import Path
 
 from .. import COMMAND
 from ..benchmark import Benchmark
-from ..matching import asked, match
-from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.sources import refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
-from ..sources import Tables, refuse_repeated
+from ..scoring.matching import asked, match
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

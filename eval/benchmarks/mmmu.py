@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Benchmark
-from ..matching import match, percent, percent_by, unreadable
-from ..questions import LETTER, SHORT_ANSWER, lettered
+from ..reading.questions import LETTER, SHORT_ANSWER, lettered
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Rows, Tables, parquet_files
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Rows, Tables, need, parquet_files, read_json, refuse_repeated
+from ..scoring.matching import match, percent, percent_by, unreadable
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..scoring.judge import Judge
 
 _ANSWERS = "answer_dict_val.json"
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))

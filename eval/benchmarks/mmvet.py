@@ -25,11 +25,14 @@ import numpy as np
 from llava.files import write_atomically
 
 from ..benchmark import Benchmark
-from ..judge import Judge, Request, marked, normalized_match
-from ..matching import asked, match, unreadable
-from ..questions import EVAL_ZIP, read_questions
+from ..reading.questions import EVAL_ZIP, read_questions
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, read_json, refuse_repeated
+from ..scoring.judge import Judge, marked
+from ..scoring.matching import asked, match, unreadable
+from ..scoring.proxy import normalized_match
+from ..scoring.replies import Request
 
 JUDGE_MODEL = "gpt-4-0613"
 _CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the paper's order

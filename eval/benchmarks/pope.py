@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import Benchmark
-from ..matching import match, unreadable
-from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.sources import need, read_jsonl
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
-from ..sources import Tables, need, read_jsonl
+from ..scoring.matching import match, unreadable
 
 _QUESTIONS = "llava_pope_test.jsonl"
 _FIRST_IDS = {"adversarial": 1, "popular": 20_000_001, "random": 10_000_001}

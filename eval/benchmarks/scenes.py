@@ -13,10 +13,10 @@ from statistics import fmean, median_low
 from typing import Any
 
 from ..benchmark import Benchmark
-from ..judge import Judge
-from ..matching import match, percent, percent_by
+from ..reading.sources import picture_of, read_once, refuse_repeated
 from ..records import Answer, File, Question, Score
-from ..sources import picture_of, read_once, refuse_repeated
+from ..scoring.judge import Judge
+from ..scoring.matching import match, percent, percent_by
 
 _COLUMNS = ["question_id", "image_id", "image", "type", "question", "answer"]
 _TYPES = ("presence", "color", "shape", "count", "reading", "position", "background")

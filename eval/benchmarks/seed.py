@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Benchmark
-from ..matching import match, percent, percent_by
-from ..questions import EVAL_ZIP, LETTER, listed, read_questions
+from ..reading.questions import EVAL_ZIP, LETTER, listed, read_questions
+from ..reading.sources import need, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, read_json, refuse_repeated
+from ..scoring.matching import match, percent, percent_by
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..scoring.judge import Judge
 
 _QUESTIONS = "llava-seed-bench.jsonl"
 _TRUTH = "SEED-Bench.json"

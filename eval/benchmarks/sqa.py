@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Benchmark
-from ..matching import match, percent
-from ..questions import EVAL_ZIP, LETTER, listed
+from ..reading.questions import EVAL_ZIP, LETTER, listed
+from ..reading.sources import need, picture, read_json, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, UnscoredError
-from ..sources import Tables, need, picture, read_json, refuse_repeated
+from ..scoring.matching import match, percent
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..scoring.judge import Judge
 
 _QUESTIONS = "llava_test_CQM-A.json"
 _LETTERS = "ABCDE"

@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from ..benchmark import Benchmark
-from ..matching import asked, match, percent, unreadable
-from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.sources import need, read_json
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
-from ..sources import Tables, need, read_json
-from ..vqa import ten, textvqa_accuracy
+from ..scoring.matching import asked, match, percent, unreadable
+from ..scoring.vqa import ten, textvqa_accuracy
 
 _QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 _ANNOTATIONS = "TextVQA_0.5.1_val.json"

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..benchmark import Benchmark
-from ..matching import asked, match
-from ..questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
+from ..reading.sources import need, read_json, read_jsonl, refuse_repeated
+from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, ScoredByServerError, Table
-from ..sources import Tables, need, read_json, read_jsonl, refuse_repeated
-from ..vqa import Annotation, normalise, score_uploaded, ten, write_submission
+from ..scoring.matching import asked, match
+from ..scoring.vqa import Annotation, normalise, score_uploaded, ten, write_submission
 
 _QUESTIONS = "llava_test.jsonl"
 _ANNOTATIONS = "val.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava.model.processor_model import takes_processor
+from llava.model.stock.processor_model import takes_processor
 
 from .base import Model
 from .hf import ProcessorModel

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..answers import Given
 from ..config import RunConfig
-from ..methods import Run
 from ..records import Question, Visual
+from ..running.answers import Given
+from ..running.methods import Run
 
 _PIXEL_BYTES = 1 << 29  # of prepared images that are kept for the next run
 
@@ -69,7 +69,7 @@ class Model(ABC):
     def __init__(self, inner: Any, skip_bad: bool = False) -> None:
         self.inner = inner
         self._skip_bad = skip_bad
-        self.trained: dict[str, Any] = {}  # of eval.methods.trained_setting
+        self.trained: dict[str, Any] = {}  # of eval.running.methods.trained_setting
         self._kept: OrderedDict[str, Loaded] = OrderedDict()
         self._bytes = 0
 
@@ -213,7 +213,8 @@ class Watch:
             if isinstance(mask, Mapping):  # by kind of layer
                 mask = mask["full_attention"]
             if mask is not None and mask.ndim == 4:  # what the last token attends to
-                mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+                last = mask[:, 0, -1]  # a size bias adds to what is seen
+                mask = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
             self.lengths += [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(dim=1).tolist()
             self._times.append(self._now())
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from llava.methods import METHODS, detach
-from llava.model.processor_model import (
+from llava.model.stock.processor_model import (
     inputs_of,
     load_model,
     load_processor,
@@ -26,8 +26,8 @@ from llava.model.processor_model import (
 )
 
 from ..config import RunConfig
-from ..methods import Run, attach
 from ..records import Question
+from ..running.methods import Run, attach
 from .base import Loaded, Model, Prompt, watched
 
 
@@ -50,7 +50,7 @@ class ProcessorModel(Model):
 
     Args:
         inner: the model.
-        processor: from :func:`llava.model.processor_model.load_processor`.
+        processor: from :func:`llava.model.stock.processor_model.load_processor`.
         skip_bad: see :class:`Model`.
     """
 

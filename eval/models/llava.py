@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from llava.arguments import load_from_arguments
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation, with_image_tokens
+from llava.loading import load_from_arguments
 from llava.methods import detach
 from llava.mm_utils import tokenizer_image_token
-from llava.model.transformers_llava import generating_module
+from llava.model.stock.transformers_llava import generating_module
 from llava.video import process_visuals
 from visionzip import VisionZipConfig
 from visionzip.encoder import choose_tokens, read_encoder
 from visionzip.methods import has_size_bias
 
 from ..config import RunConfig
-from ..methods import Run, attach
 from ..records import Question
+from ..running.methods import Run, attach
 from .base import Loaded, Model, Prompt, watched
 
 

@@ -8,15 +8,9 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import (
-    add_generation_arguments,
-    add_model_arguments,
-    has_processor,
-    load_from_arguments,
-    load_with_processor,
-    sampling,
-)
+from llava.arguments import add_generation_arguments, add_model_arguments, sampling
 from llava.commands import positive
+from llava.loading import has_processor, load_from_arguments, load_with_processor
 
 HOST = "127.0.0.1"
 
@@ -38,7 +32,7 @@ def demo(args: argparse.Namespace) -> None:
     check_port(args.port)
     settings = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
     if has_processor(args.model_path):
-        page_model: PageModel = ProcessorModel(*load_with_processor(args, vanilla=False))
+        page_model: PageModel = ProcessorModel(*load_with_processor(args))
     else:
         page_model = LlavaModel(*load_from_arguments(args))
     page = Page.of(page_model, name=escape(Path(args.model_path).name), **settings)

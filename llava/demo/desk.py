@@ -130,8 +130,7 @@ class Desk:
             self.page_model.vanilla()
         exchange.partial[slot] = ""
         put(None)
-        side = talk.sides.get(slot) or self._side(is_stopped)
-        talk.sides[slot] = side
+        side = talk.sides[slot] = talk.sides.get(slot) or self._side(is_stopped)
         side.is_stopped = is_stopped
         side.generate_kwargs["stopping_criteria"] = [Stop(is_stopped)]
         # As they are now: the visitor may pick others while the answer comes.

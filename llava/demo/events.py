@@ -57,7 +57,11 @@ _PICKING = (
     "(status, conversation) => [status.includes('vz-busy') || !conversation.includes('vz-turn') ? status"
     f" : `{show.status('ask again to see what it answers')}`]"
 )
-_CLEAR = "(question, status) => [status.includes('answered') ? '' : question]"  # where an answer came
+# Where an answer came, and nothing else was written meanwhile.
+_CLEAR = """(question, status, conversation) => {
+  const asked = [...new DOMParser().parseFromString(conversation, 'text/html').querySelectorAll('.vz-question')].at(-1);
+  return [status.includes('answered') && asked?.firstChild.textContent === question.trim() ? '' : question];
+}"""
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +140,8 @@ class Events:
         return [self.parts[name] for name in names]
 
     def _clear(self, asked: Any) -> None:
-        question, status = self._parts("question", "status")
-        asked.then(fn=None, js=_CLEAR, inputs=[question, status], outputs=[question], api_name=False)
+        inputs = self._parts("question", "status", "conversation")
+        asked.then(fn=None, js=_CLEAR, inputs=inputs, outputs=inputs[0], api_name=False)
 
     def _in_browser(self, triggers: Any, js: str, inputs: list[str], outputs: list[str]) -> Any:
         own = {"inputs": self._parts(*inputs), "outputs": self._parts(*outputs), "trigger_mode": "multiple"}
@@ -161,6 +165,8 @@ class Events:
         changes = _CHANGES[handler.__name__]
 
         def row(talk: Talk, change: Change) -> Any:
+            if not change and changes:
+                return [gr.skip()] * len(changes)
             talk.shown |= change
             values = [talk.shown.get(part, "") for part in changes]
             return values if len(values) > 1 else values[0] if values else None

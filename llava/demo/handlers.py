@@ -65,6 +65,7 @@ class Handlers:
         return replace(self.desk.default, keep=keep, method=method, **chosen)  # layer, merge and seed stay the model's
 
     def _picture(self, talk: Talk, setting: Setting, view: str | None = None, layer: int | None = None) -> str:
+        talk.setting = setting
         if not talk.pictures:
             return ""
         data = self.desk.picture(talk.pictures[talk.selected], setting, talk.pairs)
@@ -91,6 +92,8 @@ class Handlers:
     def redraw(self, talk: Talk, *controls: Any) -> Change:
         """Another setting chooses anew; picks are dropped."""
         setting = self.setting(*controls)
+        if setting == talk.setting:  # it has gone back, or was said twice
+            return {}
         talk.drop_picks()
         line = f"{setting}: ask again to see what it answers" if talk.exchanges else ""
         return {"picture": self._picture(talk, setting), "status": show.status(line)}
@@ -116,7 +119,7 @@ class Handlers:
 
     def stop(self, talk: Talk, number: float = 0) -> Change:
         """Stop the answers up to a question at the next token; what is stopped says so itself."""
-        talk.stop(int(number))
+        talk.stop(int(number) or None)
         return {}
 
     def leave(self, talk: Talk, number: float) -> Change:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.demo.talk import Picks, StoppedError
 from llava.methods import patches_of
-from llava.model.processor_model import inputs_of, prompt_of, user_turn
+from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
 from llava.picture import picture_data
 from llava.serve.chat import ChatSession, Turn
 from llava.serve.processor_chat import ProcessorSession
@@ -153,15 +153,26 @@ class ProcessorModel:
     """Any other model of transformers that VisionZip knows the encoder of, with its processor.
 
     Args:
-        model: from :func:`llava.arguments.load_with_processor`, as the next one; it is zipped.
+        model: from :func:`llava.arguments.load_with_processor`, as the next one.
         processor: its processor.
+
+    Raises:
+        ValueError: the page cannot show what its encoder attends to.
     """
 
     pairable = False
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.tokenizer, self._processor = model, processor.tokenizer, processor
-        self._family = family_of(model)
+        try:
+            self._family = family_of(model)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if getattr(self._family, "encoder", None) is None:
+            raise ValueError(
+                f"the page shows attention, but VisionZip does not know the encoder of {type(model).__name__}: use "
+                "visionzip chat"
+            )
         self.patches = patches_of(model)
 
     def default(self) -> VisionZipConfig | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.demo.uploads import Upload
-from llava.serve.chat import Turn
+from llava.serve.turns import Turn
 from visionzip import unzip, visionzip
 from visionzip.config import MergeRule, Positions
 
@@ -141,6 +141,7 @@ class Talk:
         self.waiting: list[Picture] = []  # for the next question
         self.selected = 0
         self.hint = ""  # what there is to see in the picture
+        self.setting: Setting | None = None  # of the picture
         self.pairs = False  # whether the picture says what each patch attends to
         self.exchanges: list[Exchange] = []
         self.sides: dict[str, Any] = {}  # a ChatSession each
@@ -152,11 +153,12 @@ class Talk:
         Args:
             number: of the question, as the browser counts them; 0 is the next one.
         """
+        self.leaving = False
         self._ticket = number or self._ticket + 1
 
-    def stop(self, number: int = 0) -> None:
-        """Stop the questions up to a number, whether they run, wait or are still to come; 0 is the last one's."""
-        self._stopped = max(self._stopped, number or self._ticket)
+    def stop(self, number: int | None = None) -> None:
+        """Stop the questions up to a number, whether they run, wait or are still to come; None is the last one's."""
+        self._stopped = max(self._stopped, self._ticket if number is None else number)
 
     def stopped(self) -> Callable[[], bool]:
         """Whether what begins now has been stopped."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from llava.arguments import add_measuring_arguments
 from llava.commands import finite, positive
 from llava.measure import report
+from llava.measure.meters.timing import Clock, Measurement, time_interleaved
 from llava.measure.report import Columns, Row
-from llava.measure.timing import Clock, Measurement, time_interleaved
 from llava.screen import say
 from visionzip import unzip, visionzip
 

@@ -18,11 +18,11 @@ from llava.arguments import add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.measure import report
-from llava.measure.peak import Request, peaks, weights_mib
+from llava.measure.meters.peak import Request, peaks, weights_mib
+from llava.measure.meters.runner import FIRST_TOKEN, Watch, Way, marks
+from llava.measure.meters.timing import time_interleaved
+from llava.measure.models.shapes import SHAPES, build_model
 from llava.measure.report import Columns, Row
-from llava.measure.runner import FIRST_TOKEN, Watch, Way, marks
-from llava.measure.shapes import SHAPES, build_model
-from llava.measure.timing import time_interleaved
 from llava.screen import say
 from visionzip import unzip, visionzip
 

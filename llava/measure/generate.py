@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from llava.arguments import has_processor
 from llava.commands import positive
+from llava.loading import has_processor
 from llava.measure.latency import make_rows, plot, print_latency
-from llava.measure.processor import ProcessorRunner
+from llava.measure.meters.processor import ProcessorRunner
+from llava.measure.meters.runner import Runner, make_prompt, time_ways
 from llava.measure.report import add_plot_argument, conclude, environment, write_results
 from llava.measure.request import (
     add_request_arguments,
@@ -20,7 +21,6 @@ from llava.measure.request import (
     setting_of,
     title_of,
 )
-from llava.measure.runner import Runner, make_prompt, time_ways
 
 
 def benchmark_prefill(args: argparse.Namespace) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.measure.processor import PicturePrompt
+from llava.measure.meters.processor import PicturePrompt
+from llava.measure.meters.runner import Prompt, Watch, Way, encoder_layers
+from llava.measure.meters.timing import Measurement
 from llava.measure.report import Columns, Row, ratio, save_figure, show, spread
-from llava.measure.runner import Prompt, Watch, Way, encoder_layers
-from llava.measure.timing import Measurement
 from llava.screen import say
 from visionzip.encoder import reads_of
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops

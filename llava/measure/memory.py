@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from llava.measure.peak import Request, peaks, weights_mib
+from llava.measure.meters.peak import Request, peaks, weights_mib
+from llava.measure.meters.runner import Runner, Way, make_prompt
 from llava.measure.report import Columns, Row, conclude, show
 from llava.measure.request import add_request_arguments, check_ways, model_of, setting_of, title_of
-from llava.measure.runner import Runner, Way, make_prompt
 
 
 def benchmark_memory(args: argparse.Namespace) -> None:

@@ -16,10 +16,10 @@ from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.measure import report
-from llava.measure.peak import Request, peaks, weights_mib
+from llava.measure.meters.peak import Request, peaks, weights_mib
+from llava.measure.meters.timing import Measurement, time_interleaved
+from llava.measure.models.shapes import VIT_L_14_336, VIT_TINY
 from llava.measure.report import Columns, Row
-from llava.measure.shapes import VIT_L_14_336, VIT_TINY
-from llava.measure.timing import Measurement, time_interleaved
 from llava.model import MGMConfig, MGMLlamaForCausalLM
 from visionzip import VisionZipConfig, unzip, visionzip
 

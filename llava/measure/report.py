@@ -22,7 +22,7 @@ import transformers
 
 from llava.arguments import device_of
 from llava.files import write_atomically
-from llava.measure.timing import Measurement
+from llava.measure.meters.timing import Measurement
 from llava.screen import print_table, say
 
 PLOTS = (".png", ".svg", ".pdf")

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument, has_processor
+from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument
 from llava.commands import positive
+from llava.loading import has_processor
+from llava.measure.meters.runner import Way
+from llava.measure.models.shapes import SHAPES, build_model
 from llava.measure.report import check_request
-from llava.measure.runner import Way
-from llava.measure.shapes import SHAPES, build_model
 from llava.methods import METHODS, detach, per_tile
-from llava.model.builder import config_values, load_pretrained_model
-from llava.model.processor_model import load_model, load_processor
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints.configs import config_values
+from llava.model.stock.processor_model import load_model, load_processor
 
 TIMED = ("vanilla", "visionzip", "fastv", "sparsevlm")  # where --method says nothing
 

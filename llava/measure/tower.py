@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -19,10 +18,10 @@ from transformers import CLIPVisionConfig
 
 from llava.arguments import add_batch_sizes, add_budget_arguments, add_measuring_arguments
 from llava.measure import report
-from llava.measure.peak import Request, peaks
+from llava.measure.meters.peak import Request, peaks
+from llava.measure.meters.timing import Clock, Measurement, time_interleaved
+from llava.measure.models.shapes import TOWERS
 from llava.measure.report import Columns, Row
-from llava.measure.shapes import TOWERS
-from llava.measure.timing import Clock, Measurement, time_interleaved
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.screen import say
@@ -99,7 +98,7 @@ def choices(
         clock.mark("read")
         projected = projector(bare.patches) if "projected" in reads else None
         clock.mark("projection")
-        choose_tokens(dataclasses.replace(bare, scores=scores, keys=keys, projected=projected), config)
+        choose_tokens(bare.replace(scores=scores, keys=keys, projected=projected), config)
         clock.mark("choice")
         return clock
 

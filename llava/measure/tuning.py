@@ -15,10 +15,11 @@ import torch
 from llava.arguments import add_budget_arguments, add_measuring_arguments
 from llava.commands import positive
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.measure import report, shapes
-from llava.measure.peak import Request, peaks
-from llava.measure.timing import time_interleaved
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.measure import report
+from llava.measure.meters.peak import Request, peaks
+from llava.measure.meters.timing import time_interleaved
+from llava.measure.models import shapes
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.train.cache import drop_tower
 from visionzip import VisionZipConfig, unzip, visionzip
 

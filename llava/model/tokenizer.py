@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from llava.model.loading import find_file
+from llava.model.checkpoints.files import find_file
 
 _SPACE = "▁"  # SentencePiece's
 _FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")

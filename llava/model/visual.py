@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.tiles import Layout, lay_out_tiles, unpad_image
 from visionzip.methods import has_size_bias, positions_of
 from visionzip.tiles import tile_order

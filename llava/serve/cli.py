@@ -22,14 +22,12 @@ from llava.arguments import (
     add_language_arguments,
     add_method_arguments,
     add_model_arguments,
-    has_processor,
-    load_from_arguments,
-    load_with_processor,
     sampling,
 )
 from llava.commands import hint, parser_of, run_command
 from llava.images import load_image
-from llava.model.transformers_llava import generating_module
+from llava.loading import has_processor, load_from_arguments, load_with_processor
+from llava.model.stock.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 from llava.serve.processor_chat import ProcessorSession
 from llava.video import load_video

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from llava.model.generation import check_settings
-from llava.model.processor_model import Message, assistant_turn, inputs_of, prompt_of, user_turn
-from llava.serve.chat import OWN_ARGUMENTS, REFUSED_OF_CONVERSATIONS, Clock, Turn, answer_settings
+from llava.model.stock.processor_model import Message, assistant_turn, inputs_of, prompt_of, user_turn
+from llava.serve.turns import OWN_ARGUMENTS, REFUSED_OF_CONVERSATIONS, Clock, Turn, answer_settings
 from llava.video import Visual
 
 
@@ -28,7 +28,7 @@ class ProcessorSession:
 
     Args:
         model: zipped or not.
-        processor: from :func:`llava.model.processor_model.load_processor`.
+        processor: from :func:`llava.model.stock.processor_model.load_processor`.
         **generate_kwargs: for ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, …
 
     Raises:

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard
 from transformers.utils import is_peft_available
 
 from llava.fingerprint import checksum, fingerprint
-from llava.model.loading import checkpoint_path
+from llava.model.checkpoints.files import checkpoint_path
 from llava.train.checkpoints import records_digest, what_decides_steps
 from llava.train.data import Record
 from llava.train.run import TrainingArguments, check_finite

@@ -30,8 +30,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.images import load_image
 from llava.mm_utils import process_images
-from llava.model.loading import gathered
-from llava.model.multimodal_encoder.vision_tower import EncodedImage, VisionTower
+from llava.model.checkpoints.loading import gathered
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.screen import progress
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of

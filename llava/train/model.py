@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, PretrainedConfig
 
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM, LlavaQwenForCausalLM
-from llava.model.builder import load_pretrained_model, read_config
-from llava.model.loading import check_finite_weights, checkpoint_path, gathered, load_weights
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints.configs import read_config
+from llava.model.checkpoints.files import checkpoint_path, load_weights
+from llava.model.checkpoints.loading import check_finite_weights, gathered
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.tokenizer import load_tokenizer

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from llava.folders import whole_files
-from llava.model.loading import check_finite_weights, gathered, load_weights
+from llava.model.checkpoints.files import load_weights
+from llava.model.checkpoints.loading import check_finite_weights, gathered
 from llava.train.model import learnt
 
 _BESIDE = "non_lora_trainables.bin"

@@ -110,21 +110,11 @@ def _train(arguments: ModelArguments, data: DataArguments, training: LlavaTraini
     tokenizer, model, image_processor = build_model(
         arguments, data.image_aspect_ratio, weight_dtype(arguments, training)
     )
-    if data.turns_apart and (image_processor is None or "flash" in model.config._attn_implementation):
-        raise ValueError("turns_apart needs a vision tower, and attention that takes a mask: eager or sdpa")
-    if data.cache_visual_tokens and image_processor is None:
-        raise ValueError("cache_visual_tokens needs a vision tower: this is a language model")
+    _check_data_settings(data, model, image_processor is not None)
     output = Path(training.output_dir)
-    dataset = InstructionData(
-        records.kept,
-        data.image_folder,
-        tokenizer,
-        arguments.version,
-        image_processor,
-        model.config,
-        data.turns_apart,
-        output / "skipped.jsonl" if data.skip_bad_samples else None,
-    )
+    skipped = output / "skipped.jsonl" if data.skip_bad_samples else None
+    said = (records.kept, data.image_folder, tokenizer, arguments.version, image_processor, model.config)
+    dataset = InstructionData(*said, data.turns_apart, skipped)
     if arguments.whiten_mm_projector:
         whiten_projector(model, torch.stack([dataset[index]["image"] for index in range(min(256, len(dataset)))]))
     if arguments.budget:
@@ -156,11 +146,17 @@ def _train(arguments: ModelArguments, data: DataArguments, training: LlavaTraini
     trainer.save_model()
     if trainer.is_world_process_zero():
         _say_what_was_cut(trainer, len(dataset), limit)
-        facts = {
-            "records": [record.get("id") for record in records.kept] if data.data_fraction < 1 else len(dataset),
-            "left_out": [*records.left_out, *_skipped(dataset.skipped)],
-        }
+        used = [record.get("id") for record in records.kept] if data.data_fraction < 1 else len(dataset)
+        facts = {"records": used, "left_out": [*records.left_out, *_skipped(dataset.skipped)]}
         finish(trainer, {"model": arguments, "data": data}, facts)
+
+
+def _check_data_settings(data: DataArguments, model: Any, has_tower: bool) -> None:
+    """Refuse settings of the data that this model cannot follow."""
+    if data.turns_apart and (not has_tower or "flash" in model.config._attn_implementation):
+        raise ValueError("turns_apart needs a vision tower, and attention that takes a mask: eager or sdpa")
+    if data.cache_visual_tokens and not has_tower:
+        raise ValueError("cache_visual_tokens needs a vision tower: this is a language model")
 
 
 def _check_gradients(records: Records, arguments: ModelArguments, data: DataArguments) -> None:

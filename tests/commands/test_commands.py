@@ -27,18 +27,16 @@ def image_file(tmp_path: Path) -> Path:
     return tmp_path / "cube.png"
 
 
-def run(*command: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=120, check=False, **kwargs
-    )
+def run(*command: str, python: str = sys.executable, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *command], capture_output=True, text=True, timeout=120, check=False, **kwargs)
 
 
-def test_visionzip_chat(make_checkpoint, image_file: Path):
+def test_visionzip_chat(make_checkpoint, quick_python: Path, image_file: Path):
     """As a user types it: two questions, another image, and a wrong file that does not end the chat."""
     lines = ["What is shown?", "And behind it?", "/image [/x].png", f"/image {image_file}", "And here?", "/exit"]
     flags = ["--temperature", "0", "--max-new-tokens", "4", "--dominant", "5", "--contextual", "2"]
     command = ["-m", "llava.cli", "chat", "--model-path", str(make_checkpoint()), "--image", str(image_file), *flags]
-    done = run(*command, input="\n".join(lines))
+    done = run(*command, python=str(quick_python / "bin/python"), input="\n".join(lines))
     assert done.returncode == 0, done.stderr
     assert "Loading weights" not in done.stderr and "%|" not in done.stderr  # no bars in a log
     assert "VisionZip 5 + 2" in done.stdout and "\x1b" not in done.stdout

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 
 from checkpoints import picture
 from eval.__main__ import main as eval_command
-from eval.answers import answers_file, read_answers
-from eval.judge import Request, api_judge
+from eval.reading.tables import Tables
 from eval.records import Answer, Table
-from eval.sources import Tables
+from eval.running.answer_files import answers_file, read_answers
+from eval.scoring.judge import api_judge
+from eval.scoring.replies import Request
 from llava.cli import main as visionzip_command
 from llava.commands import run_command
 from llava.files import WriteError, append, write_atomically

@@ -11,7 +11,14 @@ from seam_checkpoints import save_checkpoint
 
 from checkpoints import picture
 from llava.cli import main as visionzip_command
-from llava.model.processor_model import assistant_turn, inputs_of, load_model, load_processor, prompt_of, user_turn
+from llava.model.stock.processor_model import (
+    assistant_turn,
+    inputs_of,
+    load_model,
+    load_processor,
+    prompt_of,
+    user_turn,
+)
 from llava.serve.processor_chat import ProcessorSession
 from visionzip import visionzip
 

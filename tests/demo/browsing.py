@@ -41,7 +41,7 @@ class Browser:
 
     def open(self, query: str = "") -> None:
         self.driver.get(f"{self.page.address}/{query}")
-        self.wait(lambda: self.all(".vz-drop"))
+        self.wait(lambda: self.all(".vz-drop input:enabled"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         """What a condition returns as soon as it is something; parts that are not there, or not any more, are none."""
@@ -59,23 +59,44 @@ class Browser:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
+    def click(self, how: str, where: str) -> None:
+        """Click on something as soon as it can be clicked on."""
+
+        def clicked() -> bool:
+            found = self.driver.find_element(how, where)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+            found.click()
+            return True
+
+        self.wait(clicked)
+
     def press(self, words: str) -> None:
         """A button, by what is on it."""
-        button = self.driver.find_element("xpath", f"//button[normalize-space()='{words}']")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
+        self.click("xpath", f"//button[normalize-space()='{words}']")
+
+    def until(self, line: str, act: Callable[[], Any]) -> None:
+        """Do something, and wait for a line that is newer than that."""
+        mark = "document.querySelector('#vz-line p')?.setAttribute('data-old', '')"
+        self.driver.execute_script(mark)
+        act()
+        self.wait(lambda: not self.all("#vz-line p[data-old]") and self.status() == line)
 
     def upload(self, *files: Path) -> None:
         self.one(".vz-drop input").send_keys("\n".join(map(str, files)))
 
     def field(self, label: str) -> Any:
         path = f"//label[.//span[normalize-space()='{label}']]//textarea | //input[@aria-label='{label}']"
-        return next(field for field in self.driver.find_elements("xpath", path) if field.is_displayed())
+        return self.wait(
+            lambda: next(field for field in self.driver.find_elements("xpath", path) if field.is_displayed())
+        )
 
     def ask(self, question: str) -> None:
-        turns = len(self.answers())
-        self.field("Question").send_keys(question + Keys.ENTER)
-        self.wait(lambda: len(self.answers()) == turns + 1 and self.status() == "answered")
+        self.until("answered", lambda: self.field("Question").send_keys(question + Keys.ENTER))
+        self.wait(lambda: not self.field("Question").get_attribute("value"))  # there is room for the next one
+
+    def example(self, label: str) -> None:
+        """One of the paper's figures, and its answers."""
+        self.until("answered", lambda: self.press(label))
 
     def answers(self) -> list[tuple[str, str]]:
         words = [each.text for each in self.all("#vz-talk .vz-answer")]
@@ -102,7 +123,7 @@ class Browser:
         return self.one(".vz-info").text.strip()
 
     def show(self, view: str) -> None:
-        self.driver.find_element("xpath", f"//*[contains(@class, 'vz-views')]//span[.='{view}']").click()
+        self.click("xpath", f"//*[contains(@class, 'vz-views')]//span[.='{view}']")
 
     def hurdles(self) -> list[str]:
         """What axe-core finds against WCAG and good practice in what is shown now: contrast, names, order, roles."""

@@ -59,8 +59,8 @@ def test_a_visit(browser: Browser, ring: Path):
     slider = browser.one("#vz-controls input[type=range]")
     slider.send_keys(Keys.ARROW_LEFT * 16)  # by keyboard
     browser.wait(lambda: browser.kept() == 12)  # 16 tokens: CLS, 12 patches, 3 contextual ones
-    browser.press("Ask again")
-    browser.wait(lambda: browser.figure("zipped", "visual tokens") == "16")
+    browser.until("answered again", lambda: browser.press("Ask again"))
+    assert browser.figure("zipped", "visual tokens") == "16"
     assert len(browser.answers()) == 1
 
     browser.ask("Which shape is white?")  # the second turn feeds no image
@@ -70,8 +70,8 @@ def test_a_visit(browser: Browser, ring: Path):
 
     choose_method(browser, "uniform")
     browser.wait(lambda: browser.kept() == 16)
-    browser.press("Ask again")
-    browser.wait(lambda: "uniform" in browser.all("article.zipped h4")[-1].text)
+    browser.until("answered again", lambda: browser.press("Ask again"))
+    assert "uniform" in browser.all("article.zipped h4")[-1].text
     assert int(browser.figure("zipped", "cached tokens")) == 0
     assert not browser.elsewhere()
     assert not [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -80,7 +80,7 @@ def test_a_visit(browser: Browser, ring: Path):
 def choose_method(browser: Browser, name: str) -> None:
     field = browser.field("Method")
     field.click()
-    browser.wait(lambda: browser.driver.find_element("xpath", f"//*[@role='option'][contains(., '{name}')]")).click()
+    browser.click("xpath", f"//*[@role='option'][contains(., '{name}')]")
 
 
 def test_tokens_picked_by_hand(browser: Browser, ring: Path):
@@ -95,13 +95,13 @@ def test_tokens_picked_by_hand(browser: Browser, ring: Path):
     patches.send_keys(Keys.ARROW_DOWN, Keys.SPACE)
     assert "4 of 144 patches picked by hand" in browser.one(".vz-count").text
     assert "row 2, column 6" in browser.info() and "picked by hand" in browser.info()
-    browser.press("Ask again")
-    browser.wait(lambda: browser.figure("zipped", "visual tokens") == "4")
+    browser.until("answered again", lambda: browser.press("Ask again"))
+    assert browser.figure("zipped", "visual tokens") == "4"
     assert browser.answers()[0][0] == "yellow" != browser.answers()[0][1]
     browser.press("Back to the method")
     browser.wait(lambda: browser.kept() >= 26)
-    browser.press("Ask again")
-    browser.wait(lambda: browser.figure("zipped", "visual tokens") == "32")
+    browser.until("answered again", lambda: browser.press("Ask again"))
+    assert browser.figure("zipped", "visual tokens") == "32"
     assert browser.answers() == [("yellow", "yellow")]
 
 
@@ -110,19 +110,20 @@ def test_patches_lie_on_the_image(browser: Browser, tmp_path: Path):
     Image.new("RGB", (4 * EDGE, EDGE), "gray").save(tmp_path / "wide.png")
     browser.upload(tmp_path / "wide.png")
     browser.wait(lambda: len(browser.all(".vz-patches [data-patch]")) == SIDE**2)
-    box = "const {x, y, width, height} = document.querySelector(arguments[0]).getBoundingClientRect();"
-    left, top, width, height = browser.driver.execute_script(f"{box} return [x, y, width, height]", ".vz-patches image")
+    row, column = 7, 10
+    places = [".vz-patches image", f".vz-patches [data-patch='{row * SIDE + column}']"]
+    boxes = "return arguments[0].map((each) => document.querySelector(each).getBoundingClientRect().toJSON())"
+    sides = ("x", "y", "width", "height")
+    found = [[box[side] for side in sides] for box in browser.driver.execute_script(boxes, places)]
+    (left, top, width, height), (x, y, wide, high) = found
     assert width / height == pytest.approx(4, rel=0.01)
-    row, column, patch = 7, 10, height / SIDE
-    place = f".vz-patches [data-patch='{row * SIDE + column}']"
-    x, y, wide, high = browser.driver.execute_script(f"{box} return [x, y, width, height]", place)
+    patch = height / SIDE
     assert (x - left, y - top) == pytest.approx(((width - height) / 2 + column * patch, row * patch), abs=1.5)
     assert (wide, high) == pytest.approx((patch, patch), abs=1.5)
 
 
 def test_layers_and_groups(browser: Browser):
-    browser.press("5: layers")
-    browser.wait(lambda: browser.status() == "answered")
+    browser.example("5: layers")
     name = browser.one(".vz-layer-name")
     assert name.text == "Encoder layer 1 of 6"
     colors = [each.get_attribute("fill") for each in browser.all(".vz-patches [data-patch]")]
@@ -140,8 +141,7 @@ def test_what_a_patch_attends_to(browser: Browser, ring: Path):
     def colors() -> list[str]:
         return [each.get_attribute("fill") for each in browser.all(".vz-patches [data-patch]")]
 
-    browser.press("14: misalignment")
-    browser.wait(lambda: browser.status() == "answered")
+    browser.example("14: misalignment")
     assert len(browser.all(".vz-patches rect.dominant")) == 26
     before = colors()
     patches = browser.one(".vz-patches")
@@ -156,9 +156,8 @@ def test_what_a_patch_attends_to(browser: Browser, ring: Path):
 
 
 def test_compare(browser: Browser):
-    browser.press("1: fewer tokens")
-    browser.wait(lambda: browser.status() == "answered")
-    browser.one("button[role=tab]:nth-of-type(2)").click()
+    browser.example("1: fewer tokens")
+    browser.click("css selector", "button[role=tab]:nth-of-type(2)")
     browser.press("Compare all methods at this budget")
     every = len(METHODS) + 1  # and vanilla
     browser.wait(lambda: browser.status().startswith(f"{every} of {every}"))
@@ -235,8 +234,7 @@ def test_waiting_for_others(browser: Browser):
         assert browser.status() == "waiting for the model …"
         assert not browser.hurdles()
         browser.press("Stop")
-        assert browser.status().startswith("stopped")
-        assert not browser.place()
+        browser.wait(lambda: browser.status().startswith("stopped") and not browser.place())
     finally:
         browser.driver.close()
         browser.driver.switch_to.window(first)
@@ -254,14 +252,12 @@ def test_files_that_are_no_images(browser: Browser, ring: Path, tmp_path: Path):
     browser.upload(tmp_path / "fat.png")  # refused before it is sent
     browser.wait(lambda: browser.one(".vz-drop + .vz-error").text.startswith("fat.png has 11.0 MB, more than 10"))
     browser.upload(ring)
-    browser.wait(lambda: browser.kept() == 26)
-    assert "broken" not in browser.status()
+    browser.wait(lambda: browser.kept() == 26 and browser.status() == "1 image for the next question")
 
 
 def test_everything_has_a_name(browser: Browser):
     """What a screen reader is told: no control without a name; headings and live regions are there."""
-    browser.press("2: attention")
-    browser.wait(lambda: browser.status() == "answered")
+    browser.example("2: attention")
     tree = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     nodes = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
     controls = {"button", "slider", "textbox", "combobox", "radio", "tab", "spinbutton", "application", "checkbox"}
@@ -276,12 +272,11 @@ def test_everything_has_a_name(browser: Browser):
 def test_hurdles(browser: Browser, theme: str):
     """None, whatever is shown."""
     browser.open(f"?__theme={theme}")
-    browser.press("14: misalignment")
-    browser.wait(lambda: browser.status() == "answered")
+    browser.example("14: misalignment")
     assert not browser.hurdles()
     browser.show("Pick by hand")
-    browser.one("button.label-wrap").click()  # more of the method
-    browser.one("button[role=tab]:nth-of-type(2)").click()
+    browser.click("css selector", "button.label-wrap")  # more of the method
+    browser.click("css selector", "button[role=tab]:nth-of-type(2)")
     browser.press("Compare all methods at this budget")
     browser.wait(lambda: len(browser.all(".vz-strip li")) == len(METHODS) + 1)
     assert not browser.hurdles()
@@ -293,8 +288,7 @@ def test_hurdles(browser: Browser, theme: str):
 def test_a_narrow_screen_needs_no_sideways_scrolling(page: Served):
     browser = Browser(page, 390, 844)
     try:
-        browser.press("1: fewer tokens")
-        browser.wait(lambda: browser.status() == "answered")
+        browser.example("1: fewer tokens")
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 390
     finally:
         browser.driver.quit()

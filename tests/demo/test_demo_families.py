@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 from PIL import Image
 from seam_checkpoints import save_checkpoint
 from served_page import free_port
 
 from checkpoints import picture
-from llava.arguments import load_with_processor
 from llava.cli import main
+from llava.loading import load_with_processor
 from llava.serve.processor_chat import ProcessorSession
 from visionzip import unzip, visionzip
 
@@ -159,6 +161,14 @@ def test_an_example(desk: Desk, talk: Talk):
         shown = json.loads(change["picture"])
         assert shown["data"]["method"] == "visionzip"
     assert shown["hint"].startswith("Figure 14 is not to be had of this model")
+
+
+def test_a_class_of_which_nothing_is_known_is_refused():
+    config = transformers.AyaVisionConfig(text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = transformers.AyaVisionForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=r"does not know the encoder of AyaVision.*: use visionzip chat"):
+        page_models.ProcessorModel(model, SimpleNamespace(tokenizer=None))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from judge_server import Reply, ask_of, failure, word_of
 
-from eval.judge import Request, api_judge
+from eval.scoring.judge import api_judge
+from eval.scoring.replies import Request
 
 HELLO = Request(({"role": "user", "content": "hello"},))
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -110,7 +111,7 @@ def test_a_server_that_is_down_for_all_is_not_asked_for_all(serve, tmp_path: Pat
 
 def test_a_silent_server_is_given_up_for_all(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every try waits for its timeout, but all of them together not longer than the patience; what came stays."""
-    monkeypatch.setattr("eval.endpoint._RETRIES", 50)
+    monkeypatch.setattr("eval.scoring.endpoint._RETRIES", 50)
     done = threading.Event()
     server = serve(lambda body, number: "yes" if number < 3 else str(done.wait(20)))
     judge = api_judge("gpt-4-0613", tmp_path, workers=3, timeout=0.4, patience=1.0)

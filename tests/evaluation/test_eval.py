@@ -19,11 +19,11 @@ import pytest
 
 from checkpoints import CLIP, NEXT, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import read_answers
 from eval.benchmarks import scenes
-from eval.methods import METHODS, Run, plan
 from eval.models.llava import LlavaModel
 from eval.registry import BENCHMARKS
+from eval.running.answer_files import read_answers
+from eval.running.methods import METHODS, Run, plan
 from llava.images import AS_STORED
 from playground.scenes import make_test_set, write_parquet
 
@@ -158,8 +158,7 @@ def test_kill(run, tmp_path: Path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out" / "results.json").exists()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    assert eval_command(arguments) == 0
     ids = [json.loads(line)["question_id"] for line in (answers / "vanilla.jsonl").read_text().splitlines()]
     assert ids == list(range(96))
     assert len(results_of(tmp_path / "out")["rows"]) == 2
@@ -355,9 +354,9 @@ def test_a_checkpoint_whose_own_setting_is_a_share(run, make_checkpoint, capsys)
 
 def test_answers_of_other_code_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     command = run("--method", "vanilla", limit=4)
-    monkeypatch.setattr("eval.runner.git_commit", lambda: "c0ffee")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "c0ffee")
     assert eval_command(command) == 0
-    monkeypatch.setattr("eval.runner.git_commit", lambda: "decade")
+    monkeypatch.setattr("eval.running.runner.git_commit", lambda: "decade")
     assert eval_command(command) == 0
     assert "has answers of other code (commit c0ffee), which stay" in capsys.readouterr().err
 
@@ -413,15 +412,11 @@ def test_other_images_under_the_same_names(run, scenes_data: Path, tmp_path: Pat
     assert found[0] == found[2] and 0 < affected < 24
 
 
-def test_quickstart(make_checkpoint, scenes_data: Path, tmp_path: Path):
+def test_quickstart(make_checkpoint, scenes_data: Path, quick_python: Path, tmp_path: Path):
     """The script, as users start it, on another model and few questions; pip is left out, the environment is there."""
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m pip" ] || exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
     model = make_checkpoint(vision={**CLIP, "image_size": 112})  # 8 x 8 patches
     out = tmp_path / "quickstart"
-    places = {"VIRTUAL_ENV": str(tmp_path / "venv"), "MODEL_PATH": str(model), "OUTPUT": str(out)}
+    places = {"VIRTUAL_ENV": str(quick_python), "MODEL_PATH": str(model), "OUTPUT": str(out)}
     script = str(ROOT / "scripts" / "quickstart.sh")
     command = ["bash", script, "--limit", "4", "--seeds", "1", "--data", str(scenes_data)]
     environment = {**os.environ, **places, "HF_HUB_OFFLINE": "1"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers import Given, open_part
+from eval.running.answers import Given, open_part
 
 
 def test_parts_of_a_run(tmp_path: Path):

@@ -30,9 +30,10 @@ def imports() -> dict[str, set[str]]:
 
 def test_no_module_of_eval_imports_in_a_circle():
     graph = imports()
-    assert "records" in graph["sources"] and "sources" in graph["benchmark"] and len(graph) > 40  # it is read at all
+    assert "records" in graph["reading.sources"] and "reading.tables" in graph["benchmark"]  # it is read at all
+    assert len(graph) > 40
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
-    assert order.index("records") < order.index("benchmark") < order.index("runner") < order.index("__main__")
+    assert order.index("records") < order.index("benchmark") < order.index("running.runner") < order.index("__main__")

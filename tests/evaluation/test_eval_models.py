@@ -18,14 +18,14 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 from checkpoints import edit_config
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
-from eval.methods import Run, trained_setting
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel, question_prompt
 from eval.models.llava import LlavaModel
 from eval.records import Question
-from eval.runner import with_own_language
+from eval.running.methods import Run, trained_setting
+from eval.running.setting import with_own_language
 from llava.model.builder import load_pretrained_model
-from llava.model.layouts import KINDS
+from llava.model.checkpoints.layouts import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,18 @@ import torch
 
 from checkpoints import CLIP
 from eval.__main__ import main as eval_command
-from eval.answers import Given, read_answers
 from eval.benchmarks import scenes
-from eval.data import copy_of
-from eval.judge import marked
-from eval.methods import METHODS, Run, attach, plan, split
 from eval.models.llava import LlavaModel
+from eval.reading.tables import Tables
 from eval.records import Answer, Score, Table
 from eval.registry import BENCHMARKS
-from eval.results import bootstrap, summarize
-from eval.sources import Tables
-from eval.table import facts, main_table
+from eval.reports.results import bootstrap, summarize
+from eval.reports.table import facts, main_table
+from eval.running.answer_files import read_answers
+from eval.running.answers import Given
+from eval.running.data import copy_of
+from eval.running.methods import METHODS, Run, attach, plan, split
+from eval.scoring.judge import marked
 from visionzip import visionzip
 
 # An average over both layers is more than half of the tokens, and SparseVLM's is published for 32 layers.

@@ -14,11 +14,11 @@ from seam_checkpoints import save_checkpoint
 from eval.__main__ import main as eval_command
 from eval.benchmarks import scenes
 from eval.config import RunConfig
-from eval.methods import Run, plan
 from eval.models import kind_of
 from eval.models.hf import ProcessorModel
 from eval.records import Question
-from llava.model.processor_model import load_processor
+from eval.running.methods import Run, plan
+from llava.model.stock.processor_model import load_processor
 from visionzip import visionzip
 
 
@@ -39,7 +39,7 @@ def test_a_batch_is_answered_as_its_questions_alone(name: str, checkpoints: dict
     model = load(checkpoints[name])
     prompts = model.prepare([Question(0, "Hello there"), *scenes.questions(scenes_data)[:2]])
     whole = [one.visual_tokens for one in model.answers_to(prompts, model.visuals_of(prompts), 2)]
-    for run in (Run("visionzip", 5), Run("divprune", 5), Run("visionzip", 6, split=(5, 1))):
+    for run in (Run("visionzip", 5), Run("divprune", 5), Run("visionzip", 6, split=(5, 1)), Run("visionzip-plus", 5)):
         with model.attached(run):
             together = model.answers_to(prompts, model.visuals_of(prompts), 4)
             alone = [model.answers_to([prompt], model.visuals_of([prompt]), 4)[0] for prompt in prompts]

@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import ask_of, completion, word_of
 
-from eval.judge import Judge, Request, api_judge, exact_judge, normalized_match
+from eval.scoring.judge import Judge, api_judge, exact_judge
+from eval.scoring.proxy import normalized_match
+from eval.scoring.replies import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = Request(({"role": "user", "content": "hello"},))
@@ -101,7 +103,7 @@ def test_a_killed_run_goes_on(serve, tmp_path: Path):
 
     server = serve(reply)
     code = (
-        "import sys; from pathlib import Path; from eval.judge import Request, api_judge\n"
+        "import sys; from pathlib import Path; from eval.scoring.judge import Request, api_judge\n"
         "requests = [Request(({'role': 'user', 'content': word},)) for word in 'abcdef']\n"
         "print(api_judge('gpt-4-0613', Path(sys.argv[1]), workers=1).ask(requests, str))"
     )

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seam_checkpoints import save_checkpoint
 
 from eval.__main__ import add_run_arguments
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
-from eval.leaderboard import default_methods
-from eval.leaderboard_plot import spaced
-from eval.methods import METHODS
+from eval.reports.leaderboard import default_methods
+from eval.reports.leaderboard_plot import spaced
+from eval.running.methods import METHODS
 from llava.commands import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING
@@ -114,3 +115,16 @@ def test_another_process_reads_the_same_configuration(changes: dict[str, Any], t
     assert RunConfig.from_flags(parser.parse_args(["scenes", *config.flags()])) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.limit = 1
+
+
+def test_another_family_has_a_leaderboard_too(tmp_path: Path):
+    """With smaller pictures beside what chooses; the time of choosing is known for LLaVA's alone."""
+    write_parquet(list(make_test_set(seed=777, per_type=40)), tmp_path / "runs" / "seed-777.parquet")
+    model = save_checkpoint("qwen3_vl", tmp_path)
+    places = ["--model-path", str(model), "--output", str(tmp_path / "docs"), "--runs", str(tmp_path / "runs")]
+    few = ["--limit", "2", "--processes", "1", "--device", "cpu", "--tokens", "6"]
+    assert eval_command(["leaderboard", *places, *few, "--method", "vanilla", "visionzip", "resize"]) == 0
+    board, table = board_of(tmp_path), (tmp_path / "docs" / "leaderboard.md").read_text()
+    assert set(board["methods"]) == {"vanilla", "visionzip", "resize"} and board["patches"] == 64
+    assert board["methods"]["visionzip"]["choosing_ms"] == {"6": None}
+    assert "fastv" not in table and "Choosing" not in table

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from eval.paper import AVERAGE, PaperTable, Row, load_paper, load_results, paper_table
 from eval.registry import BENCHMARKS
+from eval.reports.paper import paper_table
+from eval.reports.paper_results import load_results
+from eval.reports.paper_tables import AVERAGE, PaperTable, Row, load_paper
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = load_paper()
@@ -155,7 +157,7 @@ def test_tables_agree():
 
 
 def test_a_file_that_contradicts_itself(tmp_path: Path):
-    whole = json.loads((ROOT / "eval" / "paper.json").read_text(encoding="utf-8"))
+    whole = json.loads((ROOT / "eval/reports/paper.json").read_text(encoding="utf-8"))
 
     def broken(change: Any) -> Path:
         content = json.loads(json.dumps(whole))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import CLIP
-from eval.methods import Run, attach
+from eval.running.methods import Run, attach
 from slow_llama import slow_clusters, slow_raters
 from visionzip.language import sparsevlm
 from visionzip.language.sparsevlm import COUNTS, num_recycled, recycled, single_layer_keep, text_raters

@@ -29,7 +29,8 @@ from checkpoints import (
     write_qwen_tokenizer,
 )
 from layouts import LAYOUTS, assert_same, convert, weights_of, write_native
-from llava.model.builder import load_pretrained_model, read_config
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints.configs import read_config
 from llava.model.tokenizer import load_tokenizer
 
 MODELS = {

@@ -21,7 +21,7 @@ from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, remove_pruning, sparsevlm

@@ -31,7 +31,7 @@ from checkpoints import (
 from layouts import FILE, LAYOUTS, assert_same, load, save_safetensors, weights_of, without, write_lora, write_part
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.loading import no_load_report
+from llava.model.checkpoints.loading import no_load_report
 from visionzip import VisionZipConfig, unzip, visionzip
 
 ENCODER = TOWER_PREFIX + "vision_model."

@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from llava.cli import main
-from llava.measure import gpu_report
-from llava.measure.gpu_sections import SECTIONS, Section, gpu_tests
-from llava.measure.gpu_tables import BEGIN, END
-from llava.measure.graphs import GREEDY, captured, chooser, measure_choosers, random_read
-from llava.measure.qwen import SHAPES, grid_of
+from llava.measure.gpu import report as gpu_report
+from llava.measure.gpu.graphs import GREEDY, captured, chooser, measure_choosers, random_read
+from llava.measure.gpu.sections import SECTIONS, Section, gpu_tests
+from llava.measure.gpu.tables import BEGIN, END
+from llava.measure.models.qwen import SHAPES, grid_of
 from llava.measure.report import spread
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llava.cli import main
-from llava.measure.runner import PHASES, Runner, Way, bare_language_model, make_prompt
-from llava.measure.shapes import SHAPES, build_model
-from llava.measure.timing import Clock, time_interleaved
+from llava.measure.meters.runner import PHASES, Runner, Way, bare_language_model, make_prompt
+from llava.measure.meters.timing import Clock, time_interleaved
+from llava.measure.models.shapes import SHAPES, build_model
 from llava.methods import METHODS, per_tile
 from visionzip.methods.visionzip import split
 
@@ -92,6 +92,7 @@ def test_generate_from_a_checkpoint(make_checkpoint, tmp_path: Path):
     assert vanilla["seconds"]["decode"]["median"] > 0 and vanilla["of_bare"] is None
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_memory(tmp_path: Path):
     output = tmp_path / "memory.json"
     flags = ["--method", "vanilla", "visionzip", "--output", str(output)]
@@ -101,6 +102,7 @@ def test_memory(tmp_path: Path):
     assert zipped["kv_cache_ratio"] == pytest.approx(80 / 380)
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_frames(tmp_path: Path, capsys):
     """Of a video: 65 tokens each with the CLS token, 17 zipped."""
     output, figure = tmp_path / "frames.json", tmp_path / "figures" / "frames.svg"
@@ -151,6 +153,7 @@ def test_bad_input(flags: list[str], message: str, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_process_that_refuses_says_why(capsys):
     """Memory is measured in processes of their own: what is wrong there is one line here too."""
     flags = ["--shape", "llava-next-tiny", "--tokens", "5", "--method", "sparsevlm", "--device", "cpu"]

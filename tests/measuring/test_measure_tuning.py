@@ -11,7 +11,7 @@ import torch
 
 from llava.cli import main
 from llava.measure import tuning
-from llava.measure.peak import peak_memory
+from llava.measure.meters.peak import peak_memory
 from llava.measure.tuning import WAYS, add_tuning_arguments, build_model, run_twice, step_of
 from llava.train.cache import drop_tower
 

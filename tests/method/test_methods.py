@@ -274,3 +274,10 @@ def test_no_cls_is_visionzip_without_its_first_token(load):
     without = visionzip(model, keep=5, method="no-cls").visual_tokens(images)  # 4 patches and a contextual token
     for mine, all_of_them in zip(without, whole, strict=True):
         torch.testing.assert_close(mine, all_of_them[1:])
+
+
+def test_a_part_that_was_not_read_is_named():
+    read = read_of(torch.randn(1, 4, 8), torch.rand(1, 4)).replace(scores=None)
+    assert not read.has("scores") and read.has("keys")
+    with pytest.raises(ValueError, match=r"read\.scores, which was not read .* reads=frozenset\(\{\"scores\"\}\)"):
+        METHODS["visionzip-plus"].choose(read, token_counts(VisionZipConfig(keep=2), 4, True), VisionZipConfig(keep=2))

@@ -9,7 +9,7 @@ import hf_video_models
 import pytest
 import torch
 
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 from llava.picture import picture_data
 from visionzip import visionzip
 from visionzip.pair_attention import packed_pairs, pair_attention

@@ -9,6 +9,7 @@ from typing import Any
 import hf_models
 import hf_video_models
 import pytest
+import seam_models
 import torch
 from PIL import Image
 from seam_models import FAMILIES, Picture, batch
@@ -22,6 +23,7 @@ from llava.serve.chat import ChatSession
 from playground.drawing import Scene, Thing, render
 from playground.scenes import rng_of
 from visionzip import picked_tokens, unzip, visionzip
+from visionzip.integrations import family_of
 from visionzip.methods import METHODS
 from visionzip.token_map import inspect_tokens
 
@@ -180,6 +182,34 @@ def test_two_sessions_take_turns_on_one_model(mini: tuple[Any, Any, Any]):
     for one, other in zip(alone, mixed, strict=True):
         told = [[(turn.text, turn.visual_tokens, turn.cached_tokens) for turn in turns] for turns in (one, other)]
         assert told[0] == told[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "gemma3"])
+def test_merged_tokens_behind_the_seam(name: str):
+    """Of today's families: a "patch" is one of the language model's tokens, of an image of any size."""
+    family = seam_models.FAMILIES[name]
+    model = family.build()
+    image = seam_models.Picture(1, 3, 5) if family.sizes else seam_models.Picture(1)
+    inputs = seam_models.batch(family, [["a", image, "what"]])
+    visionzip(model, keep=5, method="dominant-only")
+    setting, expected = model._visionzip.config, model(**inputs).logits
+    encoded = family_of(model).modalities["image"].encode(model.model, setting, inputs)
+    (kept,) = (places.tolist() for places in encoded.places)
+    with picked_tokens(model, kept[::-1]):
+        assert torch.equal(model(**inputs).logits, expected)
+    with picked_tokens(model, [0, 1]):
+        assert model(**inputs).logits.shape[1] == expected.shape[1] - 3
+    with (
+        picked_tokens(model, [5000]),
+        pytest.raises(ValueError, match=r"patch 5000 is outside the grid of . x . patch"),
+    ):
+        model(**inputs)
+    assert model._visionzip.config == setting and torch.equal(model(**inputs).logits, expected)
+    unzip(model)
+    with picked_tokens(model, [0, 1]):
+        pass
+    assert not hasattr(model, "_visionzip")
 
 
 # --- what cannot be picked ---

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints import CLIP, NEXT, picture, pixels
-from llava.model.transformers_llava import TransformersLlava
+from llava.model.stock.transformers_llava import TransformersLlava
 from llava.picture import picture_data
 from visionzip import unzip, visionzip
 from visionzip.encoder import hidden_states
@@ -224,5 +224,13 @@ def test_what_is_missing_is_said(load: Any):
     with pytest.raises(ValueError, match=r"images must be \(B, 3, 56, 56\) with B >= 1, got \(1, 3, 28, 28\)"):
         inspect_tokens(native, torch.zeros(1, 3, 28, 28), hf_models.llava_processor())
     model = visionzip(load()[1], keep=4, method="norm")
-    with pytest.raises(ValueError, match="which a vision tower alone does not have: run it in a model"):
+    with pytest.raises(ValueError, match="a vision tower alone has no projector: apply visionzip to the whole model"):
         inspect_tokens(model.get_vision_tower(), pixels(1))
+
+
+def test_what_is_kept_of_a_model_that_is_not_zipped(load: Any):
+    (tokens,) = inspect_tokens(load()[1], pixels(1))
+    with pytest.raises(ValueError, match=r"this model was not zipped, so no patch is kept .* before inspect_tokens"):
+        _ = tokens.num_kept
+    with pytest.raises(ValueError, match="this model was not zipped"):
+        _ = tokens.kept_share

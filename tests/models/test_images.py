@@ -13,8 +13,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from checkpoints import encoded, picture
-from eval.sources import picture as benchmark_picture
-from eval.sources import picture_of
+from eval.reading.sources import picture as benchmark_picture
+from eval.reading.sources import picture_of
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.video import process_visuals

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from checkpoints import CLIP, picture
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
-from llava.model.mining import mine, sub_patches
+from llava.model.mini_gemini.mining import mine, sub_patches
 from visionzip import compress_tokens, unzip, visionzip
 
 
@@ -283,7 +283,7 @@ class TestZipped:
             looked_at.append(tuple(corners.shape[:2]))
             return sub_patches(maps, corners, *args)
 
-        monkeypatch.setattr("llava.model.mgm_arch.sub_patches", counted)
+        monkeypatch.setattr("llava.model.mini_gemini.mgm_arch.sub_patches", counted)
         query = model.get_model().vlm_uni_query_projector
         query.register_forward_pre_hook(lambda module, args: asked.append(tuple(args[0].shape[:2])))
         model.encode_images(pixels(2))

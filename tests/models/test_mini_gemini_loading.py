@@ -22,7 +22,7 @@ from llava.conversation import conv_mode_for
 from llava.model import MGMLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.openclip_encoder import OpenCLIPVisionTower
-from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
+from llava.model.multimodal_encoder.tower_files import resolve_tower_path
 from visionzip import visionzip
 
 CLIP_NAME = "model_zoo/OpenAI/clip-vit-large-patch14-336"  # as the released config.json have them

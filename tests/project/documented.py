@@ -99,7 +99,7 @@ def parse_command(environment: dict[str, str], words: list[str]) -> None:
     match words:
         case ["bash", script, *rest]:
             parse_script(script, rest, environment)
-        case ["python", script, *_] if script.startswith("scripts/"):
+        case ["python", script, *_] if script.startswith(("scripts/", "examples/")):
             assert (ROOT / script).exists(), f"there is no {script}"
         case ["visionzip", *rest] | ["python", "-m", "llava.cli", *rest]:
             parse("visionzip", llava.cli.COMMANDS, rest)

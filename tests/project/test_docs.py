@@ -18,9 +18,11 @@ from eval.registry import BENCHMARKS
 from visionzip.integrations import REGISTRY
 from visionzip.methods import METHODS, EncoderRead, TokenCounts
 
+PAGES_OUTSIDE = "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/llava-mini/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in PAGES_OUTSIDE),
+    *sorted((ROOT / "checkpoints").glob("*/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -200,12 +202,12 @@ def test_readme_has_the_measured_speeds():
 
 
 def test_budgets_have_the_papers_figures():
-    tables = {table["number"]: table for table in json.loads((ROOT / "eval/paper.json").read_text())["tables"]}
+    tables = {table["number"]: table for table in json.loads((ROOT / "eval/reports/paper.json").read_text())["tables"]}
     columns = ("FastV", "SparseVLM", "VisionZip", "VisionZip‡")
-    for number, _, tokens, *figures in table_behind("docs/budgets.md", "eval/paper.json"):
+    for number, _, tokens, *figures in table_behind("docs/budgets.md", "eval/reports/paper.json"):
         averages = {(str(row["tokens"]), row["label"]): row["average"] for row in tables[int(number)]["rows"]}
         assert figures == [averages.get((tokens, label), "") for label in columns], (number, tokens)
     rows = {row["label"]: row for row in tables[16]["rows"]}
-    for name, memory, average in table_behind("docs/budgets.md", "eval/paper.json table 16 memory"):
+    for name, memory, average in table_behind("docs/budgets.md", "eval/reports/paper.json table 16 memory"):
         row = rows[name.split(",")[0]]
         assert (memory, average) == (row["values"][0], row["average"]), name

@@ -16,7 +16,7 @@ import playground.scenes
 from checkpoints import picture
 from llava.commands import Commands, Parser, parser_of, resolve, run_command
 from llava.eval.run_llava import add_question_arguments, eval_model
-from llava.model.loading import check_device
+from llava.model.checkpoints.loading import check_device
 from llava.serve.cli import add_chat_arguments
 from llava.train import contrastive
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments

@@ -50,7 +50,7 @@ def test_only_names_of_ours_are_advised():
 def test_a_missing_library_is_one_line(library, words, extra, tmp_path: Path, monkeypatch, capsys):
     """Before the model is loaded, with what to install."""
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr("llava.arguments.load_pretrained_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("llava.loading.load_pretrained_model", lambda *_, **__: pytest.fail("the model is loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "mmbench").mkdir()
@@ -122,7 +122,7 @@ def test_scripts_install_once_and_quietly(environment: dict[str, str], tmp_path:
     assert "a lot of words" in (tmp_path / "venv/visionzip-install.log").read_text()
     asked = (tmp_path / "asked").read_text()
     installed = re.search(r"-e \S+\[([a-z,]+)\]", asked)[1].split(",")
-    assert set(installed) == {"demo", "dev", "eval", "figures", "quant", "train", "video"}
+    assert set(installed) == {"demo", "dev", "docs", "eval", "figures", "quant", "train", "video"}
     again = sourced(environment)
     assert again.stdout == "ready\n" and (tmp_path / "asked").read_text() == asked
 

@@ -22,7 +22,9 @@ from visionzip import __version__
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"visionzip": "visionzip", "llava": "llava", "visionzip_eval": "eval"}  # as installed: where its sources are
 NAME = "llava-visionzip"
-EXTRAS = frozenset({"", "dev", "quant", "train", "eval", "figures", "video", "demo"})  # "flash" is built for a GPU
+EXTRAS = frozenset(
+    {"", "dev", "quant", "train", "eval", "figures", "video", "demo", "docs"}
+)  # "flash" is built for a GPU
 
 
 def run(*command: str | Path, cwd: Path, typed: str = "") -> str:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from seam_models import BOS, END, IMAGE, START
 from seam_walk import build, encode, prompts
 
 from visionzip import visionzip
+from visionzip.integrations.seam_maps import inspect_picture
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 ONE_SIZE, ANY_SIZE = "AyaVision", "Exaone4_5_"  # pooler_output is a tensor, and a list
@@ -119,3 +121,10 @@ def test_classes_that_cannot_be_zipped_say_why():
     text = build(transformers.Qwen3ForCausalLM)
     with pytest.raises(TypeError, match="any class of transformers whose forward takes mm_encoder_outputs"):
         visionzip(text)
+
+
+def test_attention_of_an_encoder_of_which_nothing_is_known_is_not_shown():
+    model, inputs = tiny(ONE_SIZE)
+    visionzip(model, keep=0.5, method="cen-prune")
+    with pytest.raises(ValueError, match=r"AyaVision.* has an encoder that VisionZip does not know"):
+        inspect_picture(model, inputs, Image.new("RGB", (8, 8)))

@@ -11,7 +11,7 @@ from seam_models import FAMILIES, Picture, batch
 
 from checkpoints import picture
 from llava.cli import main as visionzip_command
-from llava.model.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
+from llava.model.stock.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
 from visionzip import unzip, visionzip
 from visionzip.integrations import family_of
 from visionzip.integrations.seam_maps import inspect_picture

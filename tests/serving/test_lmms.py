@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from eval.answers import read_answers
+from eval.running.answer_files import read_answers
 from llava.cli import main
 
 if not find_spec("lmms_eval"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from eval.judge import Request
+from eval.scoring.replies import Request
 
 Reply = str | tuple[int, dict[str, str], bytes]
 

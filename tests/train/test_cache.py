@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import LANGUAGE_MODEL, NEXT, TOWER_PREFIX, edit_weights, picture, write_tokenizer
 from llava.mm_utils import process_images
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.train import train as llava_training
 from llava.train.cache import cache_visual_tokens
 from llava.train.token_store import CachedImages, Index, Writer, stamp_of

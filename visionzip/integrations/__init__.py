@@ -1,10 +1,11 @@
-"""Model families that VisionZip can be attached to: one file each, found by the name of the model's class.
+"""The model families that VisionZip can be attached to, registered by the names of their classes.
 
-Classes of transformers that are not named here have :mod:`visionzip.integrations.seam_any`.
+Names are registered, and not classes, so that no family is imported before it is used, and ``visionzip`` never imports
+``llava``. Classes of transformers that are not registered are handled by :mod:`visionzip.integrations.seam_any`.
 
-By name, so that no family has to be imported before it is used (and ``visionzip`` never imports ``llava``). To add a
-family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`; to add any other, a module with
-``attach(model, config)``, ``detach(model)`` and ``encoders(model)``; and register its classes here.
+To add a family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`. To add any other family,
+write a module with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``. Register its classes here,
+or from outside by :func:`register`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Integration:
     """How one model family is zipped.
 
     Attributes:
-        family: its name, for messages.
-        attach: turns compression on, or re-configures it, and stores the setting in the model's config.
-        detach: turns it off and removes the setting.
-        encoders: what images go through, as ``"image"``, and where they have an encoder of their own, or one that
-            chooses among all patches of a frame, videos as ``"video"``.
-        default: a model's setting where the user gives none.
-        generating: the object whose ``generate`` and ``forward`` run: the model itself, or the one that it wraps.
+        family: the family's name, for messages.
+        attach: switches compression on, or changes its setting, and stores the setting in the model's config.
+        detach: switches compression off and removes the setting.
+        encoders: returns the encoder of images as ``"image"``, and that of videos as ``"video"`` if they have one of
+            their own, or one that chooses among all patches of a frame.
+        default: returns a model's setting if the user gives none.
+        generating: returns the object whose ``generate`` and ``forward`` run: the model itself, or one inside it.
     """
 
     family: str
@@ -87,11 +88,14 @@ _BY_TOWER = {("hf_llava.LLAVA", "pixtral"): "seam_pixtral.PIXTRAL"}
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model of transformers.
+    """Return the family of a model of transformers.
 
     Raises:
-        TypeError: it is of none.
+        TypeError: the model belongs to no family.
     """
+    names = [f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__]
+    if (own := next((_REGISTERED[name] for name in names if name in _REGISTERED), None)) is not None:
+        return own
     for base in type(model).__mro__:
         if (name := f"{base.__module__}.{base.__qualname__}") in _TRANSFORMERS:
             return _load(_TRANSFORMERS[name][0], model)
@@ -101,14 +105,14 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _any_family(model: nn.Module) -> Family | None:
-    """The family of a class of transformers that is not named here."""
+    """Return the family of a class of transformers that is not registered, if it can have one."""
     if not any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
         return None
     return import_module(f"{__name__}.seam_any").any_family(model)
 
 
 def _load(place: str, model: nn.Module) -> Family:
-    encoder = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    encoder = str(getattr(getattr(model.config, "vision_config", None), "model_type", None))
     file, attribute = _BY_TOWER.get((place, encoder), place).split(".")
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 
@@ -116,7 +120,7 @@ def _load(place: str, model: nn.Module) -> Family:
 def _of_transformers(load: Callable[[nn.Module], Family], name: str) -> Integration:
     def verb(function: str) -> Callable[..., Any]:
         def call(model: nn.Module, *args: Any) -> Any:
-            # Not before it is used: what is behind takes seconds to import.
+            # This import takes seconds, so it waits until a model is zipped.
             return getattr(import_module(f"{__name__}.attach"), function)(load(model), model, *args)
 
         return call
@@ -138,8 +142,24 @@ REGISTRY: dict[str, Integration] = {
 }
 
 
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(model_class: type[nn.Module], family: Family, name: str) -> None:
+    """Let ``visionzip(model)`` zip models of another class, built like those of transformers, while the process lives.
+
+    Args:
+        model_class: the class; classes that derive from it are zipped too.
+        family: the family by which its models are zipped.
+        name: the family's name, for messages.
+    """
+    key = f"{model_class.__module__}.{model_class.__qualname__}"
+    _REGISTERED[key] = family
+    REGISTRY[key] = _of_transformers(lambda *_model: family, name)
+
+
 def find_integration(model: nn.Module) -> Integration:
-    """The integration of a model's class or of the nearest of its base classes.
+    """Find the integration of a model's class, or of the nearest base class that has one.
 
     Raises:
         TypeError: there is none; the message lists the supported classes.

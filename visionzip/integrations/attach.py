@@ -1,4 +1,4 @@
-"""Attaches VisionZip to a model of transformers, and takes it off; what it attaches is in ``huggingface.py``."""
+"""Attach VisionZip to a model of transformers, and remove it; ``huggingface.py`` describes what is attached."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from visionzip.methods import has_size_bias, positions_of
 
 
 def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
-    """Turn compression on, or configure it anew, and store the setting in ``model.config.visionzip``.
+    """Switch compression on, or change its setting, and store the setting in ``model.config.visionzip``.
 
     Raises:
-        TypeError: the model lacks an attribute that is needed: it is another version's, or its encoder cannot be read.
+        TypeError: the model lacks a needed attribute: its version is another, or its encoder cannot be read.
         ValueError: the encoder has no such layer, the projector takes several layers, or the setting does not fit.
 
     Warns:
-        UserWarning: of an untested version of transformers, of a budget that compresses nothing, and of a layer on
-            which the projector was not trained.
+        UserWarning: the version of transformers is untested, the budget compresses nothing, or the projector was not
+            trained on the layer.
     """
     if not transformers.__version__.startswith(f"{TESTED}."):
         warnings.warn(
@@ -46,12 +46,12 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
     detach(family, model)
     zipped = Zipped(family, config)
     for module, hook in ((model, calls.before_model), (model.model, calls.before_base)):
-        # First: what else hangs there (FastV) counts the short prompts.
+        # Our hook is the first: other hooks there (FastV's) count the shortened prompts.
         handle = module.register_forward_pre_hook(functools.partial(hook, zipped), with_kwargs=True, prepend=True)
         zipped.handles.append(handle)
     if has_size_bias(config):
         zipped.handles.append(attach_size_bias(family.language_model(model)))
-    # Partials, not bound methods: these would be looked up by name, on the class, when a model is unpickled.
+    # Partials and not bound methods: unpickling a model would look those up by name on its class.
     for name in family.modalities:
         features = functools.partial(calls.features, zipped, model.model, name)
         _hang(zipped, model.model, f"get_{name}_features", features)
@@ -64,7 +64,7 @@ def attach(family: Family, model: nn.Module, config: VisionZipConfig) -> None:
 
 
 def detach(family: Family, model: nn.Module) -> None:
-    """Take everything off again; a model that is not zipped stays as it is, but for a stored setting."""
+    """Remove everything that is attached, and the stored setting."""
     zipped = vars(model).pop("_visionzip", None)
     if zipped is not None:
         for handle in zipped.handles:
@@ -77,16 +77,16 @@ def detach(family: Family, model: nn.Module) -> None:
 
 
 def _hang(zipped: Zipped, module: nn.Module, name: str, function: Any) -> None:
-    """Put a function on an object, in the place of its class's or of one of the object's own."""
+    """Override a method on one object, and note what the user had there, so that it can be put back."""
     zipped.replaced.append((module, name, vars(module).get(name)))
     setattr(module, name, function)
 
 
 def encoders(family: Family, model: nn.Module) -> dict[str, Encoder]:
-    """What the model's images and videos go through."""
+    """Return the encoders of the model's images and videos."""
     return family.encoders(model)
 
 
 def default_config(family: Family, model: nn.Module) -> VisionZipConfig:
-    """The family's setting where the user gives none."""
+    """Return the setting of the family if the user gives none."""
     return family.default_config(model)

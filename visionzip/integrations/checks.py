@@ -1,4 +1,4 @@
-"""What a call of a zipped model is given: what does not fit together, and what its cache holds."""
+"""Check the arguments of a zipped model's call, and read and write the record on its KV cache."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it s
 
 
 def refuse_outputs(given: Mapping[str, Any]) -> None:
-    """Refuse encoder outputs beside pixels, which this model makes itself.
+    """Refuse encoder outputs beside pixels, from which a zipped model computes them itself.
 
     Raises:
-        ValueError: they are given.
+        ValueError: both are given.
     """
     if given.get("mm_encoder_outputs") is not None:
         raise ValueError(
-            "mm_encoder_outputs were given beside pixels, of which a zipped model makes them itself: leave one of the "
-            "two out"
+            "mm_encoder_outputs were given beside pixels, from which a zipped model computes them itself: leave one of "
+            "the two out"
         )
 
 
 def refuse_features(family: Family, outputs: Mapping[str, Any]) -> None:
-    """Refuse features of images that the user has encoded: they are those of all tokens, or of another choice.
+    """Refuse features of images that the user has encoded, as they have all tokens or another choice of them.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there are such features.
     """
     if given := [name for name in family.modalities if outputs.get(name) is not None]:
         raise ValueError(
-            f"mm_encoder_outputs has features of {given[0]}s, among whose tokens a zipped model chooses itself: give "
-            "the pixels instead, or unzip(model) first"
+            f"mm_encoder_outputs has features of {given[0]}s, but a zipped model chooses their tokens itself: give the "
+            "pixels instead, or unzip(model) first"
         )
 
 
 def check_mask(given: Mapping[str, Any]) -> None:
-    """Check a mask that masks something for its length.
+    """Check the length of a mask, unless it masks nothing.
 
     Raises:
-        ValueError: see :func:`mask_misfit`.
+        ValueError: the length fits neither the prompts nor the cache; see :func:`mask_misfit`.
     """
     # A wrong length is harmless while nothing is masked, so the values are looked at last.
     if (misfit := mask_misfit(given)) and not given["attention_mask"].all():
@@ -53,33 +53,33 @@ def check_mask(given: Mapping[str, Any]) -> None:
 
 
 def refuse_positions(given: Mapping[str, Any]) -> None:
-    """Refuse arguments that point at tokens of the prompts as they were.
+    """Refuse arguments that point at tokens of the uncompressed prompts.
 
     Raises:
-        ValueError: there is one.
+        ValueError: such an argument is given.
     """
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise ValueError(
-            "logits_to_keep has positions in the prompts, which are shorter in a zipped model: give a number, which "
-            "counts from the end"
+            "logits_to_keep has positions in the prompts, but prompts are shorter in a zipped model: give a number, "
+            "which counts from the end"
         )
     if names := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if given.get(name) is not None]:
         raise ValueError(
-            f"{' and '.join(names)} count tokens of the prompts, which are shorter in a zipped model: leave them out; "
-            "position_ids that start anew tell packed prompts apart"
+            f"{' and '.join(names)} count tokens of the prompts, but prompts are shorter in a zipped model: leave them "
+            "out; position_ids that start anew tell packed prompts apart"
         )
 
 
 def has_pixels(zipped: Zipped, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call is given images or videos, by their present names or former ones."""
+    """Say whether a call has images or videos, under the present names of the arguments or former ones."""
     return any(arguments.get(name) is not None for name in zipped.pixels)
 
 
 def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
-    """Check the pixels that a call is given: their values, which are looked at once for a call, not once a step.
+    """Check the values of a call's pixels. This is done once for each call, and not in every step of decoding.
 
     Raises:
-        ValueError: some are NaN or infinite, or raw; the message names the image.
+        ValueError: pixels are NaN or infinite, or not normalised; the message names the image.
     """
     for modality in family.modalities.values():
         if (pixels := arguments.get(modality.pixels)) is not None:
@@ -87,7 +87,7 @@ def check_values(family: Family, arguments: Mapping[str, Any]) -> None:
 
 
 def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with pixels under their present names."""
+    """Rename pixels that have a former name of their argument."""
     for modality in family.modalities.values():
         if modality.former_pixels in arguments:
             pixels = arguments[modality.former_pixels]
@@ -97,10 +97,10 @@ def renamed(family: Family, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def visuals(zipped: Zipped, base: nn.Module, arguments: Mapping[str, Any]) -> list[Visual]:
-    """What a call is given to see.
+    """Collect the images and videos of a call.
 
     Raises:
-        ValueError: pixels have another shape than the model's, or the prompts have placeholders without pixels.
+        ValueError: pixels do not have the model's shape, or the prompts have placeholders but there are no pixels.
     """
     refuse_videos(zipped.family, arguments)
     found = []
@@ -123,10 +123,13 @@ def _refuse_placeholders(input_ids: Tensor, visual: Visual, pixels: str) -> None
 
 
 def refuse_images_at_the_end(arguments: Mapping[str, Any], edits: list[list[Edit]]) -> None:
-    """Refuse prompts with original positions that end with an image, for ``generate``, which counts on from the last.
+    """Refuse prompts that end with an image, for ``generate`` with original positions.
+
+    ``generate`` counts on from the position of the prompt's last token. After an image that would be the position of
+    the last kept token and not the image's end.
 
     Raises:
-        ValueError: one does; what follows would take the last kept token's place for the image's end.
+        ValueError: a prompt ends with an image.
     """
     ids, mask = arguments["input_ids"], arguments["attention_mask"][:, -arguments["input_ids"].shape[1] :]
     lasts = (ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)).tolist()
@@ -136,18 +139,18 @@ def refuse_images_at_the_end(arguments: Mapping[str, Any], edits: list[list[Edit
 
 
 def ends_with_an_image(row: int) -> ValueError:
-    """Word the error of a prompt with original positions that ends with an image."""
+    """Make the error for a prompt with original positions that ends with an image."""
     return ValueError(
-        f"prompt {row} ends with an image, behind which positions='original' (Qwen-VL's always are) has no token to go "
-        "on from: put text behind it (a line break will do), or set positions='consecutive'"
+        f"prompt {row} ends with an image: with positions='original' (always so with Qwen-VL) the answer's positions "
+        "count on from text after the image. Put text behind it (a line break will do), or set positions='consecutive'"
     )
 
 
 def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:
-    """Refuse videos of a family whose videos are not compressed: GLM-V's have the placeholders of images.
+    """Refuse videos if the family's videos are not compressed, such as GLM-V's, which have placeholders of images.
 
     Raises:
-        ValueError: there are some.
+        ValueError: videos are given.
     """
     if "video" not in family.modalities and arguments.get("pixel_values_videos") is not None:
         raise ValueError(
@@ -157,7 +160,7 @@ def refuse_videos(family: Family, arguments: Mapping[str, Any]) -> None:
 
 
 def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
-    """What is wrong with a mask (B, P + L), if its P positions before the prompts are not those of the cache."""
+    """Word what is wrong with a mask (B, P + L) whose P is not the length of the cache; None if nothing is wrong."""
     ids, mask, past = arguments["input_ids"], arguments.get("attention_mask"), cached_length(arguments)
     if past == 0 or not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
@@ -174,21 +177,22 @@ def mask_misfit(arguments: Mapping[str, Any]) -> str | None:
 
 
 def cached_length(arguments: Mapping[str, Any]) -> int:
-    """Tokens in the cache that a call is given."""
+    """Count the tokens in a call's cache; 0 without one."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def hold(cache: Any, held: Held | None) -> None:
-    """Note on a cache, if there is one, what it holds of its prompts, so that copies know it too; None if unknown."""
+    """Note the record of the prompts on a cache, so that its copies have it too; None if it is unknown."""
     if cache is not None:
         cache._visionzip = held
 
 
 def held_by(arguments: Mapping[str, Any]) -> Held | None:
-    """What :func:`hold` noted on the cache that a call is given, corrected if that was cut or is of other rows now."""
-    cache, past = arguments.get("past_key_values"), cached_length(arguments)
+    """Return the record on a call's cache, adapted if the cache was cropped; None if its rows are others now."""
+    cache: Any = arguments.get("past_key_values")
     held: Held | None = getattr(cache, "_visionzip", None)
+    past = cached_length(arguments)
     if held is not None and len(held.columns) != len(arguments["input_ids"]):
         held = cache._visionzip = None
     elif held is not None and held.columns.shape[1] > past:
@@ -197,7 +201,7 @@ def held_by(arguments: Mapping[str, Any]) -> Held | None:
 
 
 def pad_token(model: nn.Module) -> int | None:
-    """The id that fills up rows; it is masked, so any will do that is no placeholder."""
+    """Choose the id for padding. Padding is masked, so any id will do that is no placeholder."""
     config = model.config
     pad = getattr(config, "pad_token_id", None)
     return getattr(config.get_text_config(), "pad_token_id", None) if pad is None else pad

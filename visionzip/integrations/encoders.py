@@ -1,4 +1,4 @@
-"""What images go through in a model, for what looks into it (:mod:`visionzip.token_map`)."""
+"""Describe the image encoder of a model to what looks into it, such as :mod:`visionzip.token_map`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from visionzip.config import VisionZipConfig
 
 @dataclass(frozen=True)
 class Encoder:
-    """An image encoder of a model, with the compression behind it.
+    """An image encoder of a model, and how its tokens are compressed.
 
     Attributes:
-        vision_model: transformers' CLIP or SigLIP encoder, as :mod:`visionzip.encoder` runs it.
+        vision_model: the CLIP or SigLIP encoder of transformers, which :mod:`visionzip.encoder` can run.
         setting: how its tokens are compressed; None if the model is not zipped.
-        project: the model's projector, (B, N, D) to (B, N, P); None of a vision tower alone.
-        trained: encoder layers, from the first one on, that have trained weights.
-        processor: gives the model's image processor; None where the model does not have it.
-        inputs: what the encoder and each of its layers are given for a batch of the model's pixels: (B, 3, h, w), and
-            arguments by name. Raises ValueError where the shape is wrong.
+        project: the model's projector, (B, N, D) to (B, N, P); None for a vision tower alone.
+        trained: how many encoder layers, from the first one on, have trained weights.
+        processor: returns the model's image processor; None if the model does not have it.
+        inputs: converts a batch of the model's pixels to the encoder's input (B, 3, h, w) and the arguments by name
+            that each layer gets. It raises ValueError if the shape is wrong.
     """
 
     vision_model: nn.Module

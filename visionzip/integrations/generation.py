@@ -1,4 +1,4 @@
-"""``generate`` of a zipped model: short prompts inside, the user's own prompt outside."""
+"""``generate`` of a zipped model: it runs on shortened prompts, and shows the user's own prompts everywhere."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
+from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Zipped
 from visionzip.integrations.runs import find_runs
 from visionzip.methods import has_size_bias
@@ -41,26 +42,26 @@ def generate(
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """``generate`` of transformers, with all its arguments, on prompts whose runs of placeholders are shortened once.
+    """Shorten the prompts once, then run ``generate`` of transformers with all its arguments.
 
-    Rows are padded on the left inside, whichever side the user's padding is on, so that each answers as it would alone
-    (a batch without any image goes to transformers as it is). Everything that shows the prompt shows the user's own:
-    the returned sequences, a streamer, logits processors, stopping criteria and prefix functions; ``max_length`` and
-    ``min_length`` count it.
+    Inside, rows are padded on the left, whichever side the user's padding is on, so that each row is answered as it
+    would be alone. A batch without images is passed on unchanged. Everything that shows a prompt shows the user's own:
+    the returned sequences, a streamer, logits processors, stopping criteria and prefix functions. ``max_length`` and
+    ``min_length`` count the user's own prompt too.
 
     Args:
         model: the zipped model.
-        inputs: (B, L) prompts as the stock processor writes them; also as ``input_ids``.
+        inputs: (B, L), the prompts as the stock processor writes them; ``input_ids`` is another name.
         generation_config: as in transformers.
         logits_processor: as in transformers.
         stopping_criteria: as in transformers.
         prefix_allowed_tokens_fn: as in transformers.
         **kwargs: transformers' other arguments, and the model's. With ``past_key_values``, a prompt as long as its
-            ``attention_mask`` is the whole conversation with all its images, as in transformers; otherwise it is the
-            new tokens, with the new images.
+            ``attention_mask`` is the whole conversation with all its images, as in transformers; a shorter one is the
+            new tokens with the new images.
 
     Returns:
-        What transformers' own returns, with the user's prompts in front of the answers.
+        The result of transformers' own ``generate``, with the user's prompts in front of the answers.
 
     Raises:
         ValueError: prompts and images do not fit together, a pixel is not finite, or tokens are to be drafted behind a
@@ -75,13 +76,7 @@ def generate(
     }
     stock = _stock(zipped, model)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
-    if prompt is not None and getattr(generation_config, "is_assistant", False):
-        _refuse_images(zipped, model, prompt)
-    if has_pixels(zipped, kwargs):
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(NO_IDS)
-        refuse_outputs(kwargs)
-    refuse_features(zipped.family, kwargs.get("mm_encoder_outputs") or {})
+    _check_inputs(zipped, model, prompt, generation_config, kwargs)
     encoded = kwargs.get("inputs_embeds") is not None or kwargs.get("mm_encoder_outputs") is not None
     if prompt is None or encoded:
         refuse_drafts_behind_a_cache(model, generation_config, kwargs)
@@ -104,21 +99,56 @@ def generate(
         refuse_images_at_the_end(kwargs, edits)
     whole = past > 0 and kwargs["attention_mask"].shape[1] == prompt.shape[1]
     if whole:
-        kwargs.pop("position_ids", None)  # counted by the mask
+        kwargs.pop("position_ids", None)  # positions follow from the mask
     kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole, found=Found(found, edits))
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
-
     shown = _show_users_prompt(own, kwargs, prompt, length)
-    hold(kwargs.get("past_key_values"), None)  # in case that this is broken off
+    return _run(functools.partial(stock, **own, **kwargs), kwargs.get("past_key_values"), held, len(prompt), shown)
+
+
+def _check_inputs(
+    zipped: Zipped,
+    model: nn.Module,
+    prompt: Tensor | None,
+    generation_config: GenerationConfig | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuse forms of input that a zipped model cannot shorten.
+
+    Raises:
+        ValueError: pixels come with embeddings or encoder outputs, features are given, or an assistant gets images.
+    """
+    if prompt is not None and getattr(generation_config, "is_assistant", False):
+        _refuse_images(zipped, model, prompt)
+    if has_pixels(zipped, kwargs):
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(NO_IDS)
+        refuse_outputs(kwargs)
+    refuse_features(zipped.family, kwargs.get("mm_encoder_outputs") or {})
+
+
+def _run(
+    stock: Callable[[], Any], cache: Any, held: Held | None, prompts: int, shown: Callable[[Tensor], Tensor]
+) -> Any:
+    """Run the stock ``generate``, note the record of the prompts on its cache, and put the user's prompts back.
+
+    Args:
+        stock: the stock ``generate`` with its arguments.
+        cache: the cache that the user gives, or None.
+        held: the record of the cache that the shortened prompts fill.
+        prompts: B, the number of prompts.
+        shown: puts the user's prompts in place of the shortened ones.
+    """
+    hold(cache, None)  # if generation is interrupted, the cache has no wrong record
     token = GENERATING.set(True)
     try:
-        result = stock(**own, **kwargs)
+        result = stock()
     finally:
         GENERATING.reset(token)
     sequences = result if isinstance(result, Tensor) else result.sequences
-    held = held and held.repeated(len(sequences) // len(prompt))
-    hold(getattr(result, "past_key_values", kwargs.get("past_key_values")), held)
+    held = held and held.repeated(len(sequences) // prompts)
+    hold(getattr(result, "past_key_values", cache), held)
     if isinstance(result, Tensor):
         return shown(result)
     result.sequences = shown(result.sequences)
@@ -128,39 +158,39 @@ def generate(
 def _refuse_settings(
     zipped: Zipped, model: nn.Module, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuse ways to generate to which transformers gives less than the whole prompt.
+    """Refuse settings with which transformers gives the model less than the whole prompt.
 
     Raises:
-        ValueError: one of them is asked for.
+        ValueError: such a setting is made.
     """
     if setting("cache_implementation", model, generation_config, kwargs) == "paged":
         raise ValueError(
-            "cache_implementation='paged' is continuous batching, to which transformers gives ids alone, without their "
-            "images: use another, or leave it out"
+            "cache_implementation='paged' is continuous batching, which gets from transformers ids alone, without "
+            "their images: use another, or leave it out"
         )
     if has_size_bias(zipped.config) and setting("prefill_chunk_size", model, generation_config, kwargs):
         raise ValueError(
-            f"prefill_chunk_size cuts the prompt, and the {SIZES} of a size bias are those of the whole: leave it out, "
-            "or visionzip(model, size_bias=False)"
+            f"prefill_chunk_size cuts the prompt, but the {SIZES} of a size bias are those of the whole prompt: leave "
+            "it out, or call visionzip(model, size_bias=False)"
         )
 
 
 def _refuse_images(zipped: Zipped, model: nn.Module, prompt: Tensor) -> None:
-    """Refuse to assist with images: transformers shows an assistant the placeholders without them.
+    """Refuse prompts with images for an assistant, as transformers gives it their placeholders without the images.
 
     Raises:
-        ValueError: there are placeholders.
+        ValueError: the prompts have placeholders.
     """
     tokens = [getattr(model.config, f"{name}_token_id") for name in zipped.family.modalities]
     if any((prompt == token).any() for token in tokens):
         raise ValueError(
-            "a zipped model cannot assist with prompts that have images, as transformers gives an assistant their "
-            "placeholders alone: unzip(assistant_model)"
+            "a zipped model cannot assist with prompts that have images, as transformers gives an assistant the "
+            "placeholders without the images: call unzip(assistant_model)"
         )
 
 
 def _stock(zipped: Zipped, model: nn.Module) -> Callable[..., Any]:
-    """The model's ``generate`` without VisionZip: of its class, or what the user had put in its place."""
+    """Return the model's ``generate`` without VisionZip: that of its class, or one that the user had put there."""
     replaced = next((own for _, name, own in zipped.replaced if name == "generate"), None)
     return functools.partial(type(model).generate, model) if replaced is None else replaced
 
@@ -168,10 +198,10 @@ def _stock(zipped: Zipped, model: nn.Module) -> Callable[..., Any]:
 def _show_users_prompt(
     own: dict[str, Any], kwargs: dict[str, Any], prompt: Tensor, length: int
 ) -> Callable[[Tensor], Tensor]:
-    """Let all that looks at the sequences see the user's prompts (B, L) in the place of the short ones.
+    """Let everything that looks at the sequences see the user's prompts (B, L) in place of the shortened ones.
 
     Returns:
-        How: from sequences (B * n, length + new) to (B * n, L + new).
+        The function that replaces them, from sequences (B * n, length + new) to (B * n, L + new).
     """
 
     def shown(ids: Tensor) -> Tensor:
@@ -191,7 +221,7 @@ def _show_users_prompt(
 
 
 def setting(name: str, model: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]) -> Any:
-    """A generation setting from where transformers takes it: the arguments, the given config, the model's."""
+    """Look up a generation setting in the order of transformers: arguments, the given config, the model's config."""
     if name in arguments:
         return arguments[name]
     configs = (generation_config, getattr(model, "generation_config", None))
@@ -199,16 +229,16 @@ def setting(name: str, model: Any, generation_config: GenerationConfig | None, a
 
 
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-"""Settings with which transformers drafts several tokens at once."""
+"""The settings with which transformers drafts several tokens at once."""
 
 
 def refuse_drafts_behind_a_cache(
     model: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
 ) -> None:
-    """Refuse to draft tokens for a whole conversation of which a part is cached: transformers then feeds that again.
+    """Refuse drafted tokens for a conversation of which a part is cached: transformers would feed that part again.
 
     Raises:
-        ValueError: tokens are to be drafted, and there is something in the cache.
+        ValueError: tokens are to be drafted, and the cache is not empty.
     """
     drafts = [name for name in DRAFTS if setting(name, model, generation_config, arguments)]
     if drafts and (past := cached_length(arguments)):
@@ -220,15 +250,15 @@ def refuse_drafts_behind_a_cache(
 
 
 def logits_processors(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``_get_logits_processor`` of the model's class, with a mask of the ids that the processors will see."""
+    """Make the logits processors as the model's class does, with the mask of the ids that they will see."""
     return type(model)._get_logits_processor(model, *args, **with_mask_of_ids(kwargs))
 
 
 def with_mask_of_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``_get_logits_processor`` whose ``attention_mask`` (B, P) is of the ids (B, n), the last of P.
+    """Cut ``attention_mask`` (B, P) in the arguments of ``_get_logits_processor`` to the last n columns, those of ids.
 
-    Its processors take leading zeros of the mask for ids to be passed over. But of embeddings there are no ids, and
-    behind a cache those of the new turn alone: what would be passed over is the beginning of a padded row's answer.
+    The processors skip as many ids as the mask has leading zeros. But embeddings have no ids, and with a cache only the
+    ids of the new turn are there: without the cut, the beginning of a padded row's answer would be skipped.
     """
     length, others = kwargs.get("input_ids_seq_length"), kwargs.get("model_kwargs") or {}
     mask = others.get("attention_mask")
@@ -240,7 +270,7 @@ def with_mask_of_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _infer_mask(
     prompt: Tensor, model: nn.Module, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """The mask that transformers infers: padding by its id, unless that also ends answers."""
+    """Infer the mask as transformers does: ids of padding are masked, unless that id also ends answers."""
     pad = setting("pad_token_id", model, generation_config, kwargs)
     end = setting("eos_token_id", model, generation_config, kwargs)
     ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
@@ -250,7 +280,7 @@ def _infer_mask(
 def _count_users_prompt(
     kwargs: dict[str, Any], model: nn.Module, generation_config: GenerationConfig | None, dropped: int
 ) -> GenerationConfig | None:
-    """The given config or else ``kwargs``, with lengths for prompts that are shorter by ``dropped`` tokens."""
+    """Lower the lengths in the given config, or else in ``kwargs``, by the ``dropped`` tokens of the prompt."""
     generation_config = copy.deepcopy(generation_config)
     for name, more in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         length = setting(name, model, generation_config, kwargs)
@@ -258,30 +288,30 @@ def _count_users_prompt(
             length = max(length - dropped, 0)
             if generation_config is None or kwargs.get(name) is not None:
                 kwargs[name] = length
-            else:  # transformers wants one or the other
+            else:  # transformers takes a length in one of the two places only
                 setattr(generation_config, name, length)
     return generation_config
 
 
 class _Streamer:
-    """The user's streamer, which is shown the user's prompt first."""
+    """Show the user's streamer the user's prompt before the answer."""
 
     def __init__(self, streamer: Any, shown: Callable[[Tensor], Tensor]) -> None:
         self._streamer = streamer
         self._shown: Callable[[Tensor], Tensor] | None = shown
 
     def put(self, value: Tensor) -> None:
-        """The prompts first, then token by token."""
+        """Pass the prompts on first, then token by token."""
         shown, self._shown = self._shown, None
         self._streamer.put(value if shown is None else shown(value))
 
     def end(self) -> None:
-        """Nothing comes any more."""
+        """Pass on that the answer has ended."""
         self._streamer.end()
 
 
 class _Shown:
-    """The user's logits processor or stopping criterion, which is shown sequences with the user's prompt."""
+    """Show the user's logits processor or stopping criterion sequences with the user's prompt."""
 
     def __init__(self, inner: Any, shown: Callable[[Tensor], Tensor]) -> None:
         self._inner = inner

@@ -1,9 +1,9 @@
-"""transformers' LLaVA-1.5 (and what is built like it) and Video-LLaVA: images and frames are compressed one by one.
+"""The families LLaVA-1.5 and Video-LLaVA of transformers: images and frames are compressed one by one.
 
 Video-LLaVA has two CLIP encoders, one for images and one for videos. The paper's 136 tokens of a video (its Table 3)
-are 17 of each of 8 frames; how many of them are dominant it does not say: 15 + 2 here; by the ratio of its settings for
-images it would be 14 + 3. The original model attends over time in its video encoder, for which this class has no
-weights; its videos have a placeholder for CLS too.
+are 17 tokens for each of 8 frames. The paper does not say how many of them are dominant; here they are 15 + 2, while
+the ratio of its settings for images would give 14 + 3. The original model attends over time in its video encoder; the
+class of transformers has no weights for that. Its videos have a placeholder for the CLS token too.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""transformers' LLaVA-NeXT (LLaVA-1.6) and LLaVA-NeXT-Video: tiles, each compressed alone, and pooled frames.
+"""The families LLaVA-NeXT (LLaVA-1.6) and LLaVA-NeXT-Video of transformers: tiles, and frames that are pooled.
 
-Every frame of a video is compressed alone, after the model's own pooling of its patches (2 x 2 to one, before the
-projector). CLS is not pooled; it is a dominant token, as in an image, though the model alone has none for videos.
+Each tile is compressed alone. So is each frame of a video, after the model's own pooling of its patches (2 x 2 to one,
+before the projector). The CLS token is not pooled. It is a dominant token as in an image, though the uncompressed model
+has no CLS token in videos.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +30,16 @@ from visionzip.integrations.towers import (
     sequence_length,
     short_counts,
 )
+from visionzip.methods import EncoderRead
 from visionzip.tiles import tile_order
 
 Grid = tuple[int, int]
 Layout = Tensor
-"""(rows, columns) int64 of all patches of a grid: the place of each among the grid's placeholders."""
+"""(rows, columns) int64: for each patch of a grid of tiles its place among the grid's placeholders."""
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
-    """Of each image: the whole-image tile and the unpadded grid with its newlines become K + M tokens of each tile."""
+    """Count each image's placeholders: the whole image and the unpadded grid with newlines become K + M a tile."""
     _check(base, arguments)
     sizes, tower = arguments["image_sizes"], base.vision_tower
     first, short = full_length(base, tower, arguments), short_counts(tower, config).total
@@ -50,7 +51,7 @@ def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -
 
 
 def encode_images(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> Encoded:
-    """Tokens of each image (tiles * (K + M), hidden_size) in the order of :func:`tile_order`, with no newline."""
+    """Choose each image's tokens (tiles * (K + M), hidden_size) in the order of :func:`tile_order`; no newlines."""
     _check(base, arguments)
     sizes = arguments["image_sizes"]
     shapes = grids(base, sizes)
@@ -70,18 +71,18 @@ def encode_tiles(
     shapes: Sequence[Grid | None],
     layouts: Sequence[Layout | None],
 ) -> Encoded:
-    """Chosen tokens of images, each by its grid; one without has one tile, and a newline.
+    """Choose the tokens of images, tile by tile; an image without a grid has one tile and a newline.
 
     Args:
         base: the model without its head.
         config: the setting, per tile.
-        arguments: with ``pixel_values`` (N, T, 3, h, w), tiles of the images that have fewer than T filled up, as the
-            processor does; or (tiles, 3, h, w), all of them one after the other.
-        shapes: (rows, columns) of tiles of each image.
-        layouts: of each grid.
+        arguments: the call's arguments, with ``pixel_values`` (N, T, 3, h, w), where the processor has filled up images
+            of fewer than T tiles; or with (tiles, 3, h, w), all tiles one after the other.
+        shapes: (rows, columns) of tiles for each image; None without a grid.
+        layouts: the layout of each grid; None without a grid.
 
     Raises:
-        ValueError: an image comes as fewer tiles than its grid has.
+        ValueError: an image has fewer tiles than its grid.
     """
     tower, counts = base.vision_tower, [tile_count(shape) for shape in shapes]
     compressed = compress_images(
@@ -94,16 +95,17 @@ def encode_tiles(
     for start, count, shape, layout, own in zip(_starts(counts), counts, shapes, layouts, sizes, strict=True):
         tiles = slice(start, start + count)
         chosen = CompressedTokens(*(value[tiles] for value in compressed[:4]))
-        places, order = patch_places(chosen, dropped), slice(None)
-        if shape is not None:
+        places = patch_places(chosen, dropped)
+        order: Tensor | slice = slice(None)
+        if shape is not None and layout is not None:
             order = _order(chosen, shape, tower, config)
             places = torch.cat([places[:1], first + _grid_places(chosen, shape, layout, tower)])
         images.tokens.append(features[tiles].flatten(0, 1)[order])
         images.places.append(places.flatten()[order])
-        if own is not None:
+        if images.sizes is not None and own is not None:
             images.sizes.append(own.flatten()[order])
     images = images._replace(hidden=compressed.tokens)
-    if None in shapes:  # all or none of a call's images share their prompt; a grid has no newline
+    if None in shapes:  # an image without a grid keeps its newline
         lone = [index for index, shape in enumerate(shapes) if shape is None]
         ended = with_newlines(images.of_runs(lone), base.image_newline, [first] * len(lone))
         for name in ("tokens", "places", "sizes"):
@@ -117,14 +119,14 @@ def _starts(counts: list[int]) -> list[int]:
 
 
 def _order(chosen: CompressedTokens, shape: Grid, tower: nn.Module, config: VisionZipConfig) -> Tensor:
-    """The order of an image's tokens (T * (K + M),); see :func:`visionzip.tiles.tile_order`."""
+    """Compute the order of an image's tokens (T * (K + M),), by :func:`visionzip.tiles.tile_order`."""
     cls = {"cls_token": has_cls_token(tower), "keeps_cls": short_counts(tower, config).cls_token}
     side = side_length(tower)
     return tile_order(chosen.dominant_indices, chosen.target_indices.shape[1], shape[::-1], (side, side), **cls)
 
 
 def _grid_places(chosen: CompressedTokens, shape: Grid, layout: Layout, tower: nn.Module) -> Tensor:
-    """(T - 1, K + M) places of the grid's tokens among its placeholders; CLS tokens stand at their tile's corner."""
+    """Find the places (T - 1, K + M) of the grid's tokens among its placeholders; CLS gets its tile's corner."""
     side, columns = side_length(tower), shape[1]
     patch = (chosen.kept[1:] - int(has_cls_token(tower))).clamp(min=0)
     tile = torch.arange(len(patch), device=patch.device)[:, None]
@@ -133,15 +135,15 @@ def _grid_places(chosen: CompressedTokens, shape: Grid, layout: Layout, tower: n
 
 
 def tile_count(shape: Grid | None) -> int:
-    """Tiles of an image with a grid (rows, columns), the whole image included; 1 without."""
+    """Count the tiles of an image with a grid (rows, columns), the whole image included; without a grid it is 1."""
     return 1 if shape is None else 1 + shape[0] * shape[1]
 
 
 def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:
-    """Check the pixels' shape, and that there is a size for each image.
+    """Check the shape of the pixels, and that there is a size for each image.
 
     Raises:
-        ValueError: that is not so.
+        ValueError: the shape is wrong, or a size is missing.
     """
     check_pixels(pixels, "pixel_values", tower, "N" if isinstance(pixels, Tensor) and pixels.ndim == 4 else "N, tiles")
     if sizes is None or (pixels.ndim == 5 and len(sizes) != len(pixels)):
@@ -153,16 +155,16 @@ def check_tiles(pixels: Any, sizes: Any, tower: nn.Module) -> None:
 
 
 def grids(base: nn.Module, image_sizes: Any) -> list[Grid]:
-    """(rows, columns) of each image's grid of tiles, by the model's own rule."""
+    """Compute (rows, columns) of each image's grid of tiles, by the model's own rule."""
     edge = base.vision_tower.config.image_size
     return [get_anyres_image_grid_shape(size, base.config.image_grid_pinpoints, edge) for size in _pairs(image_sizes)]
 
 
 def flat_tiles(pixel_values: Tensor, counts: list[int]) -> Tensor:
-    """The tiles (tiles, 3, h, w) of all images, without those that only fill the batch up.
+    """Collect the tiles (tiles, 3, h, w) of all images, without those that only fill up the batch.
 
     Raises:
-        ValueError: an image comes as fewer tiles than its size makes.
+        ValueError: an image has fewer tiles than its size asks for.
     """
     tiles = pixel_values.shape[1] if pixel_values.ndim == 5 else len(pixel_values)
     needed = max(counts) if pixel_values.ndim == 5 else sum(counts)
@@ -182,24 +184,24 @@ def _pairs(image_sizes: Any) -> list[tuple[int, int]]:
 
 
 def _layout(base: nn.Module, size: tuple[int, int], grid: Grid) -> tuple[Layout, int]:
-    """Where the patches of a grid stand, and how many placeholders that are with the newlines."""
+    """Lay out the patches of an image's grid, and count its placeholders with the newlines."""
     return layout(unpadded(base, size, grid), grid, side_length(base.vision_tower))
 
 
 def unpadded(base: nn.Module, size: tuple[int, int], grid: Grid) -> Tensor:
-    """Numbers (h, w) of a grid's patches that are left after the model's own unpadding."""
+    """List the numbers (h, w) of a grid's patches that the model's own unpadding leaves."""
     rows, columns = (side_length(base.vision_tower) * tiles for tiles in grid)
     return unpad_image(torch.arange(rows * columns).view(1, rows, columns), size)[0]
 
 
 def layout(left: Tensor, grid: Grid, side: int, shrunk: tuple[int, int] | None = None) -> tuple[Layout, int]:
-    """Where the patches of a grid stand among its placeholders, row by row with a newline behind each.
+    """Find the place of each patch of a grid among its placeholders, which are rows with a newline after each.
 
     Args:
-        left: (h, w) numbers of the patches that are not padding; one that is stands at the nearest of them.
+        left: (h, w), the numbers of the patches that are no padding; a patch of padding gets the nearest one's place.
         grid: (rows, columns) of tiles.
-        side: patches along an edge of a tile.
-        shrunk: (rows, columns) of placeholders that the h x w patches are interpolated to, if they are.
+        side: patches along one edge of a tile.
+        shrunk: (rows, columns) of the placeholders, if the model interpolates the h x w patches to fewer.
 
     Returns:
         The places, and the number of placeholders.
@@ -213,14 +215,14 @@ def layout(left: Tensor, grid: Grid, side: int, shrunk: tuple[int, int] | None =
 
 
 def pooled_patches(base: nn.Module) -> int:
-    """Patches of a frame after pooling."""
+    """Count the patches of a frame after pooling."""
     return (side_length(base.vision_tower) // base.config.spatial_pool_stride) ** 2
 
 
 def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> tuple[Tensor, CompressedTokens]:
-    """Tokens of frames (F, 3, h, w), chosen after pooling, which their scores and keys are averaged for."""
+    """Choose tokens of frames (F, 3, h, w) after pooling; scores and keys are averaged over the pooled patches."""
     tower = base.vision_tower
-    read = read_encoder(tower, frames, config)
+    read: EncoderRead = read_encoder(tower, frames, config)
     first = int(read.cls_token)
 
     def average(values: Tensor) -> Tensor:
@@ -230,11 +232,10 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
     def beside_cls(values: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([values[:, :first], pool(values[:, first:])], dim=1)
 
-    pooled = replace(
-        read,
+    pooled = read.replace(
         hidden_states=beside_cls(read.hidden_states, base.vision_resampler),
-        scores=None if read.scores is None else average(read.scores[..., None])[..., 0],
-        keys=None if read.keys is None else beside_cls(read.keys, average),
+        scores=average(read.scores[..., None])[..., 0] if read.has("scores") else None,
+        keys=beside_cls(read.keys, average) if read.has("keys") else None,
         grid=(side_length(tower) // base.config.spatial_pool_stride,) * 2,
     )
     compressed = choose_tokens(pooled, config, base.multi_modal_projector)

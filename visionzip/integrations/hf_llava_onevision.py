@@ -1,18 +1,18 @@
-"""transformers' LLaVA-OneVision: SigLIP, which has no CLS token, images in tiles, and videos whose frames it pools.
+"""The family LLaVA-OneVision of transformers: SigLIP, which has no CLS token, tiles, and frames that are pooled.
 
-An image alone in its prompt comes in tiles, read in the order of LLaVA-NeXT; one of several has a single tile and keeps
-its trailing newline. The model shrinks the patches of more than nine tiles to nine tiles' worth (``anyres_max_9``);
-zipped tiles are not interpolated, as chosen tokens are no grid: each of them has its K + M, however many they are.
+An image that is alone in its prompt has tiles, which are read in the order of LLaVA-NeXT. One of several images has a
+single tile and keeps its trailing newline. If there are more than nine tiles, the uncompressed model interpolates their
+patches to as many as nine tiles have (``anyres_max_9``). Zipped tiles are not interpolated, as chosen tokens form no
+grid: every tile has K + M tokens, however many tiles there are.
 
-Every frame of a video is compressed alone, after the model's own pooling (27 x 27 to 14 x 14, behind the projector),
-and the newline at the video's end stays. The projected patches, their scores and their keys are pooled alike, so that
-what is kept is what the model alone would have seen, and what is merged are such tokens.
+Each frame of a video is compressed alone, after the model's own pooling (27 x 27 to 14 x 14 patches, behind the
+projector), and the newline at the video's end stays. Projected patches, scores and keys are pooled alike, so that kept
+tokens are tokens of the uncompressed model, and merged ones are means of such tokens.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,10 +35,11 @@ from visionzip.integrations.huggingface import Arguments, Encoded, Modality
 from visionzip.integrations.pooled_videos import pooled_videos
 from visionzip.integrations.runs import Run
 from visionzip.integrations.towers import TowerFamily, check_layer, full_length, short_counts
+from visionzip.methods import EncoderRead
 
 
 def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
-    """Of each image: K + M tokens of each tile, or of its one tile and a newline."""
+    """Count each image's placeholders: K + M for each tile, or K + M + 1 for a single tile with its newline."""
     shapes = _checked_grids(base, arguments)
     tower, runs = base.vision_tower, []
     short = short_counts(tower, config).total
@@ -49,7 +50,7 @@ def image_runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -
 
 
 def encode_images(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> Encoded:
-    """Tokens of each image (tiles * (K + M), hidden_size), or (K + M + 1, hidden_size) with one tile."""
+    """Choose each image's tokens (tiles * (K + M), hidden_size), or (K + M + 1, hidden_size) of a single tile."""
     shapes = _checked_grids(base, arguments)
     sizes = arguments["image_sizes"]
     layouts = [_layout(base, arguments, size, grid) for size, grid in zip(sizes, shapes, strict=True)]
@@ -57,14 +58,15 @@ def encode_images(base: nn.Module, config: VisionZipConfig, arguments: Arguments
 
 
 def _checked_grids(base: nn.Module, arguments: Arguments) -> list[Grid | None]:
-    """(rows, columns) of each image's tiles; None for an image that shares its prompt with others.
+    """Compute (rows, columns) of each image's tiles; None for an image that shares its prompt with others.
 
     Raises:
-        ValueError: pixels, sizes and numbers do not fit together.
+        ValueError: pixels, sizes and numbers of images do not fit together.
     """
     check_layer(base, arguments)
-    sizes, numbers = arguments.get("image_sizes"), arguments.get("batch_num_images")
-    check_tiles(arguments["pixel_values"], sizes, base.vision_tower)
+    numbers = arguments.get("batch_num_images")
+    check_tiles(arguments["pixel_values"], arguments.get("image_sizes"), base.vision_tower)
+    sizes = arguments["image_sizes"]
     alone = [True] * len(sizes)
     if numbers is not None:
         numbers = [int(number) for number in numbers]
@@ -78,7 +80,7 @@ def _checked_grids(base: nn.Module, arguments: Arguments) -> list[Grid | None]:
 
 
 def _packed(base: nn.Module, arguments: Arguments, size: Any, grid: Grid | None) -> Tensor:
-    """The model's own rule for cutting away padding and shrinking, on tensors without content: (1, placeholders, 1)."""
+    """Apply the model's own unpadding and shrinking to tensors without content: (1, placeholders, 1)."""
     patches = full_length(base, base.vision_tower, arguments)
     return base.pack_image_features(
         [torch.empty(tile_count(grid), patches, 1, device="meta")],
@@ -96,34 +98,33 @@ def _layout(base: nn.Module, arguments: Arguments, size: Any, grid: Grid | None)
     if grid is None:
         return None
     side, limit = side_length(base.vision_tower), int(_aspect_ratio(base, arguments).removeprefix("anyres_max_"))
-    left = unpadded(base, tuple(int(pixels) for pixels in size), grid)
+    left = unpadded(base, (int(size[0]), int(size[1])), grid)
     ratio = math.sqrt(left.numel() / (limit * side**2))
-    # The model's own rule: a little more than the limit is left as it is.
+    # The model's own rule leaves a little more than the limit unchanged.
     shrunk = (int(left.shape[0] // ratio), int(left.shape[1] // ratio)) if ratio > 1.1 else None
     return layout(left, grid, side, shrunk)[0]
 
 
 def pooled_patches(base: nn.Module) -> int:
-    """Patches of a frame after pooling: 14 x 14 of 27 x 27."""
+    """Count the patches of a frame after pooling, such as 14 x 14 of 27 x 27."""
     return math.ceil(side_length(base.vision_tower) / 2) ** 2
 
 
 def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> tuple[Tensor, CompressedTokens]:
-    """Tokens of frames (F, 3, h, w), chosen among projected and pooled patches."""
-    read = read_encoder(base.vision_tower, frames, config)
+    """Choose tokens of frames (F, 3, h, w) among projected and pooled patches."""
+    read: EncoderRead = read_encoder(base.vision_tower, frames, config)
 
     def pool(tokens: Tensor) -> Tensor:
         first = int(read.cls_token)
         return torch.cat([tokens[:, :first], base.apply_pooling(tokens[:, first:])], dim=1)
 
-    pooled = replace(
-        read,
+    pooled = read.replace(
         hidden_states=pool(base.multi_modal_projector(read.hidden_states)),
-        scores=None if read.scores is None else base.apply_pooling(read.scores[..., None])[..., 0],
-        keys=None if read.keys is None else pool(read.keys),
+        scores=base.apply_pooling(read.scores[..., None])[..., 0] if read.has("scores") else None,
+        keys=pool(read.keys) if read.has("keys") else None,
         grid=(math.isqrt(pooled_patches(base)),) * 2,
     )
-    compressed = choose_tokens(replace(pooled, projected=pooled.patches), config)
+    compressed = choose_tokens(pooled.replace(projected=pooled.patches), config)
     return compressed.tokens, compressed
 
 

@@ -1,37 +1,40 @@
-"""What the families of transformers share: where VisionZip is plugged in, and what a family has to say.
+"""What the families of transformers share: how VisionZip is attached to a model, and what a family has to define.
 
-Its models take ``mm_encoder_outputs``, what their own ``get_image_features`` returned, beside the ids. So a zipped
-model encodes first: it runs the family's encoder, chooses tokens, shortens the runs of placeholders that the stock
-processor wrote (:mod:`visionzip.integrations.placeholders`), and hands both to the stock forward, without the pixels.
-``visionzip(model)`` puts these things on this one model object, and ``unzip`` takes them off; no class is changed and
-no forward is typed again:
+Models of transformers take ``mm_encoder_outputs`` beside the ids: what their own ``get_image_features`` has returned.
+So a zipped model encodes first. It runs the family's encoder, chooses tokens, shortens the runs of placeholders that
+the stock processor wrote (:mod:`visionzip.integrations.placeholders`), and passes both to the stock forward, without
+the pixels. No class is changed and no forward is written again. ``visionzip(model)`` attaches these things to the one
+model object, and ``unzip`` removes them:
 
-- a forward pre-hook on the model, and one on its base model for who calls that, which finds nothing left to do where
-  the model has done it (:mod:`visionzip.integrations.calls`);
-- ``generate``, which does the same once for the whole answer (:mod:`visionzip.integrations.generation`);
+- a forward pre-hook on the model, and one on its base model, which does the work if the base model is called alone
+  (:mod:`visionzip.integrations.calls`);
+- ``generate``, which does the same once for a whole answer (:mod:`visionzip.integrations.generation`);
 - ``get_image_features`` (and ``get_video_features``) of the base model, which return the chosen tokens;
-- ``save_pretrained`` of LLaVA's families, which writes names of weights that inference engines read
+- ``save_pretrained`` of LLaVA's families, which writes the names of weights that inference engines read
   (:mod:`visionzip.integrations.saving`).
 
-A family is a :class:`Family`: how long each run of placeholders is before and after (from shapes and the config alone,
-nothing is computed), and how its encoder's tokens are made and chosen among. Everything else is here.
+A :class:`Family` defines how long each run of placeholders is before and after, which follows from shapes and the
+config alone, and how its encoder's tokens are computed and chosen. Everything else is the same for all families.
 
-What ``generate`` returns begins with the user's own prompts. Everything else that a call returns has the length of the
-short ones: logits, hidden states and attentions, and the KV cache. So a Trainer's ``compute_metrics``,
-``compute_loss_func`` and ``label_smoothing_factor``, which compare logits with labels outside the model, do not fit.
+The result of ``generate`` begins with the user's own prompts. Everything else that a call returns has the length of the
+shortened prompts: logits, hidden states, attentions and the KV cache. So a Trainer's ``compute_metrics``,
+``compute_loss_func`` and ``label_smoothing_factor``, which compare logits with labels outside the model, do not work.
 
-Refused, each with an error that names the cure: pixels beside ``inputs_embeds`` or ``mm_encoder_outputs``, and features
-of images in the latter; ``logits_to_keep`` as positions and ``cu_seq_lens_*``, which point at tokens of the long
-prompts; masks of four dimensions beside pixels; a zipped ``assistant_model`` for prompts with images; a second turn
-with the cache of the
-first whose mask has the long prompts' length, or, in a batch of unequal prompts, that is padded anew or has a cache
-that ``generate`` has not filled; encoders and projectors that the family's functions do not know.
+What cannot work is refused with an error that names the cure:
 
-To know: PEFT saves an adapter without the model's config, so say ``visionzip(model, …)`` again after loading one (a
-merged model keeps its setting). ``model.forward(…)`` called by that name, as old versions of PEFT do, runs no hooks of
-the model, so that ``labels`` are not shortened and the loss fails; ``model(…)`` it is. ``DataParallel`` runs the
-encoder of all replicas on the first device. ``torch.compile(model, fullgraph=True)`` fails on prompts with images, as
-it does without VisionZip; decoding steps are one graph.
+- pixels beside ``inputs_embeds`` or ``mm_encoder_outputs``, and features of images in the latter;
+- ``logits_to_keep`` as positions, and ``cu_seq_lens_*``: both point at tokens of the uncompressed prompts;
+- masks of four dimensions beside pixels;
+- a zipped ``assistant_model`` for prompts with images;
+- a second turn with the cache of the first, if its mask has the length of the uncompressed prompts; and, in a batch of
+  unequal prompts, if it is padded anew or if ``generate`` has not filled its cache;
+- encoders and projectors that the family's functions do not know.
+
+Limits: PEFT saves an adapter without the model's config, so call ``visionzip(model, …)`` again after loading one (a
+merged model keeps its setting). Call ``model(…)`` and not ``model.forward(…)``, as old versions of PEFT do: the latter
+runs no hooks of the model, so ``labels`` are not shortened and the loss fails. ``DataParallel`` runs the encoder of all
+replicas on the first device. ``torch.compile(model, fullgraph=True)`` fails on prompts with images, with and without
+VisionZip; decoding steps are one graph.
 """
 
 from __future__ import annotations
@@ -61,21 +64,21 @@ _STOCK: ContextVar[bool] = ContextVar("stock", default=False)
 
 @dataclass
 class DeepstackOutput(BaseModelOutputWithPooling):
-    """As each of transformers' families with deepstack has one: ``deepstack_features`` of each layer that gets some."""
+    """An output of families with deepstack: ``deepstack_features`` has an entry for each layer that gets some."""
 
     deepstack_features: list[list[Tensor]] | None = None
 
 
 class Encoded(NamedTuple):
-    """The chosen visual tokens of all images, or all videos, of a call: T of each run of placeholders.
+    """The chosen visual tokens of all images, or all videos, of a call, in lists with an entry for each run.
 
     Attributes:
-        tokens: (T, hidden_size) of each run, as the language model gets them.
-        places: (T,) int64 of each, from 0 in the run of the whole image: where the patch that a token keeps would be.
-        sizes: (T,) float32 of each, patches that a token stands for; None without a size bias.
-        hidden: what they were before the projector, as ``last_hidden_state`` of the model's own output.
+        tokens: (T, hidden_size), a run's tokens as the language model gets them.
+        places: (T,) int64, the place in the uncompressed run of the patch that each token keeps, from 0.
+        sizes: (T,) float32, how many patches each token stands for; None without a size bias.
+        hidden: the tokens before the projector, for ``last_hidden_state`` of the model's output.
         deepstack: for each layer of the language model that gets some, (T, hidden_size) of each run.
-        stock: the model's own output, whose other fields are passed on; None where the family needs none.
+        stock: the model's own output, whose other fields are passed on; None if the family does not need it.
     """
 
     tokens: list[Tensor]
@@ -86,7 +89,7 @@ class Encoded(NamedTuple):
     stock: Any = None
 
     def of_runs(self, chosen: list[int]) -> Encoded:
-        """Those of some runs alone."""
+        """Select some of the runs."""
 
         def pick(values: list[Tensor]) -> list[Tensor]:
             return [values[index] for index in chosen]
@@ -96,7 +99,7 @@ class Encoded(NamedTuple):
         return self._replace(tokens=pick(self.tokens), places=pick(self.places), sizes=sizes, deepstack=deepstack)
 
     def in_pieces(self, counts: list[int]) -> Encoded:
-        """The same tokens and deepstack, so many runs of them joined to one; other values are left out."""
+        """Join the tokens and deepstack of as many runs as each count says; other values are left out."""
 
         def join(runs: list[Tensor]) -> list[Tensor]:
             values = iter(runs)
@@ -111,14 +114,15 @@ class Modality:
     """Images or videos of a family.
 
     Attributes:
-        pixels: the argument of the model's forward that has them.
-        runs: ``(base, config, arguments) -> [Run, …]``, one for each run of placeholders in order. ``base`` is the
-            model without its head (``model.model``), ``arguments`` are the forward's by name, with the pixels. Checks
-            the pixels' shape. Nothing may be computed that needs the pixels' values.
-        encode: ``(base, config, arguments) -> Encoded``: runs the encoder and chooses; T of a run is its ``short``.
-        stacked: the model takes ``pooler_output`` as one tensor (runs, T, hidden_size), not as a list.
-        former_pixels: an older name of that argument, which the stock processor still uses.
-        pooled_patches: ``(base) -> int``, patches of one frame that is pooled before it is compressed.
+        pixels: the argument of the model's forward that has their pixels.
+        runs: ``(base, config, arguments) -> [Run, …]``, an entry for each run of placeholders in order. ``base`` is the
+            model without its head (``model.model``), and ``arguments`` are those of the forward by name, with the
+            pixels. The function checks the shape of the pixels, and does not use their values.
+        encode: ``(base, config, arguments) -> Encoded``, which runs the encoder and chooses as many tokens of each run
+            as its ``short``.
+        stacked: whether the model takes ``pooler_output`` as one tensor (runs, T, hidden_size), and not as a list.
+        former_pixels: an older name of the argument, which the stock processor still uses.
+        pooled_patches: ``(base) -> int``, the patches of a frame that is pooled before its tokens are chosen.
     """
 
     pixels: str
@@ -129,11 +133,11 @@ class Modality:
     pooled_patches: Callable[[nn.Module], int] | None = None
 
     def stacks(self, encoded: Encoded) -> bool:
-        """Whether the model takes these tokens as one tensor."""
+        """Say whether the model takes these tokens as one tensor."""
         return self.stacked
 
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
-        """What the base model's own ``get_image_features`` would return of these tokens."""
+        """Make the output that the base model's own ``get_image_features`` would have with these tokens."""
         tokens = torch.stack(encoded.tokens) if self.stacked and encoded.tokens else encoded.tokens
         if encoded.deepstack is None:
             return BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
@@ -147,23 +151,23 @@ class Family:
     """One model family of transformers.
 
     Attributes:
-        modalities: by name, ``"image"`` and ``"video"``: the model's config has ``<name>_token_id`` and its base model
-            ``get_<name>_features``.
-        rotary: positions have three axes (M-RoPE).
+        modalities: images and videos by name, ``"image"`` and ``"video"``. The model's config has
+            ``<name>_token_id``, and its base model has ``get_<name>_features``.
+        rotary: whether positions have three axes (M-RoPE).
     """
 
     modalities: Mapping[str, Modality]
     rotary: bool = False
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
-        """Check that this is a model as the family's functions know it, and that the setting fits it.
+        """Check that the model is built as the family's functions expect, and that the setting fits it.
 
         Raises:
             TypeError: the model is built differently, or is of another version of transformers.
             ValueError: the setting does not fit.
 
         Warns:
-            UserWarning: of an untested version, of a budget that compresses nothing, and of an unfit layer.
+            UserWarning: the budget compresses nothing, or the projector was not trained on the layer.
         """
         check_attributes(model, ("model", "config", "generate", "generation_config"))
         check_attributes(model.model, [f"get_{name}_features" for name in self.modalities])
@@ -175,14 +179,14 @@ class Family:
             )
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
-        """The setting where the user gives none."""
+        """Return the setting if the user gives none."""
         return VisionZipConfig()
 
     def encoders(self, model: nn.Module) -> dict[str, Encoder]:
-        """What images and videos go through, for :mod:`visionzip.token_map`.
+        """Return the encoders of images and videos, for :mod:`visionzip.token_map`.
 
         Raises:
-            ValueError: that module cannot look into this family's encoder.
+            ValueError: that module cannot read this family's encoder.
         """
         raise ValueError(
             f"this reads encoders of a fixed size, CLIP and SigLIP, and {type(model).__name__} has another one: use "
@@ -190,39 +194,38 @@ class Family:
         )
 
     def has_original_positions(self, config: VisionZipConfig) -> bool:
-        """Whether kept tokens stand where their patches would be: what the setting says."""
+        """Say whether kept tokens keep their positions in the uncompressed prompt, by the setting."""
         return positions_of(config) == "original"
 
     def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
-        """Positions (3, B, L) of the prompts as they are; None if they are counted by the mask."""
+        """Compute positions (3, B, L) of the uncompressed prompts; None if they follow from the mask."""
         return None
 
     def with_axes(self, positions: Tensor) -> Tensor:
-        """Positions of text (B, L) as the language model takes them."""
+        """Convert positions (B, L) of text to the form that the language model takes."""
         return positions
 
     def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
-        """Leave with the base model what it keeps of a call's positions, if it does."""
+        """Leave on the base model what it keeps about a call's positions, if it keeps anything."""
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The text backbone."""
+        """Return the text backbone."""
         return model.model.language_model
 
     def image_tokens(self, model: nn.Module) -> int | None:
-        """Tokens of each image or tile before any is left out; None where it depends on the picture's size."""
+        """Count the tokens of an uncompressed image or tile; None if the number depends on the picture's size."""
         return None
 
 
 @dataclass(eq=False)
 class Zipped:
-    """What hangs on a zipped model as ``model._visionzip``.
+    """What is attached to a zipped model, as ``model._visionzip``.
 
     Attributes:
-        family: how it is zipped.
+        family: the model's family.
         config: the setting.
-        handles: of the hooks.
-        replaced: module and name of each function that was put on it, and what the user had put there before, if
-            anything.
+        handles: the handles of the hooks.
+        replaced: for each method that is overridden, the module, the name, and what the user had put there, or None.
     """
 
     family: Family
@@ -234,17 +237,17 @@ class Zipped:
         self.original = self.family.has_original_positions(self.config)
         modalities = self.family.modalities.values()
         names = [name for modality in modalities for name in (modality.pixels, modality.former_pixels)]
-        self.pixels = tuple(filter(None, names))  # arguments that have images or videos
+        self.pixels = tuple(filter(None, names))  # the arguments that may have images or videos
 
 
 TESTED = "5.23"  # of transformers; other versions warn
 
 
 def check_attributes(holder: Any, names: Iterable[str]) -> None:
-    """Check that an object has attributes, whose names may be dotted.
+    """Check that an object has some attributes; names may be dotted.
 
     Raises:
-        TypeError: some are missing.
+        TypeError: one is missing.
     """
     if missing := [name for name in names if not _has(holder, name)]:
         raise TypeError(
@@ -254,7 +257,7 @@ def check_attributes(holder: Any, names: Iterable[str]) -> None:
 
 
 def _has(holder: Any, name: str) -> bool:
-    """``hasattr`` with dotted names."""
+    """Do what ``hasattr`` does, for dotted names."""
     try:
         attrgetter(name)(holder)
     except AttributeError:
@@ -263,7 +266,7 @@ def _has(holder: Any, name: str) -> bool:
 
 
 def stock_features(base: nn.Module, name: str, given: Arguments) -> Any:
-    """What the class's own ``get_image_features`` or ``get_video_features`` returns; one may call the other."""
+    """Call the class's own ``get_image_features`` or ``get_video_features``; one may call the other."""
     token = _STOCK.set(True)
     try:
         return getattr(type(base), f"get_{name}_features")(base, **given)
@@ -272,5 +275,5 @@ def stock_features(base: nn.Module, name: str, given: Arguments) -> Any:
 
 
 def runs_stock() -> bool:
-    """Whether this is inside of :func:`stock_features`."""
+    """Say whether the caller runs inside :func:`stock_features`."""
     return _STOCK.get()

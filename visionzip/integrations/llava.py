@@ -1,7 +1,7 @@
-"""In-tree LLaVAs: their vision towers have the compression stage built in, so attaching is setting its configuration.
+"""Attach VisionZip to the LLaVAs of this repository, whose vision towers have a compression stage that is configured.
 
-Video-LLaVA has two towers, which get the same budget: per image, and per frame of a video. Mini-Gemini's second one, a
-ConvNeXt, has no attention to go by.
+Video-LLaVA has two towers, which get the same budget, per image and per frame of a video. Mini-Gemini's second tower, a
+ConvNeXt, has no attention and stays as it is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
     """Set the towers' compression stage and store the setting.
 
     Raises:
-        ValueError: the model has no vision tower, its encoder has no such layer, or the method does not fit it; or the
-            setting has positions or a size bias that its language model cannot have.
+        ValueError: the model has no vision tower, its encoder has no such layer, the method does not fit it, or its
+            language model cannot have the setting's positions or size bias.
     """
     towers = _towers(model)
     if model not in towers:
@@ -39,8 +39,8 @@ def attach(model: nn.Module, config: VisionZipConfig) -> None:
 
 
 def _check_language(model: nn.Module, config: VisionZipConfig) -> None:
-    """Check what the setting wants of the language model."""
-    if positions_of(config) == "original":  # not imported before it is needed: what is behind imports this module
+    """Check that the language model can have the setting's positions and size bias."""
+    if positions_of(config) == "original":  # imported late, as these modules import this one
         import_module("visionzip.language.positions").check_positions(model.config)
     if not has_size_bias(config):
         return
@@ -49,7 +49,7 @@ def _check_language(model: nn.Module, config: VisionZipConfig) -> None:
 
 
 def _warn(tower: nn.Module, config: VisionZipConfig) -> None:
-    """Warn where nothing is compressed, or the projector does not know what it gets."""
+    """Warn if nothing is compressed, or if the projector was trained on another layer."""
     if wide := uncompressed(config, tower.num_patches_per_side**2, tower.cls_token):
         warnings.warn(
             f"{wide}, but the vision tower has {tower.sequence_length}: nothing will be compressed. Use smaller "
@@ -74,16 +74,16 @@ def detach(model: nn.Module) -> None:
 
 
 def _towers(model: nn.Module) -> list[nn.Module]:
-    """All towers with a compression stage; the model itself if it is one."""
+    """List all towers with a compression stage; for a tower, this is the tower itself."""
     first = vision_tower(model)
     return [first] if first is model else [tower for tower in model.towers().values() if hasattr(tower, "visionzip")]
 
 
 def vision_tower(model: nn.Module) -> nn.Module:
-    """The model's vision tower, or the model itself if it is one.
+    """Return the model's vision tower, or the model itself if it is a tower.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no vision tower.
     """
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else model
     if tower is None:
@@ -94,10 +94,10 @@ def vision_tower(model: nn.Module) -> nn.Module:
 
 
 def encoders(model: nn.Module) -> dict[str, Encoder]:
-    """The image tower and, where the model has one, the video tower; the model itself if it is a tower.
+    """Return the encoders of the image tower and, if there is one, the video tower; a tower is its own image tower.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no vision tower.
     """
     towers = {"image": vision_tower(model)}
     if hasattr(model, "get_video_tower"):

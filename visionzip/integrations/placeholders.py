@@ -1,4 +1,4 @@
-"""Shortens the runs of placeholders that transformers' processors write for images and videos.
+"""Shorten the runs of placeholders that the processors of transformers write for images and videos.
 
 A stock processor writes one placeholder for each visual token of the model as it is (576 for an image of LLaVA-1.5).
 A zipped model has fewer, so as many placeholders have to go, in everything that runs along with the ids.
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from visionzip.integrations.held import Held, cached_tokens
 from visionzip.integrations.runs import Edit
 
-# What fills padding, in each argument that has an entry for every token.
+# The arguments that have an entry for every token, and their value for padding.
 _FILL = {"input_ids": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
@@ -24,13 +24,13 @@ class Shortened(NamedTuple):
     """Prompts with shortened runs.
 
     Attributes:
-        arguments: those of the model that run along with the tokens, as far as they were given (an ``attention_mask``
-            in any case where rows differ in length), with L' for L.
-        new: the runs that are not in the cache yet; all of them without one.
-        held: what a cache holds that was given these prompts.
-        edits: of :func:`~visionzip.integrations.runs.find_runs`, as long as they are now.
-        columns: of each row without padding, where in the prompts its tokens are.
-        index: (B, L') which of these each token is, -1 for padding and for what is in the cache.
+        arguments: the arguments that have an entry for every token, with L' tokens in place of L. They are those that
+            were given, and an ``attention_mask`` in any case if rows differ in length.
+        new: the runs that are not in the cache yet; all runs if there is no cache.
+        held: the record of a cache that holds these prompts.
+        edits: the runs of each row, with the number of placeholders that stay.
+        columns: for each row, without padding, the columns of its tokens in the uncompressed prompt.
+        order: (B, L') which entry of ``columns`` each token is, -1 for padding and for what is in the cache.
     """
 
     arguments: dict[str, Tensor]
@@ -38,15 +38,15 @@ class Shortened(NamedTuple):
     held: Held
     edits: list[list[Edit]]
     columns: list[Tensor]
-    index: Tensor
+    order: Tensor
 
     def spread(self, values: Mapping[tuple[str, int], Tensor], others: float | None, fill: float) -> Tensor:
-        """Values (B, L') of all tokens, from those (T,) of the tokens of each run, by modality and number.
+        """Spread values (T,) of the tokens of each run to all tokens (B, L').
 
         Args:
-            values: runs that are left out are as text.
-            others: the value of text; if None, its column, to which a run's values are then relative.
-            fill: of padding and what is in the cache.
+            values: the values by modality and number of the run; a run that is missing gets the value of text.
+            others: the value of text. If None, text gets its column, and the values of a run are relative to the run's.
+            fill: the value of padding and of tokens that are in the cache.
         """
         rows = []
         for edits, columns in zip(self.edits, self.columns, strict=True):
@@ -59,17 +59,17 @@ class Shortened(NamedTuple):
                     row[start : start + short] = own.to(row) + (edit.start if others is None else 0)
                 dropped += edit.full - short
             rows.append(row)
-        return _look_up(rows, self.index, fill)
+        return _look_up(rows, self.order, fill)
 
 
 class Plan(NamedTuple):
-    """How prompts are shortened, as far as it follows from shapes: all but which placeholders of a run stay.
+    """How prompts will be shortened, as far as shapes tell it: all but which placeholders of a run stay.
 
     Attributes:
-        edits: of :func:`~visionzip.integrations.runs.find_runs`.
-        bounds: start and end of each prompt without its padding.
-        sides: on which each is padded.
-        cached: what the given cache holds of the prompts.
+        edits: the runs of each row.
+        bounds: the start and end of each prompt without its padding.
+        sides: the side on which each row is padded.
+        cached: the record of the prompts' tokens that the given cache holds.
     """
 
     edits: list[list[Edit]]
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 
     @property
     def new(self) -> list[Edit]:
-        """The runs that are not in the cache yet; all of them without one."""
+        """The runs that are not in the cache yet; all runs if there is no cache."""
         return [edit for row in self.edits for edit in row if edit.start >= self.cached.length]
 
 
@@ -90,15 +90,15 @@ def plan_prompts(
     past: int = 0,
     held: Held | None = None,
 ) -> Plan:
-    """How prompts are shortened, before any encoder has run.
+    """Plan how prompts are shortened, before any encoder has run.
 
     Args:
-        arguments: as of :func:`shorten`.
-        edits: of :func:`~visionzip.integrations.runs.find_runs`.
-        side: ``"left"`` or ``"right"`` for all rows.
-        past: tokens in the cache with which the prompts begin, where they do; then with a mask and without
-            ``position_ids``.
-        held: which tokens these are; if None, the prompts must say it.
+        arguments: the same as for :func:`shorten`.
+        edits: the runs of each row, from :func:`~visionzip.integrations.runs.find_runs`.
+        side: the side on which all rows are padded, ``"left"`` or ``"right"``; None keeps each row's side.
+        past: how many tokens of the prompts the cache holds, if the prompts begin with them; there is a mask then, and
+            no ``position_ids``.
+        held: the record of these tokens; if None, it is inferred from the prompts.
 
     Raises:
         ValueError: an argument has another shape, or the cache is not one of these prompts.
@@ -120,19 +120,19 @@ def shorten(
     pad_token_id: int | None,
     stay: Mapping[tuple[str, int], Tensor] | None = None,
 ) -> Shortened:
-    """Prompts with runs as long as the zipped model's visual tokens.
+    """Shorten prompts so that each run of placeholders is as long as the zipped model's visual tokens.
 
-    Rows lose their padding and are padded anew to the longest of them, each on the side where it was, and otherwise on
-    the side of the others or the left, so that ``logits[:, -1]`` is still each row's next token. With a cache, what it
-    holds stays where it is there, and what is new is padded on its own behind that.
+    Rows lose their padding and are padded anew to the longest row: on the side where they were padded, or else on the
+    side of the other rows, or on the left. So ``logits[:, -1]`` still predicts each row's next token. Tokens in a cache
+    stay where they are there, and new tokens are padded among themselves after those.
 
     Args:
         arguments: ``input_ids`` (B, L) and, if given, ``attention_mask`` (B, P + L) with P positions of a cache,
             ``labels``, ``token_type_ids``, ``mm_token_type_ids`` and ``position_ids`` (B, L). Others are left out.
-        plan: of :func:`plan_prompts`, of the same arguments.
-        pad_token_id: id for padding; 0 if None.
-        stay: of runs by modality and number, ascending places of the tokens in them that stay. Of others these are the
-            first ones, as many as the zipped model has: their placeholders are all alike.
+        plan: the plan of :func:`plan_prompts` for the same arguments.
+        pad_token_id: the id for padding; 0 if None.
+        stay: by modality and number of a run, the ascending places in it of the tokens that stay. Of the other runs the
+            first ones stay, as their placeholders are all alike.
     """
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
     stay = stay or {}
@@ -165,17 +165,17 @@ def shorten(
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What runs along with the ids, as far as it is there."""
+    """Select the given arguments that have an entry for every token."""
     return {name: arguments[name] for name in (*_FILL, "position_ids") if arguments.get(name) is not None}
 
 
 def _kept(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L) of the prompts: which of their tokens are no padding."""
+    """Return the part (B, L) of the mask that is about the prompts; ones without a mask."""
     return torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].to(ids.device)
 
 
 def _look_up(rows: list[Tensor], index: Tensor, fill: float) -> Tensor:
-    """Values (B, L') of rows (n,) of different length by index, -1 for padding."""
+    """Look up values (B, L') by index in rows (n,) of different length; index -1 gets ``fill``."""
     values = pad_sequence(rows, batch_first=True)
     return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, fill)
 
@@ -193,21 +193,21 @@ def _check_shapes(ids: Tensor, given: Mapping[str, Tensor], mask: Tensor | None)
 
 
 def _content(keep: Tensor, edits: list[Edit]) -> tuple[int, int]:
-    """Start and end of a prompt without the padding around it; a mask (L,) of zeros alone is taken as a prompt."""
+    """Find the start and end of a prompt without its padding; a mask (L,) of zeros alone counts as a whole prompt."""
     kept = keep.nonzero().flatten()
     if not len(kept):
         return 0, len(keep)
-    # Images that are masked are no padding.
+    # A masked image is no padding.
     starts, ends = [edit.start for edit in edits], [edit.end for edit in edits]
     return min([int(kept[0]), *starts]), max([int(kept[-1]) + 1, *ends])
 
 
 def _sources(edits: list[Edit], stay: Mapping[tuple[str, int], Tensor], start: int, end: int) -> Tensor:
-    """For each token of the shortened prompt, its position in the long one."""
+    """List the columns in the uncompressed prompt of the tokens that the shortened one has."""
     pieces = []
     for edit in edits:
         pieces.append(torch.arange(start, edit.start))
-        # A budget of the whole sequence may need more placeholders than there were: the last one is repeated.
+        # With a budget of the whole sequence, a kept CLS token may need one placeholder more: the last one is repeated.
         own = stay[edit.key] if edit.key in stay else torch.arange(edit.short or 0).clamp(max=edit.full - 1)
         pieces.append(edit.start + own)
         start = edit.end
@@ -221,7 +221,7 @@ def _sides(bounds: list[tuple[int, int]], length: int, side: str | None) -> list
 
 
 def _pad(rows: list[Tensor], sides: list[str]) -> Tensor:
-    """Rows of positions as (B, longest), -1 for padding."""
+    """Pad rows of indices to (B, longest) with -1."""
     longest = rows[0].new_empty(max(map(len, rows)))
     padded = [
         pad_sequence([row, longest], batch_first=True, padding_value=-1, padding_side=side)[0]
@@ -231,7 +231,7 @@ def _pad(rows: list[Tensor], sides: list[str]) -> Tensor:
 
 
 def _positions(positions: Tensor, index: Tensor) -> Tensor:
-    """Position ids (B, L') that are consecutive again, from the first token and from wherever they started anew."""
+    """Number the tokens (B, L') consecutively, from the first position and from each at which positions start anew."""
     index = index.to(positions.device)
     real = index >= 0
     places = torch.arange(index.shape[1], device=index.device).expand_as(index)

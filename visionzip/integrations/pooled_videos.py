@@ -1,4 +1,4 @@
-"""Videos of LLaVA's families whose frames the model pools before tokens are chosen, and newlines behind runs."""
+"""Videos of LLaVA families whose frames the model pools before tokens are chosen, and newlines after runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ PooledRead = Callable[[nn.Module, Tensor, VisionZipConfig], tuple[Tensor, Compre
 
 
 def pooled_videos(patches: Callable[[nn.Module], int], choose: PooledRead, newline: bool = False) -> Modality:
-    """Videos whose frames the model pools before tokens are chosen among.
+    """Define videos whose frames the model pools before tokens are chosen.
 
     Args:
-        patches: ``(base) -> int``, patches of a frame after pooling.
-        choose: ``(base, frames, config)`` to projected tokens and what they were made of, of each frame (F, 3, h, w).
+        patches: ``(base) -> int``, the patches of a frame after pooling.
+        choose: ``(base, frames, config)``, which chooses the tokens of frames (F, 3, h, w); it returns the projected
+            tokens, and the same tokens before the projector with where they come from.
         newline: whether the base model's ``image_newline`` ends a video.
     """
-    shape = {"patches": patches, "newline": newline}
+    shape: dict[str, Any] = {"patches": patches, "newline": newline}
     return Modality(
         "pixel_values_videos",
         partial(_pooled_runs, **shape),
@@ -66,12 +67,13 @@ def _pooled_encode(
 
 
 def with_newlines(encoded: Encoded, newline: Tensor, places: list[int]) -> Encoded:
-    """The same with a newline behind each run, in the place that it has among its placeholders."""
+    """Append a newline to each run, with its place among the run's placeholders."""
 
-    def end(values: list[Tensor] | None, last: Callable[[int], Any]) -> list[Tensor] | None:
-        return values and [torch.cat([value, value.new_tensor([last(i)])]) for i, value in enumerate(values)]
+    def end(values: list[Tensor], last: list[int]) -> list[Tensor]:
+        return [torch.cat([value, value.new_tensor([own])]) for value, own in zip(values, last, strict=True)]
 
-    tokens = [torch.cat([own, newline[None].to(own)]) for own in encoded.tokens]
     return encoded._replace(
-        tokens=tokens, places=end(encoded.places, lambda i: places[i]), sizes=end(encoded.sizes, lambda i: 1)
+        tokens=[torch.cat([own, newline[None].to(own)]) for own in encoded.tokens],
+        places=end(encoded.places, places),
+        sizes=encoded.sizes and end(encoded.sizes, [1] * len(places)),
     )

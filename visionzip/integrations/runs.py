@@ -1,4 +1,4 @@
-"""Finds the runs of placeholders that transformers' processors write for images and videos."""
+"""Find the runs of placeholders that the processors of transformers write for images and videos."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Placeholders of one image or video: as the stock processor writes them, and what the zipped model has of them.
+    """How many placeholders one image or video has, from the stock processor and in the zipped model.
 
     Attributes:
-        full: tokens of the prompt, ends of rows included.
-        short: likewise when zipped; None where it is known only once tokens are chosen, as of a frame that shares the
-            budget of its video.
-        row: placeholders in each row where a token of its own ends every row, as Pixtral's ``[IMG_BREAK]`` and, of the
-            last one, ``[IMG_END]``; else 0. These ends are part of the run, and all of them stay.
+        full: how many tokens of the prompt the stock processor writes, including tokens that end rows.
+        short: how many of them the zipped model has, counted alike; None if that is known only once tokens are chosen,
+            as for a frame that shares the budget of its video.
+        row: how many placeholders a row has if a token of its own ends every row, such as Pixtral's ``[IMG_BREAK]`` and
+            ``[IMG_END]``; otherwise 0. Tokens that end rows are part of the run, and all of them stay.
     """
 
     full: int
@@ -31,9 +31,9 @@ class Visual:
     """All images, or all videos, of a batch, in the order of the prompts.
 
     Attributes:
-        modality: ``"image"`` or ``"video"``, for messages.
-        token_id: id of its placeholder.
-        runs: one each.
+        modality: ``"image"`` or ``"video"``.
+        token_id: the id of their placeholder.
+        runs: a run for each.
     """
 
     modality: str
@@ -42,39 +42,48 @@ class Visual:
 
 
 class Edit(NamedTuple):
-    """One image's or video's :class:`Run` in a prompt, and where it starts."""
+    """The :class:`Run` of one image or video at its place in a prompt.
+
+    Attributes:
+        start: the column of the prompt in which the run starts.
+        full: as in :class:`Run`, like ``short`` and ``row``.
+        short: as in :class:`Run`.
+        row: as in :class:`Run`.
+        modality: ``"image"`` or ``"video"``.
+        number: which of the batch's images or videos it is, from 0.
+    """
 
     start: int
     full: int
     short: int | None
     row: int
     modality: str
-    index: int
+    number: int
 
     @property
     def key(self) -> tuple[str, int]:
-        """Which one it is of all."""
-        return self.modality, self.index
+        """What identifies the image or video in the batch: its modality and number."""
+        return self.modality, self.number
 
     @property
     def end(self) -> int:
-        """The column behind it."""
+        """The column after the run."""
         return self.start + self.full
 
 
 def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
-    """Which placeholders belong to which image: per row, in order, exactly the runs that the stock processor writes.
+    """Find each image's placeholders in the prompts, which have to be the runs that the stock processor writes.
 
     Args:
-        input_ids: (B, L) prompts.
-        visuals: what the model is given.
+        input_ids: (B, L), the prompts.
+        visuals: the images and videos of the call.
 
     Returns:
         The runs of each row, in order.
 
     Raises:
-        ValueError: there is no prompt; a run is not made of whole images, or there are more or fewer than images. The
-            message names row and image, both lengths and what to do.
+        ValueError: there is no prompt, a run of placeholders is not made of whole images, or there are more or fewer
+            runs than images. The message names the row, the image, both lengths and the cure.
     """
     if input_ids.ndim != 2 or not len(input_ids):
         raise ValueError(f"input_ids must be (B, L) with B >= 1, got {tuple(input_ids.shape)}")
@@ -82,7 +91,7 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
     for visual in visuals:
         used = 0
         in_rows = any(run.row for run in visual.runs)
-        for row, prompt in enumerate((input_ids == visual.token_id).cpu()):  # one transfer, not one per run
+        for row, prompt in enumerate((input_ids == visual.token_id).cpu()):  # one transfer, not one for each run
             for start, length in stretches(_with_row_ends(prompt) if in_rows else prompt):
                 own = _split_run(start, length, visual, used, row)
                 for edit in own:
@@ -100,19 +109,19 @@ def find_runs(input_ids: Tensor, visuals: Iterable[Visual]) -> list[list[Edit]]:
 
 
 def stretches(mask: Tensor) -> list[tuple[int, int]]:
-    """Start and length of each stretch of true values in a mask (L,)."""
+    """List the start and length of each stretch of true values in a mask (L,)."""
     steps = torch.diff(mask.int(), prepend=mask.new_zeros(1).int(), append=mask.new_zeros(1).int())
     starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
     return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
 def row_ends(run: Run | Edit) -> Tensor:
-    """Places (rows,) of the tokens that end the rows of a run; none where there are no rows."""
+    """List the places (rows,) within a run of the tokens that end its rows; empty if the run has no such tokens."""
     return torch.arange(run.row, run.full, run.row + 1) if run.row else torch.arange(0)
 
 
 def _with_row_ends(mask: Tensor) -> Tensor:
-    """Placeholders (L,), and the token behind each: the next one, or what ends its row."""
+    """Add to a mask of placeholders (L,) the token after each, which is another placeholder or ends a row."""
     behind = torch.zeros_like(mask)
     behind[1:] = mask[:-1]
     return mask | behind
@@ -121,14 +130,15 @@ def _with_row_ends(mask: Tensor) -> Tensor:
 def _check_rows(placeholders: Tensor, edit: Edit, row: int) -> None:
     if edit.row and not torch.equal((~placeholders[edit.start : edit.end]).nonzero().flatten(), row_ends(edit)):
         raise ValueError(
-            f"{edit.modality} {edit.index} of the batch has rows of {edit.row} placeholders with a token behind each, "
+            f"{edit.modality} {edit.number} of the batch has rows of {edit.row} placeholders with a token behind each, "
             f"but prompt {row} has others: prepare pictures and prompts with the model's own processor"
         )
 
 
 def _split_run(start: int, length: int, visual: Visual, used: int, row: int) -> list[Edit]:
-    """The images of one stretch: images side by side in a prompt make one."""
-    edits, end = [], start + length
+    """Split a stretch of placeholders into images, as images side by side in a prompt have no text between them."""
+    edits: list[Edit] = []
+    end = start + length
     while start < end:
         index = used + len(edits)
         if index == len(visual.runs) and not edits:

@@ -1,4 +1,4 @@
-"""Saves a zipped model of transformers under the names that inference engines read."""
+"""Save a zipped model of transformers with the names of weights that inference engines read."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Save a model, in the place of its ``save_pretrained``, so that stock vLLM loads the file too.
+    """Save a model so that stock vLLM loads it too; this replaces the model's ``save_pretrained``.
 
-    transformers 5 drops ``vision_model.`` from the names of an encoder that was built anew or loaded without it;
-    llava-hf's checkpoints have it, and vLLM's loader needs it. transformers reads both, to the same bits. The names
-    stay transformers' own where they are asked for (``save_original_format=False``), of adapters, and of offloaded
-    weights.
+    transformers 5 leaves ``vision_model.`` out of the names if the encoder was built anew or loaded without it. The
+    checkpoints of llava-hf have it, and vLLM's loader needs it; transformers reads both to the same bits. The names
+    stay transformers' own for adapters, for offloaded weights, and if ``save_original_format=False`` asks for them.
 
     Args:
         model: the zipped model.
-        towers: attributes of its base model that hold image encoders.
-        save_directory: as in transformers, like all that follows.
-        is_main_process: whether this process writes.
-        state_dict: weights to save in the place of the model's.
-        **kwargs: the rest.
+        towers: the attributes of its base model that hold image encoders.
+        save_directory: the directory, as in transformers.
+        is_main_process: whether this process writes, as in transformers.
+        state_dict: the weights to save in place of the model's, as in transformers.
+        **kwargs: the other arguments of transformers.
     """
     weights = model.state_dict() if state_dict is None else state_dict
     adapters = getattr(model, "_hf_peft_config_loaded", False)

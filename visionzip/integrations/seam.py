@@ -1,16 +1,16 @@
-"""Today's families of transformers, Qwen-VL first: tokens are chosen among what the model's own encoder returns.
+"""Families such as Qwen-VL, which choose among the tokens that the model's own encoder returns ("the seam").
 
-The encoder runs as it is, to its end, and its merger or pooling too: a token of the language model is one of several
-patches. Scores and keys come from one attention layer of the encoder and are averaged over the patches of each token,
-so that everything is chosen and merged at the language model's own grain. Kept tokens stay in raster order. Where a
-method reads projected patches, and where it reads hidden states, it gets these tokens.
+The encoder runs unchanged to its end, with its merger or pooling, so that a token of the language model stands for
+several patches. Scores and keys are read in one attention layer of the encoder and averaged over the patches of each
+token. So tokens of the language model are chosen and merged, and not patches. A method that reads projected patches or
+hidden states gets these tokens for both. Kept tokens stay in raster order.
 
-A family here is one entry of :mod:`visionzip.integrations.seam_families`. With multimodal rotary positions
-(``get_rope_index``) a kept token has the (time, row, column) of the patch that it keeps, and text keeps its place,
-always; other families have consecutive positions unless ``positions="original"``.
+A family is one entry of :mod:`visionzip.integrations.seam_families`. With multimodal rotary positions
+(``get_rope_index``) a kept token always has the (time, row, column) of the patch that it keeps, and text has its
+position in the uncompressed prompt. Other families have consecutive positions unless ``positions="original"``.
 
-Frames of a video are compressed one by one, whether they share a run of placeholders or have one each, between
-timestamps. With ``video_keep`` they are one picture, on top of each other: tokens are chosen among all of theirs, and a
+The frames of a video are compressed one by one, whether they share a run of placeholders or have a run each, between
+timestamps. With ``video_keep`` tokens are chosen among those of all frames, as if these were one tall picture, and a
 frame may keep none.
 """
 
@@ -36,16 +36,16 @@ from visionzip.methods import check_setting, has_size_bias, method_of, token_cou
 
 
 class Frames(NamedTuple):
-    """Frames of a video; an image is one."""
+    """How many frames a video has, and how many tokens each; an image is one frame."""
 
-    count: int
+    number: int
     size: Size
 
 
 Framing = Callable[[nn.Module, Arguments], list[Frames]]
-"""``(base, arguments)`` to the frames of each image or video, from shapes and grids alone."""
-Scored = Callable[[], tuple[Tensor | None, Tensor | None]]
-"""What was read, once the encoder has run: a score (n,) and a key (n, Dk) of each token, frame after frame."""
+"""``(base, arguments)`` to the :class:`Frames` of each image or video, from shapes and grids alone."""
+Scored = Callable[[], tuple[Tensor, Tensor]]
+"""Returns the scores (n,) and keys (n, Dk) of all tokens, frame after frame, once the encoder has run."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ class Encoder:
     """How one kind of encoder is read.
 
     Attributes:
-        read: ``(base, layer, arguments)`` to a context manager that yields :data:`Scored`.
-        layers: ``(base)`` to the layers that compare all of an image's patches, the last one at the end.
-        pixels: ``(base, arguments, name)`` to the pixels of that argument, without what only fills them up: of all
-            frames one behind the other, or a list.
+        read: ``(base, layer, arguments)`` to a context manager, inside which the encoder runs; it yields a
+            :data:`Scored`.
+        layers: ``(base)`` to the layers whose attention compares all patches of an image, in ascending order.
+        pixels: ``(base, arguments, name)`` to the pixels in the argument of that name, without padding: those of all
+            frames one after the other, or a list of them.
     """
 
     read: Callable[[nn.Module, int, Arguments], AbstractContextManager[Scored]]
@@ -67,23 +68,54 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class SeamFamily(Family):
-    """A family of transformers whose model takes ``mm_encoder_outputs``.
+class OutputFamily(Family):
+    """A family that chooses among the output of the model's own encoder; it may have M-RoPE's positions."""
+
+    def has_original_positions(self, config: VisionZipConfig) -> bool:
+        """Say whether kept tokens keep their positions: by the setting, and always with M-RoPE."""
+        return self.rotary or super().has_original_positions(config)
+
+    def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
+        """Compute the positions (3, B, L) of the uncompressed prompts as the model does with M-RoPE."""
+        if not self.rotary:
+            return None
+        ids, types = arguments["input_ids"], arguments.get("mm_token_type_ids")
+        if types is None:
+            names = enumerate(self.modalities, start=1)
+            types = sum((ids == getattr(base.config, f"{name}_token_id")).int() * kind for kind, name in names)
+        given = {name: arguments.get(name) for name in inspect.signature(base.get_rope_index).parameters}
+        given.pop("kwargs", None)
+        return base.get_rope_index(**given | {"mm_token_type_ids": types})[0]
+
+    def with_axes(self, positions: Tensor) -> Tensor:
+        """Repeat positions (B, L) of text on all axes of M-RoPE."""
+        return positions.expand(3, -1, -1) if self.rotary else positions
+
+    def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
+        """Set ``rope_deltas``, from which the model counts on in calls that give it no positions."""
+        if self.rotary and held.after is not None:
+            tokens = arguments["attention_mask"].sum(dim=1, keepdim=True)
+            base.rope_deltas = held.after[:, -1:].to(tokens.device) - tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeamFamily(OutputFamily):
+    """A family of which we know how its encoder can be read.
 
     Attributes:
-        encoder: how its encoder is read.
-        backbone: attribute of the base model that has the language model.
-        frames: how many images of which size there are.
-        side: ``(base)`` to the tokens along the edge of a picture, where all pictures have one size.
+        encoder: how the encoder is read.
+        frames: how many images there are, and of which size.
+        backbone: the attribute of the base model that holds the language model.
+        side: ``(base)`` to the tokens along one edge of a picture, if all pictures have one size.
     """
 
-    encoder: Encoder | None = None
+    encoder: Encoder
+    frames: Framing
     backbone: str = "language_model"
-    frames: Framing | None = None
     side: Callable[[nn.Module], int] | None = None
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
-        """As :meth:`Family.check` says; also that the scored layer compares all of an image's patches."""
+        """Check the model and the setting as :meth:`Family.check` does, and that the scored layer sees all patches."""
         super().check(model, config)
         if self.rotary:
             check_attributes(model.model, ("get_rope_index",))
@@ -101,46 +133,20 @@ class SeamFamily(Family):
         check_setting(config, model, 64, lays_out_patches=True, whole_videos="video" in self.modalities)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
-        """Half of each image's tokens, by the last encoder layer that can be read."""
+        """Return the family's default: half of each image's tokens, scored in the last layer that can be read."""
         return VisionZipConfig(keep=0.5, layer=self.encoder.layers(model.model)[-1])
 
-    def has_original_positions(self, config: VisionZipConfig) -> bool:
-        """Always with M-RoPE."""
-        return self.rotary or super().has_original_positions(config)
-
-    def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
-        """The model's own three axes (3, B, L), of the prompts as they are."""
-        if not self.rotary:
-            return None
-        ids, types = arguments["input_ids"], arguments.get("mm_token_type_ids")
-        if types is None:
-            names = enumerate(self.modalities, start=1)
-            types = sum((ids == getattr(base.config, f"{name}_token_id")).int() * kind for kind, name in names)
-        given = {name: arguments.get(name) for name in inspect.signature(base.get_rope_index).parameters}
-        given.pop("kwargs", None)
-        return base.get_rope_index(**given | {"mm_token_type_ids": types})[0]
-
-    def with_axes(self, positions: Tensor) -> Tensor:
-        """Text is at the same place on all axes."""
-        return positions.expand(3, -1, -1) if self.rotary else positions
-
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The text backbone."""
+        """Return the text backbone."""
         return getattr(model.model, self.backbone)
 
     def image_tokens(self, model: nn.Module) -> int | None:
-        """A square of them where all pictures have one size."""
+        """Count the tokens of a picture if all pictures have one size; otherwise return None."""
         return None if self.side is None else self.side(model.model) ** 2
-
-    def note(self, base: nn.Module, held: Held, arguments: Arguments) -> None:
-        """``rope_deltas``, with which the model counts on where it is given no positions."""
-        if self.rotary and held.after is not None:
-            tokens = arguments["attention_mask"].sum(dim=1, keepdim=True)
-            base.rope_deltas = held.after[:, -1:].to(tokens.device) - tokens
 
 
 class _Kind(NamedTuple):
-    """Images or videos of a family, as :func:`modality` is told."""
+    """The arguments of :func:`modality`, which explains them."""
 
     name: str
     pixels: str
@@ -150,7 +156,7 @@ class _Kind(NamedTuple):
     row_ends: bool
 
     def setting(self, config: VisionZipConfig) -> tuple[VisionZipConfig, bool]:
-        """Of these, and whether a video is chosen from as a whole."""
+        """Return the setting for these images or videos, and whether a video's tokens are chosen as a whole."""
         whole = self.name == "video" and config.video_keep is not None
         return (config.of_videos() if whole else config), whole
 
@@ -164,34 +170,34 @@ def modality(
     row_ends: bool = False,
     **options: Any,
 ) -> Modality:
-    """Images or videos of a family.
+    """Define the images or videos of a family.
 
     Args:
         name: ``"image"`` or ``"video"``.
-        pixels: the argument that has them.
-        frames: how many of which size.
-        encoder: how it is read.
-        apart: each frame has a run of placeholders of its own, with text between them.
-        row_ends: each row of an image's placeholders ends with a token that stays; see :class:`Run`.
-        **options: others of :class:`Modality`.
+        pixels: the argument that has their pixels.
+        frames: how many frames of which size there are.
+        encoder: how the encoder is read.
+        apart: whether each frame has a run of placeholders of its own, with text between them.
+        row_ends: whether each row of placeholders ends with a token of its own, which stays (see :class:`Run`).
+        **options: other attributes of :class:`Modality`.
     """
     kind = _Kind(name, pixels, frames, encoder, apart, row_ends)
     return Modality(pixels, partial(_runs, kind), partial(_encode, kind), **options)
 
 
 def all_layers(blocks: str, base: nn.Module) -> list[int]:
-    """All layers of an encoder, counted from the end.
+    """List all layers of an encoder, counted from the end.
 
     Args:
-        blocks: where the base model has them, dotted.
-        base: it.
+        blocks: the dotted name of the base model's attribute that holds the layers.
+        base: the base model.
     """
     depth = len(attrgetter(blocks)(base))
     return list(range(-depth, 0))
 
 
 def _pieces(frames: Frames, whole: bool) -> list[Size]:
-    """What is chosen from at once: each frame, or the frames of a video on top of each other."""
+    """List the sizes among whose tokens is chosen: each frame's, or that of a video's frames on top of each other."""
     count, (rows, columns) = frames
     return [(count * rows, columns)] if whole else [(rows, columns)] * count
 
@@ -218,12 +224,13 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
     sizes = [size for frames in seen for size in _pieces(frames, whole)]
     reads = method_of(own).reads | ({"keys"} if has_size_bias(own) else set())
     scored = reads & {"scores", "keys"} and not all(is_whole(own, size) for size in sizes)
-    with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext(_nothing) as read:
+    with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext() as read:
         output = stock_features(base, kind.name, taken | {"return_dict": True})
+    scores, keys = (None, None) if read is None else read()
     layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
     pixels = kind.encoder.pixels(base, arguments, kind.pixels)
-    chosen = choose_in_frames(layers, sizes, *read(), pixels, own)
-    counts = [1 if whole else frames.count for frames in seen]
+    chosen = choose_in_frames(layers, sizes, scores, keys, pixels, own)
+    counts = [1 if whole else frames.number for frames in seen]
     tokens = [rows * columns for _, (rows, columns) in seen]
     starts = [at * size for count, size in zip(counts, tokens, strict=True) for at in range(count)]
     places = _joined([own + start for own, start in zip(chosen.places, starts, strict=True)], counts)
@@ -237,24 +244,28 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
 
 
 def _by_frame(encoded: Encoded, seen: list[Frames], whole: bool) -> Encoded:
-    """Tokens of videos, as those of each frame's own run."""
-    lengths, places = [], []
+    """Split the tokens of videos into those of each frame, which has a run of its own."""
+    lengths: list[list[int]] = []
+    places: list[Tensor] = []
     for (count, (rows, columns)), own in zip(seen, encoded.places, strict=True):
         frame = own // (rows * columns)
         lengths.append(frame.bincount(minlength=count).tolist() if whole else [len(own) // count] * count)
         places += (own % (rows * columns)).split(lengths[-1])
 
-    def split(videos: list[Tensor] | None) -> list[Tensor] | None:
-        return videos and [part for own, parts in zip(videos, lengths, strict=True) for part in own.split(parts)]
+    def split(videos: list[Tensor]) -> list[Tensor]:
+        return [part for own, parts in zip(videos, lengths, strict=True) for part in own.split(parts)]
 
     deepstack = encoded.deepstack and [split(layer) for layer in encoded.deepstack]
     return encoded._replace(
-        tokens=split(encoded.tokens), places=places, sizes=split(encoded.sizes), deepstack=deepstack
+        tokens=split(encoded.tokens),
+        places=places,
+        sizes=encoded.sizes and split(encoded.sizes),
+        deepstack=deepstack,
     )
 
 
 def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
-    """The same with places and sizes of what ends each row, too."""
+    """Add the places and sizes of the tokens that end each row."""
     places, sizes = [], []
     for at, (own, (_, (rows, columns))) in enumerate(zip(encoded.places, seen, strict=True)):
         ends = torch.arange(columns, rows * (columns + 1), columns + 1, device=own.device)
@@ -265,11 +276,7 @@ def _with_row_ends(encoded: Encoded, seen: list[Frames]) -> Encoded:
     return encoded._replace(places=places, sizes=sizes or None)
 
 
-def _nothing() -> tuple[None, None]:
-    return None, None
-
-
 def _joined(frames: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """Values of frames, joined to those of each image or video."""
+    """Join the values of frames to those of each image or video."""
     values = iter(frames)
     return [torch.cat([next(values) for _ in range(count)]) for count in counts]

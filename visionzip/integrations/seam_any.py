@@ -1,9 +1,9 @@
-"""Any other class of transformers that takes ``mm_encoder_outputs``: tokens are chosen among what it returns itself.
+"""Any other class of transformers that takes ``mm_encoder_outputs``: tokens are chosen among those it returns itself.
 
-Nothing is known of such a class but what it says of itself: ``get_image_features`` gives the tokens of its images in
-the order of their placeholders, and ``get_rope_index``, where there is one, their positions. So methods that read the
-encoder's attention are refused, and so is, before the encoder runs, whatever else cannot be told from outside. Images
-of one prompt have one run of placeholders each; ``docs/families.md`` says which classes work.
+VisionZip knows of such a class only what its methods tell: ``get_image_features`` returns the tokens of its images in
+the order of their placeholders, and ``get_rope_index``, if there is one, their positions. So methods that read the
+encoder's attention are refused, and before the encoder runs so is everything else that cannot be known from outside.
+Each image of a prompt has one run of placeholders. ``docs/families.md`` says which classes work.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, stock_features
+from visionzip.integrations.huggingface import Arguments, Encoded, Modality, stock_features
 from visionzip.integrations.runs import Run, stretches
-from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam import OutputFamily
 from visionzip.integrations.seam_choice import choose_in_frames, flat_tokens, shown
 from visionzip.methods import METHODS, check_setting, has_size_bias, method_of, token_counts
 
-_KNOWN = {"projected", "pixels"}  # what a method may read: tokens of the language model, and pixels
+_KNOWN = {"projected", "pixels"}  # the parts that a method may read: the language model's tokens, and pixels
 _SHORTENED = {"input_ids", "attention_mask", "position_ids", "labels", "token_type_ids", "mm_token_type_ids"}
 _OTHER_FIELDS = {  # classes that read another field of their encoder's output than pooler_output
     "fuyu": "last_hidden_state",
@@ -34,17 +34,17 @@ _OTHER_FIELDS = {  # classes that read another field of their encoder's output t
 
 @dataclass(frozen=True)
 class AnyModality(Modality):
-    """Images of a class of which nothing is known; its own output is given back with fewer tokens."""
+    """Images of an unknown class, which gets its own output back with fewer tokens."""
 
     def stacks(self, encoded: Encoded) -> bool:
-        """As its own ``pooler_output`` was."""
+        """Say whether the class's own ``pooler_output`` was one tensor."""
         return isinstance(encoded.stock.pooler_output, Tensor)
 
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
-        """The class's own output, with the chosen tokens.
+        """Return the class's own output with the chosen tokens.
 
         Raises:
-            ValueError: images keep different numbers of tokens, and the class takes one tensor.
+            ValueError: images keep different numbers of tokens, but the class takes one tensor.
         """
         tokens: Any = encoded.tokens
         if self.stacks(encoded):
@@ -54,7 +54,7 @@ class AnyModality(Modality):
                     "one tensor: give images of one size in a call"
                 )
             tokens = torch.stack(tokens)
-        # Without last_hidden_state, a class that reads that instead fails; with it, it would see all tokens.
+        # A class that reads last_hidden_state instead fails without it; with it, the class would see all tokens.
         fields = dict(encoded.stock) | {"pooler_output": tokens, "last_hidden_state": None}
         if encoded.deepstack is not None:
             fields["deepstack_features"] = encoded.deepstack
@@ -62,15 +62,15 @@ class AnyModality(Modality):
 
 
 @dataclass(frozen=True)
-class AnyFamily(SeamFamily):
-    """Classes that are in no other family."""
+class AnyFamily(OutputFamily):
+    """The family of all classes that have no family of their own."""
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
-        """As :meth:`Family.check` says; also that the method needs nothing of the encoder but its tokens."""
+        """Check the model as :meth:`Family.check` does, and that the method reads nothing but the encoder's tokens."""
         name = type(model).__name__
         if not hasattr(getattr(model, "model", None), "get_image_features"):
             raise TypeError(f"{name} has no base model with get_image_features as .model: it cannot be zipped")
-        Family.check(self, model, config)
+        super().check(model, config)
         if not method_of(config).reads <= _KNOWN or has_size_bias(config):
             fitting = ", ".join(own.name for own in METHODS.values() if own.reads <= _KNOWN and own.keeps_patches)
             raise ValueError(
@@ -87,18 +87,18 @@ class AnyFamily(SeamFamily):
         check_setting(config, model, 64, lays_out_patches=True)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
-        """Half of each image's tokens; a method has to be named."""
+        """Return a setting that keeps half of each image's tokens; the user has to name a method."""
         return VisionZipConfig(keep=0.5)
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The text backbone."""
+        """Return the text backbone."""
         return model.get_decoder()
 
     def positions(self, base: nn.Module, arguments: Arguments) -> Tensor | None:
-        """The model's own three axes.
+        """Compute the positions as the model does.
 
         Raises:
-            ValueError: they are not three.
+            ValueError: the positions do not have three axes.
         """
         positions = super().positions(base, arguments)
         if positions is not None and (positions.ndim != 3 or len(positions) != 3):
@@ -109,7 +109,7 @@ class AnyFamily(SeamFamily):
 
 
 def any_family(model: nn.Module) -> AnyFamily | None:
-    """The family of a model that takes ``mm_encoder_outputs``; None if it does not."""
+    """Return the family of a model that takes ``mm_encoder_outputs``; None if the model does not take them."""
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         return None
     return _ROTARY if hasattr(getattr(model, "model", None), "get_rope_index") else _PLAIN
@@ -124,7 +124,11 @@ def _runs(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> lis
 
 
 def _refuse(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> None:
-    """Refuse what cannot be told from outside."""
+    """Refuse arguments that VisionZip would have to know more about.
+
+    Raises:
+        ValueError: there is such an argument.
+    """
     ids = arguments["input_ids"]
     if heard := [name for name in arguments if name.startswith("input_features") and arguments[name] is not None]:
         raise ValueError(f"{heard[0]} was given: prompts with sound are not compressed, unzip(model) first")
@@ -138,10 +142,10 @@ def _refuse(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> N
 
 
 def _lengths(found: list[int], arguments: Arguments) -> list[int]:
-    """Placeholders of each image, from the stretches of them in the prompts and what the processor says of the images.
+    """Count the placeholders of each image, from their stretches in the prompts and the processor's arguments.
 
     Raises:
-        ValueError: they cannot be told apart.
+        ValueError: the images cannot be told apart.
     """
     total, tried = sum(found), []
     for weights in _weights(arguments):
@@ -160,12 +164,12 @@ def _lengths(found: list[int], arguments: Arguments) -> list[int]:
 
 
 def _weights(arguments: Arguments) -> list[list[int]]:
-    """For each way to count images: how long they are relative to each other."""
+    """List, for each way to count images, how long they are relative to each other."""
     ways = []
     for name in ("image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes"):
         if (grid := arguments.get(name)) is not None:
             ways.append([int(own.prod()) for own in torch.as_tensor(grid)])
-    if (places := arguments.get("image_position_ids")) is not None:  # of patches, -1 where an image has no more
+    if (places := arguments.get("image_position_ids")) is not None:  # the positions of patches; -1 fills up
         ways.append((places != -1).all(dim=-1).sum(dim=-1).tolist())
     pixels = arguments["pixel_values"]
     if not ways and isinstance(pixels, Tensor) and pixels.ndim >= 4:
@@ -196,7 +200,7 @@ def _encode(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> E
 
 
 def _pixels(pixels: Any, lengths: list[int]) -> Tensor:
-    """Pixels by image, or (patches, n) of all, which ``random`` draws by; lengths where they are not by image."""
+    """Return pixels by image or by token, from which ``random`` draws; or else the lengths in their place."""
     if isinstance(pixels, Tensor) and len(pixels) == len(lengths):
         return pixels
     if isinstance(pixels, Tensor) and len(pixels) % sum(lengths) == 0:

@@ -1,7 +1,8 @@
-"""Chooses among the tokens of frames that a model's own encoder returned, in whatever form it returns them."""
+"""Choose among the tokens of frames that a model's own encoder has returned, in whatever form it returns them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,31 +18,31 @@ Size = tuple[int, int]
 
 
 def real_pixels(pixels: Tensor) -> Tensor:
-    """Pixels of all frames, one behind the other: Idefics has them by prompt, with black ones that fill up."""
+    """Return the pixels of all frames one after the other; Idefics has them by prompt, filled up with black ones."""
     if pixels.ndim < 5:
         return pixels
     return pixels.flatten(0, 1)[shown(pixels).flatten()]
 
 
 def shown(pixels: Tensor) -> Tensor:
-    """(B, n) bool: which of the images of each prompt (B, n, 3, h, w) are not there only to fill up."""
+    """Mark the images of each prompt (B, n, 3, h, w) that do not only fill up the batch: (B, n) bool."""
     return (pixels != 0).flatten(2).any(dim=-1)
 
 
 def flat_tokens(features: Any) -> Tensor:
-    """All tokens (n, D) of all frames, in whatever form the model returns them."""
+    """Join all tokens (n, D) of all frames, in whatever form the model returns them."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
     return torch.cat(list(features))
 
 
 def is_whole(config: VisionZipConfig, size: Size) -> bool:
-    """Whether all tokens of a frame are kept."""
+    """Say whether all tokens of a frame are kept."""
     return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
 
 
 class Chosen(NamedTuple):
-    """Of each frame: its tokens in each layer, the places of these, and how many each stands for."""
+    """Each frame's tokens in each layer, their places in the frame, and how many tokens each of them stands for."""
 
     layers: list[list[Tensor]]
     places: list[Tensor]
@@ -56,27 +57,29 @@ def choose_in_frames(
     pixels: Tensor | list[Tensor],
     config: VisionZipConfig,
 ) -> Chosen:
-    """Choose among the tokens of each frame; frames of one size are one batch.
+    """Choose among the tokens of each frame; frames of equal size are chosen from in one batch.
 
     Args:
-        layers: (n, D) tokens of all frames in order, for the language model's input and its layers that get some.
-        sizes: of the frames.
-        scores: (n,) of the tokens, if the method reads them.
-        keys: (n, Dk) of the tokens, likewise.
-        pixels: of all frames, one behind the other, or of each.
+        layers: (n, D), the tokens of all frames in order, for the language model's input and then for each of its
+            layers that gets some.
+        sizes: the (rows, columns) of each frame's tokens.
+        scores: (n,), the scores of the tokens; None if the method does not read them.
+        keys: (n, Dk), the keys of the tokens; None if nothing reads them.
+        pixels: the pixels of all frames one after the other, or a list of them.
         config: the setting.
     """
     lengths = [rows * columns for rows, columns in sizes]
     per_token = len(pixels) // sum(lengths) if isinstance(pixels, Tensor) and pixels.ndim == 2 else 0
-    frames = pixels.split([length * per_token for length in lengths]) if per_token else pixels
+    frames: Sequence[Tensor] | Tensor = pixels
+    if isinstance(pixels, Tensor) and per_token:
+        frames = pixels.split([length * per_token for length in lengths])
 
-    def batch(values: Tensor | None, which: list[int]) -> Tensor | None:
-        if values is None:
-            return None
+    def batch(values: Tensor, which: list[int]) -> Tensor:
         split = values.split(lengths)
         return torch.stack([split[frame] for frame in which])
 
-    found = Chosen([[None] * len(sizes) for _ in layers], [None] * len(sizes), [None] * len(sizes))
+    empty = layers[0].new_empty(0)
+    found = Chosen([[empty] * len(sizes) for _ in layers], [empty] * len(sizes), [empty] * len(sizes))
     for size in dict.fromkeys(sizes):
         which = [frame for frame, own in enumerate(sizes) if own == size]
         tokens = [batch(layer, which) for layer in layers]
@@ -86,8 +89,8 @@ def choose_in_frames(
             read = EncoderRead(
                 tokens[0],
                 False,
-                scores=batch(scores, which),
-                keys=batch(keys, which),
+                scores=None if scores is None else batch(scores, which),
+                keys=None if keys is None else batch(keys, which),
                 projected=tokens[0],
                 pixels=torch.stack([frames[frame] for frame in which]),
                 grid=size,
@@ -103,7 +106,7 @@ def choose_in_frames(
 def _in_raster_order(
     layers: list[Tensor], chosen: CompressedTokens, config: VisionZipConfig
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Chosen tokens (B, T, D) of each layer, what they keep (B, T) and their sizes, ascending by what they keep."""
+    """Sort the chosen tokens (B, T, D) of each layer, their places (B, T) and their sizes (B, T) by place."""
     kept, order = chosen.kept.sort(dim=1, stable=True)
 
     def ordered(values: Tensor) -> Tensor:

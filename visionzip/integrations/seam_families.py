@@ -1,6 +1,6 @@
-"""The families behind transformers' seam: how their encoders are read, and how many tokens a run of placeholders has.
+"""The families of the seam: how their encoders are read, and how many tokens a run of placeholders has.
 
-To add one that is built like another is one line at the end, and one in the registry.
+A new family that is built like one of these takes one line at the end of this file, and one in the registry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _read_packed(name: str, base: nn.Module, layer: int, arguments: Arguments) -
 
     def tokens() -> tuple[Tensor, Tensor]:
         scores, keys = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in found[0])
-        if hasattr(encoder, "window_size"):  # in the order of its windows
+        if hasattr(encoder, "window_size"):  # the encoder's sequence is in the order of its windows
             shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
             order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
             scores, keys = scores[order], keys[order]
@@ -48,7 +48,7 @@ def _read_packed(name: str, base: nn.Module, layer: int, arguments: Arguments) -
 
 
 def _packed_layers(base: nn.Module) -> list[int]:
-    """All layers, or those that are not cut into windows, counted from the end."""
+    """List the layers whose attention is not limited to windows, counted from the end."""
     depth = len(base.visual.blocks)
     return [layer - depth for layer in getattr(base.visual, "fullatt_block_indexes", range(depth))]
 
@@ -73,11 +73,11 @@ def _grid_frames(name: str, pixels: str, base: nn.Module, arguments: Arguments) 
 
 
 def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
-    """A family like Qwen-VL: pictures of any size, a merger behind the encoder, M-RoPE.
+    """Define a family like Qwen-VL: pictures of any size, a merger behind the encoder, and M-RoPE.
 
     Args:
-        timestamps: each frame of a video has a run of placeholders of its own.
-        videos: videos have placeholders of their own kind.
+        timestamps: whether each frame of a video has a run of placeholders of its own.
+        videos: whether videos have placeholders of their own kind, so that they can be compressed.
     """
     modalities = {}
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos"))[: 1 + videos]:
@@ -112,7 +112,7 @@ def _read_square(
 
 
 def _side(base: nn.Module) -> int:
-    """Tokens along the edge of a picture, by whichever name the family's config has for it."""
+    """Count the tokens along one edge of a picture, from whichever entry the family's config has."""
     config = base.config
     edge = config.vision_config.image_size
     patches = _first(edge) // _first(config.vision_config.patch_size)
@@ -128,10 +128,10 @@ def _first(value: Any) -> int:
 
 
 def _square_frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
-    """One for each picture.
+    """Return one frame for each picture.
 
     Raises:
-        ValueError: they have another size than the model's.
+        ValueError: the pictures do not have the model's size.
     """
     pixels, edge = arguments["pixel_values"], _first(base.config.vision_config.image_size)
     if pixels.ndim not in (4, 5) or tuple(pixels.shape[-3:]) != (3, edge, edge):
@@ -146,14 +146,14 @@ def _square_frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
 def square_family(
     blocks: str, attention: str = "self_attn", cls_token: bool = False, stacked: bool = True, **options: Any
 ) -> SeamFamily:
-    """A family whose pictures have one size and one run of placeholders each.
+    """Define a family whose pictures have one size, and one run of placeholders each.
 
     Args:
-        blocks: the encoder's layers, dotted, of the base model.
-        attention: attribute of a layer that can be read by :func:`visionzip.attention.read_attention`.
-        cls_token: the encoder has one, which no token of the language model is made of.
-        stacked: as in :class:`Modality`.
-        **options: others of :class:`SeamFamily`.
+        blocks: the dotted name of the base model's attribute that holds the encoder's layers.
+        attention: the attribute of a layer that :func:`visionzip.attention.read_attention` can read.
+        cls_token: whether the encoder has a CLS token, which is part of no token of the language model.
+        stacked: whether the model takes the tokens as one tensor, as in :class:`Modality`.
+        **options: other attributes of :class:`SeamFamily`.
     """
     encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(all_layers, blocks))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)

@@ -1,7 +1,7 @@
-"""Gemma 4: pictures and frames of any shape as lists of patches, each with its column and row, filled up to one length.
+"""The family Gemma 4: a picture or frame of any shape is a list of patches, each with its column and row.
 
-Its pooler averages squares of patches, and so are scores and keys averaged here. Frames of a video have a run of
-placeholders each, between timestamps. Sound goes to the stock model as it is.
+Lists are filled up to one length. The model's pooler averages squares of patches, so scores and keys are averaged alike
+here. Each frame of a video has a run of placeholders, between timestamps. Sound is passed on to the stock model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _read(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Itera
         queries, keys = outputs["q_norm"], outputs["k_norm"]  # (B, S, H, Dh); fewer heads of keys
         turned = [rotate(values, *given["position_embeddings"], given["position_ids"]) for values in (queries, keys)]
         turned[1] = turned[1].repeat_interleave(attention.num_key_value_groups, dim=2)
-        packed = [values[real].transpose(0, 1) for values in (*turned, keys)]
-        return packed_scores(*packed, real.sum(dim=1).tolist(), attention.scaling)
+        queries, rotated, keys = (values[real].transpose(0, 1) for values in (*turned, keys))
+        return packed_scores(queries, rotated, keys, real.sum(dim=1).tolist(), attention.scaling)
 
     def tokens() -> tuple[Tensor, Tensor]:
         scores, keys = found[0]
         edge, picture = _edge(base), torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
         x, y = (places[real] // edge).unbind(dim=-1)
-        # One behind the other, and in each row by row: the patches of a token are side by side then.
+        # Sorted by picture, row of tokens and column of tokens, the patches of a token lie side by side.
         order = ((picture * (y.max() + 1) + y) * (x.max() + 1) + x).argsort(stable=True)
         return tuple(values[order].unflatten(0, (-1, edge**2)).mean(dim=1) for values in (scores, keys))
 
@@ -47,20 +47,20 @@ def _read(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Itera
 
 
 def _real(places: Tensor) -> Tensor:
-    """(B, S) of places (B, S, 2): which patches are none that only fill up."""
+    """Mark the patches (B, S) that do not only fill up, by their places (B, S, 2)."""
     return (places != -1).all(dim=-1)
 
 
 def _edge(base: nn.Module) -> int:
-    """Patches along the edge of a token."""
+    """Count the patches along one edge of a token."""
     return base.config.vision_config.pooling_kernel_size
 
 
 def _frames(name: str, pixels: str, base: nn.Module, arguments: Arguments) -> list[Frames]:
-    """By the places of patches.
+    """Read the frames from the places of patches.
 
     Raises:
-        ValueError: they are missing, or are of other pixels or frames.
+        ValueError: the places are missing, or they do not fit the pixels or frames.
     """
     values, places = arguments[pixels], arguments.get(f"{name}_position_ids")
     wide, edge = 3 * base.config.vision_config.patch_size**2, _edge(base)
@@ -83,7 +83,11 @@ def _frames(name: str, pixels: str, base: nn.Module, arguments: Arguments) -> li
 
 
 def _videos(sizes: list[tuple[int, int]], counts: Tensor | None) -> list[Frames]:
-    """Videos of frames of these sizes."""
+    """Group frames of these sizes into videos.
+
+    Raises:
+        ValueError: the numbers of frames do not fit, or the frames of a video differ in size.
+    """
     numbers = [] if counts is None else counts.tolist()
     starts = [sum(numbers[:video]) for video in range(len(numbers))]
     same = all(len({*sizes[start : start + count]}) == 1 for start, count in zip(starts, numbers, strict=True))

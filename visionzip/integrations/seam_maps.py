@@ -1,4 +1,4 @@
-"""What an encoder behind transformers' seam looks at, keeps and merges, token by token, for figures of it."""
+"""Record what an encoder of the seam's families attends to, keeps and merges, token by token, for figures."""
 
 from __future__ import annotations
 
@@ -15,40 +15,34 @@ from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
 from visionzip.integrations import family_of
 from visionzip.integrations.huggingface import stock_features
-from visionzip.integrations.seam import SeamFamily
+from visionzip.integrations.seam import OutputFamily, SeamFamily
 from visionzip.integrations.seam_choice import flat_tokens
 from visionzip.methods import EncoderRead, method_of
 from visionzip.token_map import TokenMap, roles_of
 
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
-_CELL = 28  # pixels of a token in a picture
+_CELL = 28  # the edge of a token in the figure, in pixels
 
 
 @torch.inference_mode()
 def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.Image) -> TokenMap:
-    """Run a model's encoder and note the attention on each merged token and what becomes of it.
+    """Run a model's encoder, and record the attention on each merged token and what becomes of it.
 
     Args:
-        model: of a family behind the seam, zipped or not.
-        inputs: what the processor made of a prompt with one picture. Of one that is cut into tiles the last one counts,
-            which shows the whole picture.
-        picture: it.
+        model: a model of the seam's families, zipped or not.
+        inputs: what the processor returned for a prompt with one picture. Of a picture that is cut into tiles, the last
+            tile counts, which shows the whole picture.
+        picture: the picture itself.
 
     Returns:
-        A map whose "patches" are the language model's tokens, and whose layers are those that compare all of them.
+        A map whose "patches" are the language model's tokens, and whose layers are those that compare all patches.
 
     Raises:
-        TypeError: the model is of another family.
-        ValueError: nothing is known of its encoder.
+        TypeError: the model's encoder is CLIP or SigLIP, which :func:`visionzip.token_map.inspect_tokens` reads.
+        ValueError: VisionZip does not know the model's encoder.
     """
     target = unwrap(model)
-    family = family_of(target)
-    if not isinstance(family, SeamFamily):
-        raise TypeError(f"{type(target).__name__} is of a family whose own encoder inspect_tokens reads")
-    if family.encoder is None:
-        raise ValueError(
-            f"{type(target).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
-        )
+    family = _seam_family(target)
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
@@ -64,8 +58,9 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     roles = None
     if zipped:
         pixels = family.encoder.pixels(base, given, "pixel_values")
-        packed = isinstance(pixels, Tensor) and pixels.ndim == 2
-        own = pixels[-count * (len(pixels) // len(features)) :] if packed else pixels[-1]
+        own = pixels[-1]
+        if isinstance(pixels, Tensor) and pixels.ndim == 2:  # packed: each token has several rows
+            own = pixels[-count * (len(pixels) // len(features)) :]
         tokens, keys = features[None, -count:], read[decides][1][None, -count:]
         facts = EncoderRead(
             tokens,
@@ -77,10 +72,8 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
             grid=(rows, columns),
         )
         (roles,) = roles_of(choose_tokens(facts, config), False)
-    shown = picture.convert("RGB").resize((columns * _CELL, rows * _CELL))
-    image = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(rows * _CELL, columns * _CELL, 3)
     return TokenMap(
-        image.float() / 255,
+        _as_shown(picture, rows, columns),
         (rows, columns),
         attention.cpu() / attention.sum(dim=1, keepdim=True).cpu(),
         decides,
@@ -89,3 +82,22 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
         setting=zipped and config,
         method=zipped and method_of(config),
     )
+
+
+def _seam_family(model: nn.Module) -> SeamFamily:
+    """Return the family of a model, if VisionZip can read its encoder here."""
+    family = family_of(model)
+    if isinstance(family, SeamFamily):
+        return family
+    if isinstance(family, OutputFamily):
+        raise ValueError(
+            f"{type(model).__name__} has an encoder that VisionZip does not know, so its attention cannot be shown"
+        )
+    raise TypeError(f"the encoder of {type(model).__name__} is read by visionzip.token_map.inspect_tokens")
+
+
+def _as_shown(picture: Image.Image, rows: int, columns: int) -> Tensor:
+    """Resize a picture so that each token is a square of it: (h, w, 3), 0 to 1."""
+    height, width = rows * _CELL, columns * _CELL
+    data = bytearray(picture.convert("RGB").resize((width, height)).tobytes())
+    return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).float() / 255

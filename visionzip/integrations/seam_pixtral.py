@@ -1,8 +1,8 @@
-"""Pixtral's encoder, in Mistral 3 and, as LLaVA, in Pixtral-12B: pictures of any size in one packed sequence.
+"""The families with Pixtral's encoder, Mistral 3 and Pixtral-12B: pictures of any size in one packed sequence.
 
-The processor writes placeholders row by row, and a token behind each row: ``[IMG_BREAK]``, or ``[IMG_END]`` behind the
-last. All of them stay, also of rows of which no token is kept: how many are in front of a token is what tells the
-language model its row. So a picture of 36 rows costs 36 tokens more than are kept of it.
+The processor writes placeholders row by row, with a token after each row: ``[IMG_BREAK]``, or ``[IMG_END]`` after the
+last one. All of these stay, even after a row of which no token is kept, because their number before a token tells the
+language model the token's row. So a picture of 36 rows takes 36 tokens more than are kept of it.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ def _read(base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]
 
 
 def _merge(base: nn.Module) -> int:
-    """Patches along the edge of a token: 1 of Pixtral-12B, 2 of Mistral 3."""
+    """Count the patches along one edge of a token: 1 in Pixtral-12B, 2 in Mistral 3."""
     return getattr(base.config, "spatial_merge_size", 1)
 
 
 def _sizes(arguments: Arguments) -> list[tuple[int, int]]:
-    """Height and width of each picture."""
+    """List the height and width of each picture."""
     return [(int(height), int(width)) for height, width in torch.as_tensor(arguments["image_sizes"]).tolist()]
 
 
 def _frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
-    """One for each picture, by ``image_sizes``.
+    """Return one frame for each picture, from ``image_sizes``.
 
     Raises:
-        ValueError: these are missing, or are of other pixels.
+        ValueError: the sizes are missing, or they do not fit the pixels.
     """
     pixels, edge = arguments["pixel_values"], base.vision_tower.patch_size * _merge(base)
     if arguments.get("image_sizes") is None:

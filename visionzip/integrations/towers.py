@@ -1,4 +1,4 @@
-"""Families whose images and frames go through an encoder of fixed size, CLIP or SigLIP: all of LLaVA's."""
+"""Families whose images and frames go through a CLIP or SigLIP encoder of fixed size, as all LLaVAs do."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TowerFamily(Family):
     """A family with ``vision_tower`` and ``multi_modal_projector``.
 
     Attributes:
-        towers: attributes of the base model that hold image encoders.
-        needs: what else of the base model the family's functions use, dotted (``"config.spatial_pool_stride"``): a
-            version of transformers that has it no more fails at ``visionzip(model)``.
+        towers: the attributes of the base model that hold image encoders.
+        needs: other attributes of the base model that the family's functions use, dotted
+            (``"config.spatial_pool_stride"``). ``visionzip(model)`` refuses a version of transformers that lacks one.
         tiles: whether images are cut into tiles, whose patches are laid out as one image.
-        default: the setting where the user gives none; its layer is replaced by the one that the model's config names.
+        default: the setting if the user gives none; its layer is replaced by the one that the model's config names.
     """
 
     towers: tuple[str, ...] = ("vision_tower",)
@@ -39,7 +39,7 @@ class TowerFamily(Family):
     default: VisionZipConfig = field(default_factory=VisionZipConfig)
 
     def check(self, model: nn.Module, config: VisionZipConfig) -> None:
-        """As :meth:`Family.check` says; also that the projector takes one layer of an encoder that can be read."""
+        """Check the model as :meth:`Family.check` does, and that its projector takes one layer that can be read."""
         super().check(model, config)
         check_attributes(model.model, (*self.towers, "multi_modal_projector", "language_model", *self.needs))
         check_attributes(model.config, ("vision_feature_layer", "vision_feature_select_strategy"))
@@ -51,13 +51,13 @@ class TowerFamily(Family):
         self._warn(model, config)
 
     def default_config(self, model: nn.Module) -> VisionZipConfig:
-        """The family's setting, with the encoder layer on whose output the model's projector was trained."""
+        """Return the family's setting, with the encoder layer on which the model's projector was trained."""
         check_attributes(model, ("config.vision_feature_layer",))
         layer = feature_layer(model)
         return dataclasses.replace(self.default, layer=layer if layer < 0 else layer - 1)
 
     def encoders(self, model: nn.Module) -> dict[str, Encoder]:
-        """The base model's: of images, and of videos unless their frames are pooled before tokens are chosen."""
+        """Return the encoder of images, and that of videos unless their frames are pooled before tokens are chosen."""
         stored = getattr(model.config, "visionzip", None)
         setting = VisionZipConfig.from_dict(stored) if stored and hasattr(model, "_visionzip") else None
         names = {"image": self.towers[0]}
@@ -97,7 +97,7 @@ class TowerFamily(Family):
 
 
 def _say(message: str) -> None:
-    warnings.warn(message, stacklevel=7)  # at the user's visionzip(model)
+    warnings.warn(message, stacklevel=7)  # shown at the line of the user's visionzip(model)
 
 
 def _encoder_inputs(tower: nn.Module, frames: bool, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -106,10 +106,10 @@ def _encoder_inputs(tower: nn.Module, frames: bool, pixels: Tensor) -> tuple[Ten
 
 
 def feature_layer(model: nn.Module) -> int:
-    """``config.vision_feature_layer``, an index into the hidden states: -2 is encoder layer -2, 1 is layer 0.
+    """Read ``config.vision_feature_layer``, an index into the hidden states: -2 is encoder layer -2, 1 is layer 0.
 
     Raises:
-        ValueError: the projector takes several, or the embeddings.
+        ValueError: the projector takes several hidden states, or the embeddings.
     """
     layers = model.config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
@@ -141,29 +141,29 @@ def _check_encoder(tower: nn.Module, config: VisionZipConfig) -> None:
 
 
 def sequence_length(tower: nn.Module) -> int:
-    """S, tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
+    """Count S, the tokens of an image inside the encoder: the patches and, if there is one, the CLS token."""
     return side_length(tower) ** 2 + has_cls_token(tower)
 
 
 def short_counts(tower: nn.Module, config: VisionZipConfig) -> TokenCounts:
-    """Visual tokens of one encoder input (image, tile, frame) when zipped, or all of them if these are fewer."""
+    """Count the tokens of one encoder input (image, tile or frame) that a setting keeps."""
     return token_counts(config, side_length(tower) ** 2, has_cls_token(tower))
 
 
 def full_length(base: nn.Module, tower: nn.Module, arguments: Arguments) -> int:
-    """Visual tokens of one encoder input as the model is, by its rule for the first token of the sequence.
+    """Count the visual tokens of one encoder input in the uncompressed model, by its rule for the first token.
 
-    ``"default"`` leaves the first one out, whether or not it is a CLS token, and ``"full"`` keeps it.
+    The rule ``"default"`` leaves out the first token, whether or not it is a CLS token, and ``"full"`` keeps it.
     """
     strategy = arguments.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
     return sequence_length(tower) - (strategy == "default")
 
 
 def check_pixels(pixels: Any, name: str, tower: nn.Module, leading: str) -> None:
-    """Check pixels (``leading``…, 3, h, w), for example with ``"N"`` or ``"N, tiles"``, for the encoder's size.
+    """Check that pixels have the shape (``leading``, 3, h, w) of the encoder; leading is "N" or "N, tiles", say.
 
     Raises:
-        ValueError: they have another shape.
+        ValueError: the pixels have another shape.
     """
     edge = tower.config.image_size
     shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -176,10 +176,10 @@ def check_pixels(pixels: Any, name: str, tower: nn.Module, leading: str) -> None
 
 
 def check_layer(base: nn.Module, arguments: Arguments) -> None:
-    """Refuse a layer given to a call: it is VisionZip's that is read.
+    """Refuse another encoder layer in a call, as a zipped model reads the layer of its setting.
 
     Raises:
-        ValueError: it is not the model's own.
+        ValueError: the call names another layer than the model's config.
     """
     layer = arguments.get("vision_feature_layer")
     if layer is not None and layer != base.config.vision_feature_layer:
@@ -190,24 +190,26 @@ def check_layer(base: nn.Module, arguments: Arguments) -> None:
 
 
 def patch_places(compressed: CompressedTokens, dropped: int) -> Tensor:
-    """(B, T) places among the placeholders of one encoder input; a CLS token without one stands at the first patch.
+    """Find the places (B, T) of tokens among the placeholders of an encoder input.
+
+    A CLS token that has no placeholder gets the place of the first patch.
 
     Args:
-        compressed: of B encoder inputs.
-        dropped: tokens at the sequence's beginning that have no placeholder (1 with ``"default"``).
+        compressed: the chosen tokens of B encoder inputs.
+        dropped: how many tokens at the sequence's beginning have no placeholder (1 with ``"default"``).
     """
     return (compressed.kept - dropped).clamp(min=0)
 
 
 def joined(tokens: Tensor, compressed: CompressedTokens, frames: int, full: int, dropped: int) -> Encoded:
-    """Chosen tokens of videos, frame after frame; images are videos of one frame.
+    """Join the chosen tokens of each video, frame after frame; an image is a video of one frame.
 
     Args:
-        tokens: (N * frames, T, hidden_size) behind the projector.
-        compressed: what they were made of.
-        frames: of each video.
-        full: placeholders of a frame.
-        dropped: as in :func:`patch_places`.
+        tokens: (N * frames, T, hidden_size), the tokens behind the projector.
+        compressed: the same tokens before it, and where they come from.
+        frames: how many frames a video has.
+        full: how many placeholders a frame has in the uncompressed prompt.
+        dropped: how many tokens at the sequence's beginning have no placeholder.
     """
     offsets = full * torch.arange(len(tokens), device=compressed.kept.device).remainder(frames)[:, None]
     places = patch_places(compressed, dropped) + offsets
@@ -220,23 +222,23 @@ def joined(tokens: Tensor, compressed: CompressedTokens, frames: int, full: int,
 
 
 def plain_modality(pixels: str, tower: str, *, frames: bool = False, every: bool = False, **options: Any) -> Modality:
-    """Images, or videos whose frames are compressed one by one as they are, behind one encoder.
+    """Define images, or videos whose frames are compressed one by one without pooling.
 
     Args:
-        pixels: the argument, (N, 3, h, w), or (N, frames, 3, h, w).
-        tower: attribute of the base model.
-        frames: they are videos.
-        every: the model has a placeholder for every token, whatever its rule for the first one.
-        **options: others of :class:`Modality`.
+        pixels: the argument that has the pixels, (N, 3, h, w) or (N, frames, 3, h, w).
+        tower: the attribute of the base model that holds the encoder.
+        frames: whether they are videos.
+        every: whether the model has a placeholder for every token, whatever its rule for the first token is.
+        **options: other attributes of :class:`Modality`.
     """
-    shape = {"pixels": pixels, "tower": tower, "frames": frames, "every": every}
+    shape: dict[str, Any] = {"pixels": pixels, "tower": tower, "frames": frames, "every": every}
     return Modality(pixels, partial(_plain_runs, **shape), partial(_plain_encode, **shape), **options)
 
 
 def _plain_shape(
     base: nn.Module, arguments: Arguments, pixels: str, tower: str, frames: bool, every: bool
 ) -> tuple[Tensor, nn.Module, int, int]:
-    """Checked pixels, the encoder, frames of each video, and placeholders of a frame."""
+    """Check the pixels; return them, the encoder, the frames of a video, and the placeholders of a frame."""
     values, encoder = arguments[pixels], getattr(base, tower)
     check_layer(base, arguments)
     check_pixels(values, pixels, encoder, "N, frames" if frames else "N")

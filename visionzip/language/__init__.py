@@ -1,4 +1,4 @@
-"""Prune visual tokens inside the language model by FastV or SparseVLM, with which VisionZip is compared."""
+"""Prune visual tokens inside the language model, by FastV or SparseVLM, to which VisionZip is compared."""
 
 from visionzip.language.fastv import fastv, fastv_keep
 from visionzip.language.pruning import remove_pruning

@@ -1,6 +1,6 @@
-"""What is known of the tokens in a KV cache besides their keys and values, noted on the cache itself.
+"""Note on a KV cache what is known about its tokens besides their keys and values, such as positions or sizes.
 
-So it goes where the cache goes, over later turns, beams and copies, and two conversations do not disturb each other.
+A note goes where the cache goes, through later turns, beams and copies. So conversations do not disturb each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 
 def with_own_cache(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a backbone's forward with the KV cache that it would make itself, to note something on."""
+    """Add to the arguments of a backbone's forward the KV cache that it would make itself, to note something on."""
     use_cache = arguments.get("use_cache")
     checkpointing = backbone.training and getattr(backbone, "gradient_checkpointing", False)
     wanted = backbone.config.use_cache if use_cache is None else use_cache
@@ -23,26 +23,26 @@ def with_own_cache(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, 
 
 
 def note(cache: Any, name: str, values: Tensor) -> None:
-    """Note values (B, P) of a cache's first P tokens; nothing happens without a cache."""
+    """Note values (B, P) about a cache's first P tokens; without a cache, nothing happens."""
     if cache is not None:
         setattr(cache, name, values)
 
 
 def recall(cache: Any, name: str, rows: int, step: bool = False) -> Tensor | None:
-    """Recall what was noted of a cache's tokens, corrected if it was cut, emptied or repeated since.
+    """Recall what was noted about a cache's tokens, adapted if the cache was cropped, emptied or repeated since.
 
     Args:
         cache: transformers' ``Cache``, or None.
-        name: as in :func:`note`.
-        rows: B, of the tokens that come next.
-        step: one token comes next: the length of a cache of static shape, which may be on a GPU, is then not waited
-            for; values become 0 where it was emptied since. Compiled steps do not look.
+        name: the name under which :func:`note` noted it.
+        rows: B, the rows of the tokens that come next.
+        step: whether a single token comes next. Nothing then waits for the length of a cache of static shape, which may
+            be on a GPU: if the cache was emptied, the values become 0. A compiled step does not check even that.
 
     Returns:
-        (B, P), or None if nothing is noted. Tokens behind the P-th came after the note.
+        (B, P), or None if nothing is noted. The cache may hold more than P tokens: those after the P-th came later.
 
     Raises:
-        ValueError: the cache was noted for other rows than these.
+        ValueError: the number of rows does not fit those of the note.
     """
     noted: Tensor | None = getattr(cache, name, None)
     if noted is None:

@@ -1,7 +1,8 @@
-"""Original positions over several calls: where a KV cache's tokens stand, so that what follows goes on behind them.
+"""Continue original positions over several calls, from the positions of the tokens that a KV cache holds.
 
-Transformers numbers tokens by how many are before them. Where visual tokens keep the positions that they would have if
-all were there, that is too low for what is behind them; what a cache holds says better.
+transformers numbers a token by how many tokens are before it. If visual tokens keep the positions that they have in the
+uncompressed prompt, that number is too low for everything after them. So the positions of a cache's tokens are noted on
+the cache, and later tokens count on from the highest one.
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ from torch import Tensor, nn
 
 from visionzip.language.cache_notes import note, recall, with_own_cache
 
-_NOTE = "_visionzip_positions"  # attribute of a KV cache: (B, P) positions of its first P tokens
+_NOTE = "_visionzip_positions"  # attribute of a KV cache: (B, P), the positions of its first P tokens
 
 
 def check_positions(config: Any) -> None:
-    """Check that a language model's attention can have original positions.
+    """Check that a language model's attention kernel takes positions that jump.
 
     Args:
-        config: of the language model.
+        config: the language model's config.
 
     Raises:
-        ValueError: it is flash attention, which takes each jump of positions for the start of another prompt.
+        ValueError: the kernel is flash attention, which takes each jump for the start of another prompt.
     """
     if "flash" in (kernel := str(config._attn_implementation)):
         raise ValueError(
-            f"positions='original' leave gaps, which attn_implementation={kernel!r} takes for the start of another "
+            f"positions='original' leaves gaps, which attn_implementation={kernel!r} takes for the start of another "
             "prompt: load the model with attn_implementation='sdpa', or set positions='consecutive'"
         )
 
 
 def next_positions(cache: Any, rows: int) -> Tensor | None:
-    """The position (B, 1) behind the tokens of a KV cache; None if they are not noted, so that all are consecutive.
+    """Compute the position (B, 1) of the token that follows a KV cache, or None if all its positions are consecutive.
 
     Args:
         cache: transformers' ``Cache``, or None.
-        rows: B.
+        rows: B, the rows of the tokens that come next.
 
     Raises:
-        ValueError: the cache was filled by other rows.
+        ValueError: the number of rows does not fit those of the cache.
     """
     noted = recall(cache, _NOTE, rows)
     if noted is None:
@@ -49,17 +50,20 @@ def next_positions(cache: Any, rows: int) -> Tensor | None:
 
 
 def with_positions(backbone: nn.Module, arguments: dict[str, Any], original: bool) -> dict[str, Any]:
-    """The arguments of a backbone's forward, with ``position_ids`` behind those of the cache where the call has none.
+    """Complete the arguments of a backbone's forward with ``position_ids`` that continue those of its cache.
 
-    Positions that the call has are noted on the cache.
+    If the call has positions of its own, they are noted on the cache instead.
 
     Args:
-        backbone: with a ``config`` as transformers' have it.
-        arguments: by name.
-        original: the call's positions may be original ones.
+        backbone: a text model of transformers.
+        arguments: the arguments of its forward, by name.
+        original: whether the call's positions may be original ones.
+
+    Returns:
+        The arguments, completed where necessary.
 
     Raises:
-        ValueError: the cache was filled by other rows, or what :func:`check_positions` raises.
+        ValueError: the number of rows does not fit those of the cache, or the attention kernel takes no gaps.
     """
     positions, cache = arguments.get("position_ids"), arguments.get("past_key_values")
     if positions is None and not hasattr(cache, _NOTE):
@@ -72,7 +76,7 @@ def with_positions(backbone: nn.Module, arguments: dict[str, Any], original: boo
         if start is None:  # the cache was emptied
             return arguments
         return arguments | {"position_ids": start.to(given.device) + torch.arange(length, device=given.device)}
-    if embeds is None or not original:  # a step of decoding, which goes on by one
+    if embeds is None or not original:  # a step of decoding adds 1 to positions that are noted already
         return arguments
     check_positions(backbone.config)
     arguments = with_own_cache(backbone, arguments)

@@ -1,4 +1,4 @@
-"""Choose the visual tokens to keep inside a language model, by the attention that they get."""
+"""Choose which visual tokens a language model keeps, by the attention that they receive."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ def keep_top(scores: Tensor, candidates: Tensor, number: int) -> Tensor:
     """Choose the candidates of highest score; equal scores resolve to the lower index.
 
     Args:
-        scores: (L,).
-        candidates: (L,) bool.
-        number: how many to choose; all if there are fewer.
+        scores: (L,), a score of each token.
+        candidates: (L,) bool, true for tokens that may be chosen.
+        number: how many to choose; if there are fewer candidates, all are chosen.
 
     Returns:
-        (L,) bool, true for the chosen ones.
+        (L,) bool, true for the chosen tokens.
     """
     order = scores.argsort(descending=True, stable=True)
     return torch.zeros_like(candidates).scatter(0, order[candidates[order]][:number], True)
 
 
 def number_to_keep(keep: Keep, visual: int) -> int:
-    """Turn a fraction of a prompt's visual tokens into a number, halves rounded up; a number stays as it is."""
+    """Turn a fraction of a prompt's visual tokens into a number, rounding halves up; a number is returned itself."""
     return int(keep * visual + 0.5) if isinstance(keep, float) else keep
 
 
 def attention_received(
     layer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], queries: Tensor, real: Tensor
 ) -> Tensor:
-    """Compute the attention that every token gets from the query tokens in one decoder layer.
+    """Compute the attention that every token receives from the query tokens in one decoder layer.
 
-    It is the mean over heads and query tokens. Only these tokens' rows of the attention matrix are computed.
+    The result is the mean over heads and query tokens. Only their rows of the attention matrix are computed.
 
     Args:
         layer: a decoder layer of a Llama, Mistral or Qwen2 model.
         hidden: (B, S, D), the layer's input.
-        position_embeddings: cosines and sines, each (B or 1, S, Dh).
+        position_embeddings: the cosines and sines of the rotation, each (B or 1, S, Dh).
         queries: (B, S) bool, true for the query tokens.
         real: (B, S) bool, false for padding.
 
     Returns:
-        (B, S) in float32; 0 everywhere for a prompt without query tokens.
+        (B, S) float32; a prompt without query tokens has 0 everywhere.
     """
     attention = layer.self_attn
-    device = attention.k_proj.weight.device  # of a model that is spread over several
+    device = attention.k_proj.weight.device  # a model may be spread over several devices
     hidden = layer.input_layernorm(hidden.to(device))
     cos, sin = (each.to(device).expand(len(hidden), -1, -1) for each in position_embeddings)
     keys = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
     keys = _rotated(keys, cos[:, :, None], sin[:, :, None])
     places = torch.arange(hidden.shape[1], device=device)
     received = []
-    for row in range(len(hidden)):  # prompts differ in their queries
+    for row in range(len(hidden)):  # prompts differ in which tokens and how many are queries
         own = queries[row].to(device).nonzero().flatten()
         wanted = attention.q_proj(hidden[row, own]).unflatten(-1, (-1, attention.head_dim))
         wanted = _rotated(wanted, cos[row, own, None], sin[row, own, None]).transpose(0, 1)  # (H, R, Dh)

@@ -1,17 +1,18 @@
-"""The size bias: in the language model, a visual token is attended to by how many patches it stands for.
+"""The size bias: the language model attends to a visual token as if it were there once for each patch it stands for.
 
-A token that stands for s patches gets log s added to its attention logits, in every layer and head and for every query
-behind it, as if it were there s times (ToMe's proportional attention, arXiv 2210.09461). It goes in through the
-attention mask, as transformers makes it, so that no forward is written again. The sizes of a prompt are noted on its KV
-cache: decoding, later turns, cropping, beams and batches follow. Without sizes nothing is added.
+For a token that stands for s patches, log(s) is added to its attention logits, in every layer and head and for every
+later query (ToMe's proportional attention, arXiv 2210.09461). The bias is added to the attention mask that transformers
+makes, so that no forward has to be written again. The sizes of a prompt are noted on its KV cache, so that decoding,
+later turns, cropping, beams and batches have them. Without sizes nothing is added.
 
-Attention kernels that take an additive mask can do this: ``sdpa`` and ``eager``. Flash attention cannot.
+An attention kernel has to take an additive mask for this: ``sdpa`` and ``eager`` do, flash attention does not.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,33 +24,33 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from visionzip.language.cache_notes import note, recall, with_own_cache
 
-_NOTE = "_visionzip_log_sizes"  # attribute of a KV cache: (B, P) logarithms of its first P tokens' sizes
+_NOTE = "_visionzip_log_sizes"  # attribute of a KV cache: (B, P), log(size) of its first P tokens
 _KERNELS = ("sdpa", "eager")
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def attach_size_bias(backbone: nn.Module) -> RemovableHandle:
-    """Let a text backbone take ``token_sizes``, by a forward pre-hook that the handle takes off again.
+    """Let a text backbone take ``token_sizes``, by a forward pre-hook that the returned handle removes.
 
-    The backbone (``LlamaModel``, ``MistralModel``, ``Qwen2Model``, …) is then called with a keyword more:
-    ``token_sizes`` (B, L) float32 for the L tokens that the call gives it, 1 where one is no kept visual token. Sizes
-    of tokens that are in the KV cache are known from it.
+    The backbone (``LlamaModel``, ``MistralModel``, ``Qwen2Model``, …) can then be called with one more keyword,
+    ``token_sizes`` (B, L) float32: the sizes of the L tokens of this call, 1 for every token that is no kept visual
+    token. The sizes of tokens in the KV cache are noted on it.
 
     Raises:
-        ValueError: the backbone's attention takes no additive mask, or its layers attend in a way that is not known.
+        ValueError: the backbone's attention takes no additive mask, or it has layers of an unknown kind.
     """
     check_attention(backbone.config)
     return backbone.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 def check_attention(config: Any) -> None:
-    """Check that a language model's attention can be given a size bias.
+    """Check that a language model's attention takes a size bias.
 
     Args:
-        config: of the language model.
+        config: the language model's config.
 
     Raises:
-        ValueError: it takes no additive mask, or its layers attend in a way that is not known.
+        ValueError: the attention kernel takes no additive mask, or there are layers of an unknown kind.
     """
     kernel = config._attn_implementation
     if kernel not in (None, *_KERNELS):
@@ -65,17 +66,17 @@ def check_attention(config: Any) -> None:
 
 
 def with_size_bias(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a backbone's forward, with ``token_sizes`` turned into an attention mask.
+    """Turn ``token_sizes`` among the arguments of a backbone's forward into an attention mask.
 
     Args:
-        backbone: as in :func:`attach_size_bias`.
-        arguments: by name.
+        backbone: the text backbone.
+        arguments: the arguments of its forward, by name.
 
     Returns:
-        The same without ``token_sizes`` where neither the call nor its cache has sizes.
+        The arguments without ``token_sizes``, and with a mask if the call or its cache has sizes.
 
     Raises:
-        ValueError: the sizes are not those of the tokens, or what :func:`check_attention` raises.
+        ValueError: there is not one size for each token, or the attention takes no size bias.
     """
     sizes: Tensor | None = arguments.get("token_sizes")
     arguments = {name: value for name, value in arguments.items() if name != "token_sizes"}
@@ -88,7 +89,7 @@ def with_size_bias(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, 
     if sizes is not None and tuple(sizes.shape) != (rows, length):
         raise ValueError(
             f"token_sizes has shape {tuple(sizes.shape)}, but the language model is given tokens of {(rows, length)}: "
-            "give one size for each (1 for text), and generate with use_cache=True and without chunks"
+            "give one size for each token (1 for text), and generate with use_cache=True and without chunks"
         )
     check_attention(backbone.config)
     logarithms = recall(cache, _NOTE, rows, step=length == 1 and sizes is None)
@@ -102,7 +103,9 @@ def with_size_bias(backbone: nn.Module, arguments: dict[str, Any]) -> dict[str, 
     if logarithms is None:  # the cache was emptied
         return arguments
     dtype = backbone.get_input_embeddings().weight.dtype if embeds is None else embeds.dtype
-    shape = torch.empty((rows, length, 0), dtype=dtype, device=given.device)  # all that the masks need of embeddings
+    shape = torch.empty(
+        (rows, length, 0), dtype=dtype, device=given.device
+    )  # the masks need only shape, type and device
     return arguments | {
         "attention_mask": _masks(backbone.config, shape, arguments.get("attention_mask"), cache, logarithms)
     }
@@ -112,22 +115,24 @@ def _before_forward(
     backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
-        kwargs, args = dict(zip(_parameters(type(backbone)), args, strict=False)) | kwargs, ()
+        kwargs, args = dict(zip(_parameters(type(backbone).forward), args, strict=False)) | kwargs, ()
     return args, with_size_bias(backbone, kwargs)
 
 
 @functools.cache
-def _parameters(cls: type) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _masks(config: Any, embeds: Tensor, given: Any, cache: Cache | None, logarithms: Tensor) -> Any:
-    """The mask of all layers, or one for each type of layer where the model has several."""
+    """Make the mask of all layers, or a dict of one for each kind of layer if the model has several kinds."""
 
     def mask(kind: str) -> Tensor:
         own = given.get(kind) if isinstance(given, dict) else given
         layer = _layer(cache, sliding=kind == "sliding_attention")
-        if own is None or own.ndim == 2:  # position_ids, which may jump, would be taken for several packed prompts
+        if (
+            own is None or own.ndim == 2
+        ):  # without position_ids: transformers would take a jump of them for another packed prompt
             own = _MASKS[kind](config, embeds, own, cache, layer_idx=layer, allow_is_causal_skip=False)
         offset = 0 if cache is None else cache.get_mask_sizes(embeds.shape[1], layer)[1]
         if not isinstance(offset, int):
@@ -142,15 +147,15 @@ def _masks(config: Any, embeds: Tensor, given: Any, cache: Cache | None, logarit
 
 
 def _layer(cache: Cache | None, sliding: bool) -> int:
-    """A layer of the cache that attends in this way."""
+    """Find a layer of the cache that attends to a sliding window, or one that does not; 0 if there is none."""
     kinds = [] if cache is None else list(cache.is_sliding)
     return kinds.index(sliding) if sliding in kinds else 0
 
 
 def _biased(mask: Tensor, logarithms: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """An additive mask (B, 1, L, W) of a boolean or additive one, whose first column is token ``offset``.
+    """Add log(size) to a boolean or additive mask (B, 1, L, W), whose first column is token ``offset``.
 
-    The logarithms (B, P) are those of tokens 0 to P - 1; later ones have 0.
+    The logarithms (B, P) are those of tokens 0 to P - 1; later tokens have size 1.
     """
     end = offset + mask.shape[-1]
     bias = F.pad(logarithms, (0, max(0, end - logarithms.shape[1])))[:, None, None, offset:end].to(dtype)

@@ -1,7 +1,7 @@
-"""The ways to choose an image's tokens: one file each, and this registry, which everything else reads.
+"""The methods by which tokens are chosen: one file each, and the registry :data:`METHODS` of all of them.
 
-To add a method, write a file with a :class:`Method` in it and add it to :data:`METHODS`; to try one out, assign it:
-``METHODS["mine"] = Method("mine", "…", choose)``. Nothing here knows a model, and no model knows a method.
+To add a method, write a file with a :class:`Method` in it and add that to :data:`METHODS`. To try one out, assign it:
+``METHODS["mine"] = Method("mine", "…", choose)``. No method knows a model, and no model knows a method.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def method_of(config: VisionZipConfig) -> Method:
     """Look up the method that a setting names.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no method has that name; the message has the names.
     """
     if config.method not in METHODS:
         near = difflib.get_close_matches(config.method, METHODS, 1)
@@ -63,17 +63,17 @@ def method_of(config: VisionZipConfig) -> Method:
 
 
 def positions_of(config: VisionZipConfig) -> Positions:
-    """Say where kept tokens stand in the language model: what the setting says, or else the method."""
+    """Say where kept tokens stand in the language model, by the setting or else by the method's default."""
     return config.positions or method_of(config).positions
 
 
 def has_size_bias(config: VisionZipConfig) -> bool:
-    """Say whether kept tokens are attended to by their size: what the setting says, or else the method."""
+    """Say whether a kept token's attention grows with its size, by the setting or else by the method's default."""
     return method_of(config).size_bias if config.size_bias is None else config.size_bias
 
 
 def uncompressed(config: VisionZipConfig, patches: int, cls_token: bool) -> str | None:
-    """Begin the warning of a setting that compresses nothing of N patches; None where it does."""
+    """Word the beginning of a warning if a setting compresses nothing of N patches; return None if it compresses."""
     counts = token_counts(config, patches, cls_token)
     asked = config.tokens(patches)
     return f"{config} is {asked} tokens" if asked >= counts.total == patches + counts.cls_token else None
@@ -82,19 +82,19 @@ def uncompressed(config: VisionZipConfig, patches: int, cls_token: bool) -> str 
 def check_setting(
     config: VisionZipConfig, model: object, side: int, lays_out_patches: bool, whole_videos: bool = False
 ) -> None:
-    """Check that a method and its budget fit a model.
+    """Check that a setting's method and budget fit a model.
 
     Args:
         config: the setting.
-        model: for the message.
-        side: patches along an edge of an image.
-        lays_out_patches: whether the model does so: with tiles, or by patch info mining.
-        whole_videos: whether tokens of a video can be chosen among those of all its frames.
+        model: the model, or its config, for the message.
+        side: patches along one edge of the encoder's input.
+        lays_out_patches: whether the model needs to know the patch of each token: to lay out tiles, or to look closer
+            at a patch (patch info mining).
+        whole_videos: whether the family can choose among the tokens of all frames of a video at once.
 
     Raises:
-        ValueError: they do not go together: no such method, a budget that it cannot make, a method whose tokens
-            stand for areas on a model that lays its patches out or looks closer at them, or ``video_keep`` where videos
-            are chosen from frame by frame, or there are none.
+        ValueError: the method is unknown, it cannot make that many tokens, it averages areas and the model needs to
+            know patches, or ``video_keep`` is set and the family takes no videos or chooses in each frame alone.
     """
     if config.video_keep is not None and not whole_videos:
         raise ValueError(
@@ -111,14 +111,14 @@ def check_setting(
 
 
 def token_counts(config: VisionZipConfig, patches: int, cls_token: bool) -> TokenCounts:
-    """Say what a setting leaves of one encoder input of N patches, from shapes alone.
+    """Count the tokens that a setting keeps of one encoder input of N patches; nothing has to run for that.
 
     Args:
         config: the setting.
-        patches: N, without CLS.
+        patches: N, the patches without the CLS token.
         cls_token: whether the encoder has a CLS token.
 
     Raises:
-        ValueError: there is no method of that name.
+        ValueError: the method is unknown.
     """
     return method_of(config).counts(config, patches, cls_token)

@@ -1,10 +1,10 @@
-"""What every method has in common: what it may read of an encoder, and what it says of itself."""
+"""What all methods share: what they may read from an encoder, how they describe themselves, and their result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,41 +15,91 @@ from visionzip.config import Positions, VisionZipConfig
 Reads = Literal["scores", "keys", "projected", "pixels", "grid"]
 
 
-@dataclass(frozen=True)
 class EncoderRead:
-    """What was read of an image encoder, for B images of S tokens (N patches, and a CLS token where there is one).
+    """What was read from an image encoder, for B images of S tokens (N patches, and a CLS token where there is one).
+
+    A part that was not read is None when it is passed in, and asking for it is an error: :attr:`Method.reads` names the
+    parts that a method uses.
 
     Attributes:
         hidden_states: (B, S, D) output of the scored layer.
-        cls_token: position 0 is a CLS token, so that S = N + 1; else S = N.
-        scores: (B, N) float32, attention on each patch; None unless the method reads it.
-        keys: (B, S, Dk) float32, keys averaged over heads; None unless the method reads them.
-        projected: (B, N, P) the patches behind the projector; None unless the method reads them.
-        pixels: (B, 3, h, w), what the encoder was given; None where that is not known.
-        grid: (rows, columns) of the patches.
+        cls_token: whether position 0 is a CLS token, so that S = N + 1; otherwise S = N.
     """
 
-    hidden_states: Tensor
-    cls_token: bool
-    scores: Tensor | None = None
-    keys: Tensor | None = None
-    projected: Tensor | None = None
-    pixels: Tensor | None = None
-    grid: tuple[int, int] | None = None
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        cls_token: bool,
+        scores: Tensor | None = None,
+        keys: Tensor | None = None,
+        projected: Tensor | None = None,
+        pixels: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        self.hidden_states, self.cls_token = hidden_states, cls_token
+        self._parts: dict[str, Any] = {
+            "scores": scores,
+            "keys": keys,
+            "projected": projected,
+            "pixels": pixels,
+            "grid": grid,
+        }
 
     @property
     def patches(self) -> Tensor:
         """(B, N, D) hidden states of the patches, without CLS."""
         return self.hidden_states[:, int(self.cls_token) :]
 
+    @property
+    def scores(self) -> Tensor:
+        """(B, N) float32, the attention on each patch."""
+        return self._part("scores")
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, S, Dk) float32, the keys averaged over heads."""
+        return self._part("keys")
+
+    @property
+    def projected(self) -> Tensor:
+        """(B, N, P), the patches behind the projector."""
+        return self._part("projected")
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, 3, h, w), the encoder's input."""
+        return self._part("pixels")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches."""
+        return self._part("grid")
+
+    def has(self, part: Reads) -> bool:
+        """Say whether a part was read."""
+        return self._parts[part] is not None
+
+    def replace(self, **parts: Any) -> EncoderRead:
+        """Return a copy in which these arguments of the class have other values."""
+        own = {"hidden_states": self.hidden_states, "cls_token": self.cls_token, **self._parts}
+        return EncoderRead(**own | parts)
+
+    def _part(self, name: Reads) -> Any:
+        if (value := self._parts[name]) is None:
+            raise ValueError(
+                f"the method uses read.{name}, which was not read from the encoder: name it in the method's reads, "
+                f'Method(…, reads=frozenset({{"{name}"}}))'
+            )
+        return value
+
 
 class TokenCounts(NamedTuple):
-    """What a method leaves of one encoder input (image, tile, frame), from shapes alone.
+    """How many tokens of one encoder input (image, tile or frame) a method keeps; the numbers follow from shapes alone.
 
     Attributes:
-        dominant: K, tokens that are kept as they are; counts the CLS token where ``cls_token`` is set.
+        dominant: K, tokens that are kept unchanged; a kept CLS token is one of them.
         contextual: M, tokens that others are merged into.
-        cls_token: whether the first of the K is the encoder's CLS token.
+        cls_token: whether the encoder's CLS token is kept, as the first of the K.
     """
 
     dominant: int
@@ -58,29 +108,30 @@ class TokenCounts(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Visual tokens that reach the language model."""
+        """K + M, the visual tokens that reach the language model."""
         return self.dominant + self.contextual
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose a few of an image's tokens. It knows nothing of model families.
+    """One way to choose a few of an image's tokens. A method knows nothing about model families.
 
     Attributes:
-        name: by which commands, configs and the registry know it.
-        summary: one line about it.
-        paper: where it comes from; empty for controls and ablations.
-        reads: what it needs of the encoder; nothing else is computed.
-        choose: ``(read, counts, config) -> CompressedTokens`` with the K and M tokens of ``counts``. Batched,
-            with shapes that follow from shapes.
-        split: K and M of T tokens; K counts the CLS token where ``keeps_cls``.
+        name: the name that commands, settings and the registry have for it.
+        summary: what it does, in one line.
+        choose: ``(read, counts, config) -> CompressedTokens`` with the K and M tokens of ``counts``. It chooses for a
+            whole batch at once, and shapes follow from shapes.
+        reads: the parts of :class:`EncoderRead` that it uses; no other part that costs anything is computed.
+        paper: the source; empty for controls and ablations.
+        split: ``(tokens) -> (K, M)``, which K and M the budget T is split into; K counts a kept CLS token.
         keeps_cls: whether the encoder's CLS token is one of the K.
-        keeps_patches: whether each token stands where one patch was. What averages over areas does not fit families
-            that lay out the patches of tiles, or look closer at each.
-        seeded: other seeds give other choices.
-        positions: where the language model has its tokens, if the setting does not say.
-        size_bias: whether they are attended to by their size, if the setting does not say.
-        check: ``(tokens, grid)``: raises ValueError where T tokens cannot be made of a grid (rows, columns) of patches.
+        keeps_patches: whether each token comes from one patch. A method that averages over areas sets False; it does
+            not fit families that lay out the patches of tiles, or that look closer at single patches.
+        seeded: whether the choice depends on ``VisionZipConfig.seed``.
+        positions: where its tokens stand in the language model, unless the setting says it.
+        size_bias: whether its tokens' attention grows with their size, unless the setting says it.
+        check: ``(tokens, grid)``, which raises ValueError if it cannot make T tokens from a grid (rows, columns) of
+            patches.
     """
 
     name: str
@@ -97,12 +148,12 @@ class Method:
     check: Callable[[int, tuple[int, int]], object] = lambda tokens, grid: None
 
     def counts(self, config: VisionZipConfig, patches: int, cls_token: bool) -> TokenCounts:
-        """K and M of one encoder input under a setting; all of its tokens where the budget is no smaller.
+        """Compute K and M of one encoder input; if the budget covers all of its tokens, all are kept.
 
         Args:
             config: the setting.
-            patches: N.
-            cls_token: whether the encoder has one.
+            patches: N, the patches of the input.
+            cls_token: whether the encoder has a CLS token.
         """
         keeps_cls = self.keeps_cls and cls_token
         length = patches + int(keeps_cls)
@@ -114,19 +165,19 @@ class Method:
 
 
 def finite(values: Tensor) -> Tensor:
-    """Take NaN and infinity for 0, in float32: what is chosen by them is no choice, but still K different patches.
+    """Convert to float32, with 0 in place of NaN and infinity, so that K different patches are chosen in any case.
 
-    Whoever gets the tokens refuses them (:func:`visionzip.encoder.check_tokens`); in here that would wait for the host.
+    :func:`visionzip.encoder.check_tokens` refuses the tokens later. A check in here would have to wait for the host.
     """
     return values.detach().float().nan_to_num(0.0, 0.0, 0.0)
 
 
 def kept_patches(read: EncoderRead, indices: Tensor) -> CompressedTokens:
-    """The tokens of some patches, in the order of the sequence; all others are dropped.
+    """Keep the tokens of some patches, in the order of the sequence, and drop all others.
 
     Args:
-        read: of B images.
-        indices: (B, K) int64 numbers of patches, in any order, each at most once.
+        read: what was read from the encoder, for B images.
+        indices: (B, K) int64, the numbers of the patches, in any order, each at most once.
     """
     positions = indices.sort(dim=1).values + int(read.cls_token)
     states = read.hidden_states
@@ -139,5 +190,5 @@ def kept_patches(read: EncoderRead, indices: Tensor) -> CompressedTokens:
 
 
 def top_patches(read: EncoderRead, values: Tensor, count: int) -> CompressedTokens:
-    """The patches of highest value (B, N); equal values resolve to the lower index, on any device."""
+    """Keep the ``count`` patches of highest value (B, N); equal values resolve to the lower index on every device."""
     return kept_patches(read, values.sort(dim=1, descending=True, stable=True).indices[:, :count])

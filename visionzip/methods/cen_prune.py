@@ -1,4 +1,4 @@
-"""Cen-Prune (2026): DivPrune on centred features, times how distinct a patch is before centring."""
+"""Cen-Prune (2026): DivPrune on centred features, with distances weighted by how distinct each patch is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from visionzip.methods.greedy import cosine_similarity, farthest_first, lonelies
 
 
 def distinctiveness(features: Tensor) -> Tensor:
-    """Scale minus the mean cosine of each token to the others to 0..1 per image: (B, N) of features (B, N, D).
+    """Compute how distinct each token is, 0 to 1 in each image: (B, N) from features (B, N, D).
 
-    The mean over the other tokens orders them as minus the cosine to the sum of all unit features does, which costs
-    O(N D). Where all are equally distinct, all have 1.
+    The value is minus the mean cosine to the other tokens, scaled so that the image's smallest is 0 and its largest 1;
+    if all are equal, all are 1. The sum of cosines to the others is the product with the sum of their unit features,
+    which costs O(N D) and not O(N^2 D).
     """
     unit = F.normalize(finite(features), dim=-1)
     values = -(unit * (unit.sum(dim=1, keepdim=True) - unit)).sum(dim=-1)
@@ -24,7 +25,7 @@ def distinctiveness(features: Tensor) -> Tensor:
 
 
 def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Choose as DivPrune does, by centred distance times :func:`distinctiveness`."""
+    """Choose as DivPrune does, with distances of centred features multiplied by :func:`distinctiveness`."""
     similarity = cosine_similarity(read.projected, centred=True)
     weight = distinctiveness(read.projected)
     return kept_patches(read, farthest_first(similarity, counts.dominant, loneliest(similarity), weight))

@@ -1,4 +1,4 @@
-"""Controls: the plainest ways to T tokens of an image, which a method that looks has to beat."""
+"""Controls: the plainest ways to choose T tokens, which any method that looks at the image has to beat."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from visionzip.methods.base import EncoderRead, Method, TokenCounts, kept_patche
 def choose_randomly(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
     """Keep K patches at random.
 
-    The choice follows from the seed and the image's own pixels, so that it does not depend on the batch, and questions
-    about one image see the same patches. It is made on the host.
+    The choice follows from the seed and the image's pixels, so that it does not depend on the batch, and all questions
+    about an image see the same patches. It is made on the host.
     """
     start = zlib.crc32(config.seed.to_bytes(8, "little"))
     patches = read.patches.shape[1]
@@ -27,26 +27,26 @@ def choose_randomly(read: EncoderRead, counts: TokenCounts, config: VisionZipCon
 
 
 def _permutation(image: Tensor, start: int, patches: int) -> Tensor:
-    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy()
+    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().data
     # A checksum of 32 bits: the CPU generator ignores the upper half of a longer seed.
     generator = torch.Generator().manual_seed(zlib.crc32(pixels, start))
     return torch.randperm(patches, generator=generator)
 
 
 def choose_evenly(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Keep K evenly spaced patches in raster order: of K equal stretches of the sequence, the middle of each."""
+    """Keep K evenly spaced patches: the sequence is cut into K equal stretches, and the middle of each is kept."""
     slots = torch.arange(counts.dominant, device=read.hidden_states.device)
     indices = (2 * slots + 1) * read.patches.shape[1] // (2 * counts.dominant)
     return kept_patches(read, indices.expand(len(read.hidden_states), -1))
 
 
 def average_areas(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Average the grid of patches down to M cells by adaptive pooling; see :func:`pooled_grid`.
+    """Average the grid of patches to M cells by adaptive pooling; :func:`pooled_grid` says how they are laid out.
 
-    A cell's target is the patch in its middle. Where cells overlap, a patch counts to one of them.
+    A cell's target is the patch in its middle. Cells may overlap; a patch is then assigned to one of them.
 
     Raises:
-        ValueError: no such grid has M cells.
+        ValueError: M cells make no grid that fits.
     """
     rows, columns = pooled_grid(counts.total, read.grid)
     if counts.contextual == 0:  # nothing is compressed
@@ -69,20 +69,20 @@ def average_areas(read: EncoderRead, counts: TokenCounts, config: VisionZipConfi
 
 
 def _stretches(patches: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The middle patch (cells,) of each stretch of an edge, and the stretch (patches,) that each patch counts to."""
+    """Cut an edge into stretches: the middle patch (cells,) of each, and the stretch (patches,) of each patch."""
     middles = (2 * torch.arange(cells, device=device) + 1) * patches // (2 * cells)
     return middles, torch.arange(patches, device=device) * cells // patches
 
 
 def pooled_grid(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Find rows and columns of T cells, as close to a square as T allows (16: 4 x 4, 32: 4 x 8, 48: 6 x 8).
+    """Find the rows and columns of T cells that are closest to a square (16: 4 x 4, 32: 4 x 8, 48: 6 x 8).
 
     Args:
         tokens: T.
-        grid: (rows, columns) of patches, which the cells' cannot exceed.
+        grid: (rows, columns) of the patches; the cells may not have more of either.
 
     Raises:
-        ValueError: T has no two factors that fit.
+        ValueError: T has no two factors that fit into the grid.
     """
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     if rows > grid[0] or tokens // rows > grid[1]:

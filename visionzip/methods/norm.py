@@ -1,4 +1,4 @@
-"""The plainest choice without attention: the patches of largest norm behind the projector."""
+"""Keep the patches of largest norm behind the projector: the plainest choice that reads no attention."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Patches that someone has picked: no method of the registry, as it is made for one image."""
+"""Keep patches that a person has picked. This method is made for one image, so the registry does not have it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,15 @@ Patches = Sequence[int] | Sequence[Sequence[int]]
 
 
 def picked_rows(patches: Patches) -> list[list[int]]:
-    """The picked patches of each encoder input, ascending, each once; of a single list, one for all inputs.
+    """Sort the picked patches of each encoder input, each once; a plain list makes one row, for all inputs.
 
     Raises:
-        TypeError: a number of a patch is no integer.
-        ValueError: none is picked, or the lists differ in length.
+        TypeError: a patch's number is no integer.
+        ValueError: no patch is picked, or the lists differ in length.
     """
     nested = len(patches) > 0 and not any(hasattr(entry, "__index__") for entry in patches)
-    rows = [sorted({_index(patch) for patch in row}) for row in (patches if nested else [patches])]
+    lists: Sequence[Any] = patches if nested else [patches]
+    rows = [sorted({_index(patch) for patch in row}) for row in lists]
     if not all(rows):
         raise ValueError("no patch is picked: choose at least one of each image, tile or frame")
     if len(counts := {len(row) for row in rows}) > 1:
@@ -32,7 +34,7 @@ def picked_rows(patches: Patches) -> list[list[int]]:
     return rows
 
 
-def _index(patch: object) -> int:
+def _index(patch: Any) -> int:
     if not hasattr(patch, "__index__"):
         raise TypeError(f"a picked patch is {patch!r}, not its number: they are counted row by row from 0")
     return int(patch.__index__())
@@ -42,17 +44,17 @@ def picked(patches: Patches, cls_token: bool = False) -> Method:
     """Make a method that keeps given patches and drops all others.
 
     Args:
-        patches: their numbers, row by row from 0; the same ones of each encoder input (image, tile, frame), or one
-            list for each of these, equally long.
-        cls_token: keep the CLS token too, where the encoder has one.
+        patches: the patches' numbers, row by row from 0: one list, whose patches are kept of every encoder input
+            (image, tile, frame), or one list for each input, equally long.
+        cls_token: whether to keep the CLS token too, if the encoder has one.
 
     Returns:
-        The method. Its budget is the number of patches, and one more with a CLS token. Where it chooses or is put on a
-        model, it raises ValueError of a patch outside the grid, and of another number of encoder inputs than lists.
+        The method. Its budget is the number of patches, plus one with a CLS token. Attaching it raises ValueError if a
+        patch is outside the grid; choosing also does if there are as many lists as neither 1 nor the encoder inputs.
 
     Raises:
-        TypeError: a number of a patch is no integer.
-        ValueError: none is picked, or the lists differ in length.
+        TypeError: a patch's number is no integer.
+        ValueError: no patch is picked, or the lists differ in length.
     """
     rows = picked_rows(patches)
 
@@ -63,7 +65,7 @@ def picked(patches: Patches, cls_token: bool = False) -> Method:
                 f"patches are picked of {len(rows)} encoder inputs, but the images come as {batch}: give one list for "
                 "each tile of each image, or one for all"
             )
-        _check(rows, read.grid or (1, read.patches.shape[1]))
+        _check(rows, read.grid if read.has("grid") else (1, read.patches.shape[1]))
         indices = torch.tensor(rows, device=read.hidden_states.device).expand(batch, -1)
         kept = kept_patches(read, indices)
         if not counts.cls_token:

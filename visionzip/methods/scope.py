@@ -1,4 +1,4 @@
-"""SCOPE (NeurIPS 2025, arXiv 2510.24214): patches that cover the others, weighted by attention."""
+"""SCOPE (NeurIPS 2025, arXiv 2510.24214): keep patches that are similar to the others and attended to."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from visionzip.config import VisionZipConfig
 from visionzip.methods.base import EncoderRead, Method, TokenCounts, finite, kept_patches
 from visionzip.methods.greedy import compiled_once, cosine_similarity, row_of
 
-ALPHA = 1.0  # exponent of attention in the released scripts
-RENEWED = 32  # worths at a time, on the CPU
+ALPHA = 1.0  # exponent of the attention in the released scripts
+RENEWED = 32  # gains that the CPU computes at a time
 
 
 def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Add, K times, the patch of highest attention times the similarity to the others that it adds."""
+    """Add, K times, the patch of highest gain: its attention times the similarity that it adds.
+
+    Each patch j is covered by its largest similarity to a chosen patch, at first 0. Patch i then adds the sum over j of
+    ``max(0, cos(i, j) - covered_j)``.
+    """
     similarity = cosine_similarity(read.patches)
     saliency = finite(read.scores) ** ALPHA
-    # Other devices would have to wait for the host in each step, and a graph would break.
+    # The lazy step asks the host how long to go on: other devices would wait for that, and a graph would break.
     step = _step if similarity.device.type != "cpu" or torch.compiler.is_compiling() else _step_lazily
     covered = torch.zeros_like(saliency)
     worth = _worth(similarity, saliency, covered)
@@ -31,23 +35,23 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
 
 
 def _worth(similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
-    """Compute what patches (B, P) with these similarities (B, P, N) to all add to what is covered (B, N) of them."""
+    """Compute the gain (B, P) of patches from their similarities (B, P, N) to all patches, covered so far by (B, N)."""
     return (similarity - covered[:, None]).clamp_(min=0).sum(dim=-1) * saliency
 
 
 @compiled_once
 def _step(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
-    """Compute what every patch is worth now, which is never more than before: (B, N); those at -inf stay there."""
+    """Compute the gain (B, N) of every patch anew. Gains never grow, and chosen patches stay at -inf."""
     return torch.minimum(worth, _worth(similarity, saliency, covered))
 
 
 def _step_lazily(worth: Tensor, similarity: Tensor, saliency: Tensor, covered: Tensor) -> Tensor:
-    """Compute what the best patches are worth now, as many as decide which is the best: (B, N), the others as before.
+    """Compute gains (B, N) anew only for as many of the best patches as decide which one is the best.
 
-    Worth only falls as more is covered, in floating point too, so what was computed earlier is an upper bound: a patch
-    need not be looked at while its bound is below what another one is worth.
+    Gains only fall as more is covered, in floating point too, so an earlier gain is an upper bound. A patch whose bound
+    is below another patch's present gain need not be computed; it keeps its bound.
     """
-    old = worth > 0  # bounds not computed in this step; one of 0 has nowhere to fall
+    old = worth > 0  # bounds that this step has not renewed; a bound of 0 cannot fall
     while True:
         bound, best = worth.where(old, -torch.inf).topk(min(RENEWED, worth.shape[1]), dim=1)
         if not (bound[:, 0] >= worth.where(~old, -torch.inf).amax(dim=1)).logical_and(bound[:, 0] > 0).any():

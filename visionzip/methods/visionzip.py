@@ -1,4 +1,4 @@
-"""VisionZip itself (CVPR 2025, arXiv 2412.04467), and what is left of it without one of its parts."""
+"""VisionZip (CVPR 2025, arXiv 2412.04467), and ablations that lack one of its parts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from visionzip.methods.base import EncoderRead, Method, TokenCounts
 
 
 def split(tokens: int) -> tuple[int, int]:
-    """Split T tokens into K dominant (CLS included) and M contextual ones in the paper's ratio of 27 to 5.
+    """Split T tokens into K dominant (CLS included) and M contextual ones in the ratio 27 : 5 of the paper's budgets.
 
-    M is T * 5 / 32, halves rounded up: 64 is 54 + 10, 48 is 40 + 8, 16 is 13 + 3. Source: the paper's budgets.
+    M is 5 T / 32, with halves rounded up: 64 is split into 54 + 10, 48 into 40 + 8, 16 into 13 + 3.
     """
     contextual = (10 * tokens + 32) // 64
     return tokens - contextual, contextual
 
 
 def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Keep the tokens that attention concentrates on and merge the rest: :func:`visionzip.compress_tokens`."""
+    """Keep the tokens that attention concentrates on and merge the others, by :func:`visionzip.compress_tokens`."""
     return compress_tokens(
         read.hidden_states,
         read.scores,
@@ -34,7 +34,7 @@ def choose(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> C
 
 
 def choose_without_cls(read: EncoderRead, counts: TokenCounts, config: VisionZipConfig) -> CompressedTokens:
-    """Choose among the patches alone, as if there were no CLS token; positions are still those of the sequence."""
+    """Choose among the patches alone, as if there were no CLS token; positions still count it."""
     first = int(read.cls_token)
     compressed = compress_tokens(
         read.patches,

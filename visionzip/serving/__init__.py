@@ -1,8 +1,8 @@
-"""Serves zipped models with vLLM: a plugin that vLLM finds by itself once this package is installed beside it.
+"""Serve zipped models with vLLM: a plugin that vLLM finds by itself if this package is installed in its environment.
 
-A checkpoint with ``config.visionzip`` is served zipped by plain ``vllm serve DIR``, any other with ``--hf-overrides
-'{"visionzip": {"keep": 64}}'``, and neither by ``'{"visionzip": null}'``. Without a setting vLLM's models are as they
-were. How to start a server, and what is supported: docs/serving.md.
+``vllm serve DIR`` serves a checkpoint with ``config.visionzip`` zipped. Any other checkpoint is zipped by
+``--hf-overrides '{"visionzip": {"keep": 64}}'``, and ``'{"visionzip": null}'`` serves a zipped one uncompressed.
+Without a setting, vLLM's models are unchanged. docs/serving.md says how to start a server, and what is supported.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ MODELS = {
 
 
 def register() -> None:
-    """Register the models in the place of vLLM's own; vLLM calls this in each of its processes, maybe twice.
+    """Register our models in place of vLLM's own; vLLM calls this in each of its processes, sometimes twice.
 
-    By name, so that nothing large is imported before a model is built.
+    The models are registered by name, so that nothing large is imported before a model is built.
     """
-    from vllm import ModelRegistry  # noqa: PLC0415 - only where vLLM is
+    from vllm import ModelRegistry  # noqa: PLC0415 - vLLM is not always installed
 
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)

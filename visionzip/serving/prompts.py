@@ -1,8 +1,9 @@
-"""For vLLM's ``--middleware``: chat prompts begin with ``<s>``, as those of transformers' processors do.
+"""Let chat prompts of vLLM begin with ``<s>``, as those of transformers' processors do; for ``--middleware``.
 
-vLLM's chat leaves that to the chat template, and those of LLaVA checkpoints have none, as transformers' processors add
-it: without it 4 of 200 answers of the embedded model differ. A ``<s>`` in the template is not the same to all
-tokenizers (the blank before the next word is missing), so requests ask for it, unless they say ``add_special_tokens``.
+vLLM leaves ``<s>`` to the chat template. The templates of LLaVA checkpoints lack it, as transformers' processors add it
+themselves. Without it, 4 of 200 answers of the embedded model differ. Some tokenizers treat a ``<s>`` in the template
+differently (the blank before the next word is missing). So requests are changed to ask for it, unless they set
+``add_special_tokens`` themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-_FIELD = b'{"add_special_tokens": true, '  # in front: of two fields of a name the last one holds
+_FIELD = b'{"add_special_tokens": true, '  # in front, as the last of two fields with one name counts
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -18,7 +19,7 @@ class SpecialTokens:
     """An ASGI middleware that puts ``"add_special_tokens": true`` into chat requests.
 
     Args:
-        app: what it stands before.
+        app: the application that gets the requests.
     """
 
     def __init__(self, app: Application) -> None:
@@ -33,7 +34,7 @@ class SpecialTokens:
 
 
 def _longer(scope: Any) -> Any:
-    """The request's head, with the length that its body is going to have."""
+    """Change the length in the request's head to that of the changed body."""
     headers = [
         (name, str(int(value) + len(_FIELD) - 1).encode() if name == b"content-length" else value)
         for name, value in scope["headers"]

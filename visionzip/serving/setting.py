@@ -1,4 +1,4 @@
-"""What a server needs to know of a setting, from configs and shapes alone: nothing here imports vLLM."""
+"""What a server needs to know about a setting, from configs and shapes alone. Nothing here imports vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from visionzip.config import VisionZipConfig
 from visionzip.methods import check_setting, has_size_bias, method_of, positions_of, token_counts
 
-TESTED = {"vllm": ("0.32",), "transformers": ("5.19",)}  # the pair; others warn
+TESTED = {"vllm": ("0.32",), "transformers": ("5.19",)}  # the tested versions; others warn
 _FLAT = '"positions": "consecutive", "size_bias": false'
 logger = logging.getLogger(__name__)
 
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 def served_setting(hf_config: Any) -> VisionZipConfig | None:
     """Read ``config.visionzip`` of a LLaVA model that vLLM has loaded, and check that it can be served.
 
-    Without a layer in it, it is the one on whose output the projector was trained, as in ``visionzip(model)``.
+    If the setting names no layer, it gets the one on which the projector was trained, as in ``visionzip(model)``.
 
     Args:
-        hf_config: transformers' config of the model, with vLLM's ``--hf-overrides``.
+        hf_config: the model's config of transformers, after vLLM's ``--hf-overrides``.
 
     Returns:
-        The setting; None where there is none, so that the model is served as it is.
+        The setting; None if there is none, so that the model is served uncompressed.
 
     Raises:
-        TypeError: a number or a switch in it is of the wrong type.
-        ValueError: it does not fit the model, or asks for what vLLM cannot do; the message says what to set instead.
+        TypeError: a number or a switch in it has the wrong type.
+        ValueError: it does not fit the model, or vLLM cannot serve it; the message says what to set instead.
     """
     values = getattr(hf_config, "visionzip", None)
     if values is None:
@@ -55,7 +55,7 @@ def served_setting(hf_config: Any) -> VisionZipConfig | None:
 
 
 def _check_layer(config: VisionZipConfig, feature_layer: int, vision: Any) -> None:
-    """Check that vLLM builds the encoder up to the scored layer, and no further."""
+    """Check that the scored layer is the last one that vLLM builds of the encoder."""
     count, own = vision.num_hidden_layers, _encoder_layer(feature_layer)
     if config.layer not in (own, own + count if own < 0 else own - count):
         raise ValueError(
@@ -66,12 +66,12 @@ def _check_layer(config: VisionZipConfig, feature_layer: int, vision: Any) -> No
 
 
 def _encoder_layer(feature_layer: int) -> int:
-    """The encoder layer of an index into the hidden states, of which the first are the embeddings."""
+    """Convert an index into the hidden states, the first of which are the embeddings, to an encoder layer."""
     return feature_layer if feature_layer < 0 else feature_layer - 1
 
 
 def _check_language_model(config: VisionZipConfig) -> None:
-    """Refuse what paged attention and an engine that numbers positions itself have no place for."""
+    """Refuse original positions and a size bias, which vLLM's engine and its paged attention cannot have."""
     refused = []
     if positions_of(config) == "original":
         refused.append('positions="original" (vLLM numbers the tokens of these models one after the other)')
@@ -88,24 +88,24 @@ def _side(vision: Any) -> int:
 
 
 def tile_tokens(config: VisionZipConfig, vision: Any) -> int:
-    """Visual tokens that an image, or each tile of one, is to the language model; from shapes alone."""
+    """Count the visual tokens of an image, or of each tile of one, from shapes alone."""
     return token_counts(config, _side(vision) ** 2, vision.model_type == "clip_vision_model").total
 
 
 def cache_key(config: VisionZipConfig) -> str:
-    """What is added to an image's hash: a cache outside this server may hold its tokens of other settings."""
+    """Make the addition to an image's hash, as a cache outside this server may hold its tokens of other settings."""
     values = {**config.to_dict(), "positions": positions_of(config), "size_bias": has_size_bias(config)}
     return f"visionzip-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def tiles_at_once(encoder_budget: int, tile_length: int) -> int:
-    """How many images or tiles the encoder may see at once, at least 1.
+    """Count the images or tiles that may go through the encoder at once, at least 1.
 
-    The engine counts the tokens that are left of an image; the encoder has all of them in memory.
+    The engine's budget counts the tokens that an image keeps, but the encoder has all of its tokens in memory.
 
     Args:
-        encoder_budget: tokens that the engine lets the encoder make in a step.
-        tile_length: tokens of one tile inside the encoder, with CLS.
+        encoder_budget: how many tokens the engine lets the encoder make in a step.
+        tile_length: how many tokens a tile has inside the encoder, with CLS.
     """
     return max(1, encoder_budget // tile_length)
 
@@ -114,7 +114,7 @@ def check_parallel(config: VisionZipConfig, tensor_parallel: int, tower_mode: st
     """Check that each rank has all heads of the vision tower, so that all ranks choose the same tokens.
 
     Raises:
-        ValueError: the tower is split.
+        ValueError: the tower's heads are split over ranks, and the method reads attention.
     """
     if tensor_parallel > 1 and tower_mode != "data" and method_of(config).reads & {"scores", "keys"}:
         raise ValueError(
@@ -124,7 +124,7 @@ def check_parallel(config: VisionZipConfig, tensor_parallel: int, tower_mode: st
 
 
 def warn_untested(**versions: str) -> None:
-    """Warn in the log of versions that the plugin was not tested with, and say which pair was."""
+    """Warn in the log of untested versions, and name the tested ones."""
     if any(not version.startswith(tuple(f"{each}." for each in TESTED[name])) for name, version in versions.items()):
         here = " and ".join(f"{name} {version}" for name, version in versions.items())
         tested = " and ".join(f"{name} {'.x or '.join(each)}.x" for name, each in TESTED.items())

@@ -1,8 +1,8 @@
-"""vLLM's LLaVA-1.5 and LLaVA-NeXT, zipped if the model's config has a setting, and else as they were.
+"""vLLM's LLaVA-1.5 and LLaVA-NeXT, which are zipped if the model's config has a setting, and otherwise unchanged.
 
-What is new to vLLM: how many placeholders an image gets, from which its prompt, the scheduler, the KV cache and
-``usage.prompt_tokens`` follow; the setting in the key of its caches; and the visual tokens themselves, which go through
-the same stage as those of every other family (:func:`visionzip.encoder.choose_tokens`).
+Three things differ from vLLM's own models. An image has fewer placeholders, and its prompt, the scheduler, the KV cache
+and ``usage.prompt_tokens`` follow from their number. The setting is part of the key of vLLM's caches. Visual tokens are
+chosen, by the same function as in every other family (:func:`visionzip.encoder.choose_tokens`).
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ _LONG_NAMES = WeightsMapper(
 
 
 class _ZippedInfo(BaseLlavaProcessingInfo):
-    """How many placeholders an image gets."""
+    """Count the placeholders of an image."""
 
     @cached_property
     def setting(self) -> VisionZipConfig | None:
-        """The model's, if it has one."""
+        """The model's setting, or None."""
         return served_setting(self.get_hf_config())
 
     def tiles(self, width: int, height: int) -> int:
-        """Encoder inputs that an image is cut into."""
+        """Count the encoder inputs into which an image is cut."""
         return 1
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """Visual tokens of an image of some size in pixels."""
+        """Count the visual tokens of an image of this size in pixels."""
         if self.setting is None:
             return super().get_num_image_tokens(image_width=image_width, image_height=image_height)
         return self.tiles(image_width, image_height) * tile_tokens(self.setting, self.get_hf_config().vision_config)
@@ -87,7 +87,7 @@ class ZippedLlavaNextInfo(_ZippedInfo, LlavaNextProcessingInfo):
     """LLaVA-NeXT's."""
 
     def tiles(self, width: int, height: int) -> int:
-        """The whole image, and its grid."""
+        """Count the whole image, and the tiles of its grid."""
         rows, columns = _grid((height, width), self.get_hf_config())
         return 1 + rows * columns
 
@@ -126,28 +126,26 @@ class _ZippedModel:
         self._at_once = tiles_at_once(vllm_config.scheduler_config.max_num_encoder_input_tokens, length)
         self.supports_tower_connector_lora = False  # vLLM counts the tokens that are left, not those of the tower
 
-    def _compressed(self, pixel_values: Tensor) -> Iterator[CompressedTokens]:
-        """Visual tokens of images or tiles (N, 3, h, w), a few at a time, before the projector."""
+    def _compressed(self, pixel_values: Tensor, setting: VisionZipConfig) -> Iterator[CompressedTokens]:
+        """Choose the visual tokens of images or tiles (N, 3, h, w), a few at a time, before the projector."""
         tower = self.vision_tower.vision_model
 
         def run(_tower: nn.Module, pixels: Tensor, _layers: int) -> Tensor:
             return self.vision_tower(pixels.to(tower.dtype), feature_select_strategy="full")  # it has these layers only
 
         for pixels in pixel_values.split(self._at_once):
-            yield choose_tokens(
-                read_encoder(tower, pixels, self.setting, run), self.setting, self.multi_modal_projector
-            )
+            yield choose_tokens(read_encoder(tower, pixels, setting, run), setting, self.multi_modal_projector)
 
 
 class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
-    """LLaVA-1.5 (and Pixtral's, which cannot be zipped)."""
+    """LLaVA-1.5, and Pixtral's models of that class, which cannot be zipped."""
 
     hf_to_vllm_mapper = _LONG_NAMES | LlavaForConditionalGeneration.hf_to_vllm_mapper
 
     def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: Tensor) -> Any:
         if self.setting is None:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
-        return torch.cat([each.tokens for each in self._compressed(pixel_values)])
+        return torch.cat([each.tokens for each in self._compressed(pixel_values, self.setting)])
 
 
 class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
@@ -160,9 +158,9 @@ class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
             return super()._process_image_input(image_input)
         grids = [_grid(tuple(size), self.config) for size in image_input["image_sizes"].tolist()]
         counts = [1 + rows * columns for rows, columns in grids]
-        # tiles behind these only fill the batch up
+        # later tiles only fill up the batch
         tiles = [image[:count] for image, count in zip(image_input["pixel_values"], counts, strict=True)]
-        compressed = list(self._compressed(torch.cat(tiles)))
+        compressed = list(self._compressed(torch.cat(tiles), self.setting))
         features = self.multi_modal_projector(torch.cat([each.tokens for each in compressed])).split(counts)
         kept = torch.cat([each.dominant_indices for each in compressed]).split(counts)
         tower = self.vision_tower.vision_model
@@ -175,7 +173,7 @@ class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
 
 
 def _grid(size: tuple[int, int], config: Any) -> tuple[int, int]:
-    """(rows, columns) of the tiles of an image of (height, width) pixels, the whole image not counted."""
+    """Compute (rows, columns) of the tiles of an image of (height, width) pixels, without the whole image."""
     return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 

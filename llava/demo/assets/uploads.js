@@ -46,3 +46,4 @@ document.addEventListener('paste', (event) => {
   const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith('image/'));
   if (files.length && element.isConnected) { send(files); }
 });
+input.disabled = false; // now that its files are listened to

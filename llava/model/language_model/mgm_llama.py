@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.model.mgm_arch import MGMMetaForCausalLM, MGMMetaModel
+from llava.model.mini_gemini.mgm_arch import MGMMetaForCausalLM, MGMMetaModel
 
 
 class MGMConfig(LlamaConfig):
@@ -20,7 +20,7 @@ class MGMLlamaModel(MGMMetaModel, LlamaModel):
 
 
 class MGMLlamaForCausalLM(MGMMetaForCausalLM, LlamaForCausalLM):
-    """The model that generates: see :class:`llava.model.mgm_arch.MGMMetaForCausalLM`."""
+    """The model that generates: see :class:`llava.model.mini_gemini.mgm_arch.MGMMetaForCausalLM`."""
 
     config_class = MGMConfig
     backbone_class = MGMLlamaModel

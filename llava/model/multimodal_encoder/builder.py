@@ -11,7 +11,8 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.languagebind import LanguageBindImageTower, LanguageBindVideoTower
 from llava.model.multimodal_encoder.openclip_encoder import OpenCLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
-from llava.model.multimodal_encoder.vision_tower import VisionTower, resolve_tower_path
+from llava.model.multimodal_encoder.tower_files import resolve_tower_path
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 
 _TOWERS: dict[str, type[VisionTower]] = {"clip": CLIPVisionTower, "siglip": SigLipVisionTower}
 

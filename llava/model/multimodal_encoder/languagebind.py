@@ -13,9 +13,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
-from llava.model.loading import find_file
+from llava.model.checkpoints.files import find_file
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.vision_tower import EncodedImage
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
 
 
 class LanguageBindVideoConfig(CLIPVisionConfig):

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ConvNextConfig
 
-from llava.model.loading import find_file, gathered, load_weights
-from llava.model.multimodal_encoder.vision_tower import resolve_tower_path
+from llava.model.checkpoints.files import find_file, load_weights
+from llava.model.checkpoints.loading import gathered
+from llava.model.multimodal_encoder.tower_files import resolve_tower_path
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _EPS = 1e-6  # ConvNeXt's, everywhere
@@ -121,7 +122,7 @@ class OpenCLIPVisionTower(nn.Module):
         Returns:
             (B, C, h / 4, w / 4), then (B, 2C, h / 8, w / 8) and so on, in the tower's type. The released code returns
             them scaled up to the first one's size and joined, (B, 15C, h / 4, w / 4): 424 MB for an image of 768
-            pixels in float32. Here :func:`llava.model.mining.sub_patches` reads from them what is needed.
+            pixels in float32. Here :func:`llava.model.mini_gemini.mining.sub_patches` reads from them what is needed.
         """
         # The channels of a position side by side, as the blocks' norms and MLPs want them: no copies between.
         images = images.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)

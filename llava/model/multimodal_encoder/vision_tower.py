@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,61 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava.model.loading import find_file, gathered, load_weights, no_load_report, weight_files
+from llava.model.checkpoints.files import load_weights, weight_files
+from llava.model.checkpoints.loading import gathered, no_load_report
+from llava.model.multimodal_encoder.encoded_image import EncodedImage
+from llava.model.multimodal_encoder.tower_files import read_image_processor, resolve_tower_path
 from visionzip import CompressedTokens, VisionZipConfig
 from visionzip.encoder import compress_images, hidden_states, layers_needed, side_length
 from visionzip.methods import TokenCounts, token_counts
-
-logger = logging.getLogger(__name__)
-
-_ON_HUB = {  # where the towers that Mini-Gemini's config.json name are
-    "model_zoo/OpenAI/clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
-    "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup": (
-        "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """What a vision tower has made of an image, which a model takes in the place of pixels (training from a cache).
-
-    Attributes:
-        tokens: (T, N, D) of its T tiles, before the projector.
-        kept: (T, N) as in :class:`CompressedTokens`; None if the tower was not zipped.
-        sizes: (T, N) as there; None where the setting has no size bias.
-    """
-
-    tokens: Tensor
-    kept: Tensor | None = None
-    sizes: Tensor | None = None
-
-    def to(self, *args: Any, **kwargs: Any) -> EncodedImage:
-        """On another device; data loaders ask for it."""
-        return self._each(lambda part: part.to(*args, **kwargs))
-
-    @classmethod
-    def join(cls, images: Sequence[EncodedImage]) -> EncodedImage:
-        """Images as tiles of one, in order."""
-        parts = zip(*((image.tokens, image.kept, image.sizes) for image in images), strict=True)
-        return cls(*(None if part[0] is None else torch.cat(part) for part in parts))
-
-    def split(self, counts: Sequence[int]) -> list[EncodedImage]:
-        """Cut what was encoded together, (sum of T, N, D), into images of these many tiles."""
-        parts = [None if part is None else part.split(list(counts)) for part in (self.tokens, self.kept, self.sizes)]
-        return [EncodedImage(*(part and part[place] for part in parts)) for place in range(len(counts))]
-
-    def unflatten(self, images: int) -> EncodedImage:
-        """Tiles of so many images with an axis for the images in front."""
-        return self._each(lambda part: part.unflatten(0, (images, -1)))
-
-    def flatten(self) -> EncodedImage:
-        """What :meth:`unflatten` has made, without that axis."""
-        return self._each(lambda part: part.flatten(0, 1))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> EncodedImage:
-        parts = (self.tokens, self.kept, self.sizes)
-        return EncodedImage(*(None if part is None else change(part) for part in parts))
 
 
 class VisionEncoder(nn.Module):
@@ -194,30 +144,12 @@ class VisionTower(nn.Module):
             OSError: neither can be read.
         """
         if self._image_processor is None:
-            self._image_processor = self._load_image_processor()
+            self._image_processor = read_image_processor(self, self._checkpoint)
         return self._image_processor
 
     @image_processor.setter
     def image_processor(self, processor: Any) -> None:
         self._image_processor = processor
-
-    def _load_image_processor(self) -> Any:
-        for source in filter(None, (self._checkpoint, self.vision_tower_name)):
-            if find_file(source, "preprocessor_config.json"):
-                return self.processor_class.from_pretrained(source)
-        if Path(self.vision_tower_name).is_dir():
-            logger.warning(
-                "%s has no preprocessor_config.json: using the standard processor of %s at %d pixels",
-                self.vision_tower_name,
-                self.model_class.__name__,
-                self.config.image_size,
-            )
-            return self.default_processor()
-        raise OSError(
-            f"there is no image processor: neither the checkpoint {self._checkpoint!r} nor the vision tower "
-            f"{self.vision_tower_name!r} has a preprocessor_config.json that can be read. Copy the vision tower's into "
-            "the checkpoint's folder"
-        )
 
     def default_processor(self) -> Any:
         """The processor that encoders of this class are trained with, at this encoder's resolution."""
@@ -360,14 +292,3 @@ class VisionTower(nn.Module):
     def sequence_length(self) -> int:
         """S, tokens inside the encoder: the patches and, if there is one, the CLS token."""
         return self.num_patches_per_side**2 + int(self.cls_token)
-
-
-def resolve_tower_path(name: str, args: Any) -> str:
-    """Where a tower is: the folder ``name``, that inside the model's checkpoint, or ``name`` on the hub.
-
-    Mini-Gemini's checkpoints name folders of its repository, which hold models of the hub.
-    """
-    inside = Path(getattr(args, "_name_or_path", "") or ".") / name
-    if Path(name).is_dir():
-        return name
-    return str(inside) if inside.is_dir() else _ON_HUB.get(name, name)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmarks.mmbench import BENCHMARKS, Truth, letter, score, submit
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
 
 BENCHMARK, CHINESE = BENCHMARKS
 OPTIONS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmarks.mme import BENCHMARK, COGNITION, PERCEPTION, read_answer
+from eval.reading.tables import Tables
 from eval.records import Answer, Question
-from eval.sources import Tables
 
 
 @pytest.fixture

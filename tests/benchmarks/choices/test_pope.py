@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import sources
 from eval.benchmarks.pope import BENCHMARK, Label, says_yes
+from eval.reading import sources
+from eval.reading.tables import Tables
 from eval.records import Answer, Question
-from eval.sources import Tables
 
 
 @pytest.fixture

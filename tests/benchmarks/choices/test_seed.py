@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.benchmarks.seed import BENCHMARK, Gold, score
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import data_sqa as data
 import pytest
 
 from eval.benchmarks.sqa import BENCHMARK, Problem, letter, score
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from data_gqa import color_of, jpeg, write_lines, write_parquet
 
-from eval.vqa import normalise
+from eval.scoring.vqa import normalise
 
 INSTRUCTION = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

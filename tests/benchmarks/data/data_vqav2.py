@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from data_gqa import SUFFIX, color_of, jpeg, write_lines, write_parquet
 
-from eval.vqa import normalise
+from eval.scoring.vqa import normalise
 
 # id, image, question; test-dev's are among test2015's, which are more
 TEST_DEV = [

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from judge_server import JudgeServer
 
 from eval.benchmarks.llavabench import BENCHMARK, RULE, graded, rating_of
-from eval.judge import Judge, api_judge, exact_judge
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
+from eval.scoring.judge import Judge, api_judge, exact_judge
 
 TEXTS = ["It is red .", "A big red field", "Paint", "There are no people to be seen in this picture"]
 

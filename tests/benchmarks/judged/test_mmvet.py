@@ -15,9 +15,9 @@ import pytest
 from judge_server import JudgeServer
 
 from eval.benchmarks.mmvet import BENCHMARK, PROMPT, Item, asked_again, grade_of, graded, matches, request_of
-from eval.judge import api_judge, exact_judge
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
+from eval.scoring.judge import api_judge, exact_judge
 
 TEXTS = ["x = -1 or x = -5", "It is lime.", "the core", "This is a red field."]
 

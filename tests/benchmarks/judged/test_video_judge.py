@@ -13,9 +13,10 @@ from data_video import DATA, expected, write_folder
 from judge_server import JudgeServer
 
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
-from eval.judge import Request, api_judge, exact_judge
 from eval.records import Answer, Score
-from eval.video_judge import Item, Verdict, graded, judge_request, parse_verdict
+from eval.scoring.judge import api_judge, exact_judge
+from eval.scoring.replies import Request
+from eval.scoring.video_judge import Item, Verdict, graded, judge_request, parse_verdict
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (tgif, msvd, msrvtt, activitynet)}
 

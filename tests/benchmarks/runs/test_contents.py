@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from test_end_to_end import NAMES, data_module
 
-from eval.data import Data
-from eval.fingerprint import checksum_of_image, contents_of
+from eval.reading.fingerprint import checksum_of_image, contents_of
+from eval.reading.sources import picture
+from eval.reading.tables import Tables
 from eval.records import Question, Visual
 from eval.registry import BENCHMARKS
-from eval.sources import Tables, picture
+from eval.running.data import Data
 from llava.fingerprint import fingerprint
 
 

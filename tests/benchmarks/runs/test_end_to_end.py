@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import quick_environment
 from judge_server import JudgeServer, Reply, failure
 from sentencepiece import SentencePieceProcessor
 
 from checkpoints import CLIP, TOKENIZER, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import read_answers
 from eval.launch import arguments, processes
 from eval.registry import BENCHMARKS
+from eval.running.answer_files import read_answers
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "scripts" / "eval"
@@ -90,13 +89,6 @@ def model_for(make_checkpoint, make_video_checkpoint, tmp_path: Path) -> Callabl
     return make
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A virtual environment for the scripts."""
-    with quick_environment(tmp_path_factory.mktemp("venv")) as folder:
-        yield folder
-
-
 def bash(script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a script of ``scripts/eval`` with settings in its environment and none from ours."""
     unset = (
@@ -151,12 +143,12 @@ def check(name: str, out: Path, where: list[str], *, folder: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_script(name: str, model_for, environment: Path, tmp_path: Path):
+def test_script(name: str, model_for, quick_python: Path, tmp_path: Path):
     """``bash scripts/eval/NAME.sh`` on LLaVA's folder; Video-LLaVA answers about videos, each of which is one to it."""
     module, more = data_module(name)
     module.write_folder(tmp_path / "data", *more)
     settings = {
-        "VIRTUAL_ENV": str(environment),
+        "VIRTUAL_ENV": str(quick_python),
         "MODEL_PATH": str(model_for(name, video=name in VIDEO)),
         "DOMINANT": "5",
         "CONTEXTUAL": "1",
@@ -256,11 +248,11 @@ def test_scripts_are_short_and_there_is_one_for_each():
     assert all(len(lines) <= 10 for lines in scripts.values())
 
 
-def test_all(environment: Path, tmp_path: Path):
+def test_all(quick_python: Path, tmp_path: Path):
     """Each is tried, and those that fail are named at the end."""
     module, _ = data_module("gqa")
     module.write_folder(tmp_path / "data")
-    settings = {"VIRTUAL_ENV": str(environment), "DATA_ROOT": str(tmp_path / "data"), "MODEL_PATH": str(tmp_path)}
+    settings = {"VIRTUAL_ENV": str(quick_python), "DATA_ROOT": str(tmp_path / "data"), "MODEL_PATH": str(tmp_path)}
     done = bash("all", NAMES="mme gqa", **settings)
     assert done.returncode == 1 and "failed: mme gqa" in done.stderr
     assert done.stderr.count("has no config.json") == 2

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from eval.frames import clip, frames_of, videos_below, with_frames
+from eval.reading.frames import clip, frames_of, videos_below, with_frames
 from eval.records import Question, Visual
 from llava.video import _count_packets, _decode, read_frames
 

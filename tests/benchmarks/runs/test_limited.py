@@ -10,16 +10,16 @@ import pytest
 from test_end_to_end import NAMES, SERVER, WORDS, data_module
 
 from eval.__main__ import main as eval_command
-from eval.answers import Given, as_answers
 from eval.benchmarks import gqa, mmbench, sqa
-from eval.data import Data
-from eval.judge import exact_judge
-from eval.matching import asked, shortfalls
-from eval.methods import Run
+from eval.reading.tables import Tables
 from eval.records import Answer, Question, Score, UnscoredError
 from eval.registry import BENCHMARKS
-from eval.runner import score_all
-from eval.sources import Tables
+from eval.running.answers import Given, as_answers
+from eval.running.data import Data
+from eval.running.methods import Run
+from eval.running.scoring import score_all
+from eval.scoring.judge import exact_judge
+from eval.scoring.matching import asked, shortfalls
 
 # In these, questions that were not asked had their share of the headline; in the others they have none.
 WRONG = ("gqa", "mmvet", "seed", "vizwiz", "vqav2")

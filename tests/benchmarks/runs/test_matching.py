@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.matching import match, percent, percent_by, unreadable
 from eval.records import Answer
+from eval.scoring.matching import match, percent, percent_by, unreadable
 
 
 def test_answers_are_found_by_number_or_digits():

@@ -14,7 +14,7 @@ from test_end_to_end import WORDS, data_module, speaking
 
 from checkpoints import CLIP, edit_weights
 from eval.__main__ import main as eval_command
-from eval.answers import read_answers
+from eval.running.answer_files import read_answers
 
 
 @pytest.fixture

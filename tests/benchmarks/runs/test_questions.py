@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.questions import LETTER, SHORT_ANSWER, lettered, listed, read_questions
+from eval.reading.questions import LETTER, SHORT_ANSWER, lettered, listed, read_questions
 
 
 def test_instructions():

@@ -13,7 +13,7 @@ from data_video import write_folder
 from checkpoints import CLIP
 from eval.__main__ import main
 from eval.registry import BENCHMARKS
-from eval.runner import template_for
+from eval.running.setting import template_for
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import data_gqa
 import pytest
 
 from eval.benchmarks.gqa import BENCHMARK, Gold
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
 
 IDS = [row[0] for row in data_gqa.QUESTIONS]
 ANSWERS = ["No.", "man", "large", "No, there are none", "Hot Dog.."]  # right, wrong, right, wrong, right

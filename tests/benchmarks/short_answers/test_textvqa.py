@@ -9,8 +9,8 @@ import data_textvqa
 import pytest
 
 from eval.benchmarks.textvqa import BENCHMARK
+from eval.reading.tables import Tables
 from eval.records import Answer
-from eval.sources import Tables
 
 ANSWERS = ["Nous les gosses!", "Malt.", "10 years", "Twenty"]  # 0.3, 0.6, 0.9 (with "ten years"), 0
 

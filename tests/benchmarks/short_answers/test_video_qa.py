@@ -15,9 +15,9 @@ import pytest
 from data_video import DATA, write_folder, write_tables
 
 from eval.benchmarks import activitynet, msrvtt, msvd, tgif
-from eval.frames import with_frames
 from eval.models.llava import prompt_of
-from eval.sources import Tables
+from eval.reading.frames import with_frames
+from eval.reading.tables import Tables
 from eval.video_qa import Item, read_items
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (tgif, msvd, msrvtt, activitynet)}

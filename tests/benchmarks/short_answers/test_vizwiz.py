@@ -9,8 +9,8 @@ import data_vizwiz
 import pytest
 
 from eval.benchmarks.vizwiz import BENCHMARK, Truth
+from eval.reading.tables import Tables
 from eval.records import Answer, ScoredByServerError
-from eval.sources import Tables
 
 IDS = [f"VizWiz_val_{number:08d}" for number in range(3)]
 ANSWERS = ["Unsuitable", "the Beatles", "Yes"]  # 0.6, 0.9, 0.3

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.matching import match
 from eval.records import Answer
-from eval.vqa import (
+from eval.scoring.matching import match
+from eval.scoring.vqa import (
     CONTRACTIONS,
     Annotation,
     lmms_accuracy,

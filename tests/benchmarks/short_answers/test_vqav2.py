@@ -9,8 +9,8 @@ import data_vqav2
 import pytest
 
 from eval.benchmarks.vqav2 import BENCHMARK
+from eval.reading.tables import Tables
 from eval.records import Answer, ScoredByServerError
-from eval.sources import Tables
 
 IDS = [row[0] for row in data_vqav2.VALIDATION]
 ANSWERS = ["At the table", "Yes", "two", "Cat"]  # "at table": 0.9; 1; "2", which five people gave: 1; "cat": 0

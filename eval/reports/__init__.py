@@ -1,0 +1,1 @@
+"""What comes out of runs: figures with their errors, tables, the leaderboard, the paper's tables beside ours."""

@@ -1,0 +1,1 @@
+"""From answers to scores: how they meet their questions, open answers, and judges."""

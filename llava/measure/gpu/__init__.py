@@ -1,0 +1,1 @@
+"""The command ``visionzip benchmark gpu``: its sections, its report, and what only a GPU can show."""

@@ -1,0 +1,1 @@
+"""What measures: the clock, the phases of ``generate``, peak memory."""

@@ -1,0 +1,1 @@
+"""Mini-Gemini: its two towers, and patch info mining."""

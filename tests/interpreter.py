@@ -1,0 +1,100 @@
+"""A Python for scripts under test that is quick to start: each start is a fork of one process that has imported it all.
+
+The folder it makes looks like a virtual environment (``bin/python``), so that the real scripts run, as they are, in it;
+``python -m pip`` does nothing, as everything is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Sends the arguments, the folder, the environment and the three standard streams, and ends with the status it gets.
+_CLIENT = """
+import json, os, socket, sys
+if sys.argv[1:3] == ["-m", "pip"]:
+    sys.exit()
+if sys.argv[1:2] != ["-m"]:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"
+    socket.send_fds(connection, [request[:1]], [0, 1, 2])
+    connection.sendall(request[1:])
+    status = connection.recv(1)
+    sys.exit(status[0] if status else 1)
+"""
+
+
+@contextmanager
+def quick_environment(folder: Path) -> Iterator[Path]:
+    """Make such a folder; its process ends with the context."""
+    address, program = str(folder / "socket"), folder / "client.py"
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    program.write_text(_CLIENT.format(address=address))
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{program}" "$@"\n')
+    python.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        command = [sys.executable, __file__, str(listener.fileno())]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(command, pass_fds=[listener.fileno()], env=environment, cwd=ROOT)
+        try:
+            yield folder
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _serve(listener: socket.socket) -> None:
+    import eval.__main__  # noqa: F401, PLC0415 - before the forks: they have it then
+
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            try:
+                listener.close()
+                _answer(connection)
+            finally:
+                os._exit(1)
+        connection.close()
+        os.wait()
+
+
+def _answer(connection: socket.socket) -> None:
+    """Be the interpreter that was started."""
+    start, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    with connection.makefile("rb") as rest:
+        arguments, folder, environment = json.loads(start + rest.readline())
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = arguments[1:]
+    status = 0
+    try:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:  # as the interpreter does
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(bytes([status]))
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))

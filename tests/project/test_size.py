@@ -1,0 +1,79 @@
+"""Files and functions that one can read in a sitting: few lines, and few files side by side."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES_OF_FILE = 300
+LINES_OF_FUNCTION = 50  # without its docstring
+FILES_OF_FOLDER = 13  # a dozen, and an __init__.py
+
+# Each of the first four is one benchmark with its parser's rules, word for word: cut in two, each half would need the
+# other. The last is the trip of one call of `generate`.
+WHOLE_FILES = {
+    "eval/benchmarks/llavabench.py",
+    "eval/benchmarks/mmbench.py",
+    "eval/benchmarks/mmmu.py",
+    "eval/benchmarks/mmvet.py",
+    "visionzip/integrations/generation.py",
+}
+# Field by field, in the order of the config that it writes.
+WHOLE_FUNCTIONS = {("llava/model/checkpoints/layouts.py", "native_config")}
+# A folder in which each file is one of a kind has as many as there are; the others are known by LLaVA's users.
+ANY_NUMBER = {
+    "docs": "a page a subject, and its pictures",
+    "eval/benchmarks": "a benchmark a file",
+    "llava": "constants, conversation, mm_utils, utils have LLaVA's places; a command or a kind of file each",
+    "llava/demo": "a part of the page each",
+    "llava/train": "train.py has LLaVA's place; its steps",
+    "scripts": "a command a script",
+    "scripts/eval": "a script a benchmark",
+    "tests/benchmarks/data": "a data set a benchmark",
+    "tests/golden": "recorded tensors",
+    "visionzip": "public names",
+    "visionzip/integrations": "a way of attaching, or a family, a file",
+    "visionzip/methods": "a method a file",
+}
+
+
+@pytest.fixture(scope="module")
+def files() -> list[str]:
+    """Those that git knows of."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("this is no git checkout")
+    return [name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_files_are_short(files: list[str]):
+    code = [name for name in files if name.endswith(".py") and not name.startswith("tests/")]
+    long = {name for name in code if len((ROOT / name).read_text().splitlines()) > LINES_OF_FILE}
+    assert long == WHOLE_FILES, "split by concept what is too long, and leave out what no longer is"
+
+
+def test_functions_are_short(files: list[str]):
+    long = set()
+    for name in files:
+        if name.endswith(".py"):
+            for node in ast.walk(ast.parse((ROOT / name).read_text())):
+                if isinstance(node, ast.FunctionDef) and code_lines(node) > LINES_OF_FUNCTION:
+                    long.add((name, node.name))
+    assert long == WHOLE_FUNCTIONS, "give its steps names, and leave out what no longer is too long"
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    said = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - said * (first.end_lineno - first.lineno + 1)
+
+
+def test_folders_are_small(files: list[str]):
+    folders = Counter(str(PurePosixPath(name).parent) for name in files)
+    crowded = {name for name, count in folders.items() if count > FILES_OF_FOLDER}
+    assert crowded <= ANY_NUMBER.keys(), "group the files by subject"
