@@ -211,7 +211,6 @@ def export(run: Path, folder: Path) -> None:
             "steps": record["losses"][-1]["step"],
             "images_seen": record["losses"][-1]["step"] * record["batch_per_step"],
             "seconds": int((run / f"done-{stage}").read_text().split()[0]),
-            "loss": [entry["loss"] for entry in record["losses"] if "loss" in entry][-1],
             "versions": record["versions"],
         }
         for stage, record in records.items()

@@ -195,6 +195,18 @@ def test_results_are_the_leaderboards():
     assert checked == 13 + 12 + 10
 
 
+def test_results_have_the_small_qwens_figures():
+    rows = json.loads((ROOT / "docs/qwen-mini.json").read_text(encoding="utf-8"))["rows"]
+    for page in ("docs/results.md", "checkpoints/qwen-mini/README.md"):
+        shown = table_behind(page, "docs/qwen-mini.json")
+        for label, *figures in shown:
+            method, tokens = label.split(", ")
+            (row,) = [row for row in rows if row["method"] == method and f"{row['visual_tokens']:.0f}" == tokens]
+            expected = [f"{value:.1f}" for value in row["parts"].values()]
+            assert figures == [*expected, f"{row['score']:.1f} ± {row['standard_error']:.1f}"], (page, label)
+    assert len(table_behind("docs/results.md", "docs/qwen-mini.json")) == len(rows)
+
+
 def test_readme_has_the_measured_speeds():
     measured = (ROOT / "docs/efficiency.md").read_text(encoding="utf-8").splitlines()
     for name, _, *figures in table_behind("README.md", "docs/efficiency.md"):
