@@ -95,10 +95,15 @@ fi
 # transformers' processors begin a prompt with <s>, vLLM's chat does not, unless the template says so
 grep -qs bos_token "$MODEL_PATH/chat_template.jinja" || set -- --middleware visionzip.serving.prompts.SpecialTokens "$@"
 
+# Without a folder for media, vLLM answers a request for file:// with 500, as if the server were at fault; with an empty one
+# it is a 400
+mkdir -p "$SERVE_ENV/no-media"
+
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # GB
 say "serving $MODEL_PATH as $NAME with visionzip=${SETTING:-that of its config} on http://127.0.0.1:${PORT:-8000}"
 # `vllm serve` of this version looks for a distribution "vllm", and that for CPUs has another name
 exec "$SERVE_ENV/bin/python" -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port "${PORT:-8000}" \
     --model "$MODEL_PATH" --served-model-name "$NAME" --dtype float32 --enforce-eager --max-num-seqs 16 \
+    --allowed-local-media-path "$SERVE_ENV/no-media" \
     ${SETTING:+--hf-overrides "{\"visionzip\": $SETTING}"} "$@"
