@@ -62,10 +62,18 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY")
         return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
-    def _get(self, path: str) -> bytes:
+    def metrics(self) -> str:
+        """What the server says of itself at ``/metrics``, beside ``/v1``; empty where it has no such page."""
+        try:
+            return self._get("/metrics", self._parts.path.rstrip("/").removesuffix("/v1")).decode(errors="replace")
+        except (OSError, ValueError, http.client.HTTPException):
+            return ""
+
+    def _get(self, path: str, root: str | None = None) -> bytes:
         connection = self._connect()
         try:
-            connection.request("GET", f"{urlsplit(self.url).path}{path}", headers=self._headers())
+            base = urlsplit(self.url).path if root is None else root
+            connection.request("GET", f"{base}{path}", headers=self._headers())
             return _checked(connection.getresponse(), self.url).read()
         except ConnectionError as error:
             raise OSError(f"nothing answers at {self.url} ({error}): start the server first") from error

@@ -4,8 +4,9 @@ Protocol: N clients ask one after the other, each its next question when it has 
 a number of clients, with images that are all different (``distinct``: the encoder runs for each request) or the same
 one (``shared``). In each round the endpoints take turns, for so many seconds each, in an order that turns too; requests
 that are under way at the end are waited for and counted in the time. Before a cell, each endpoint answers one question
-that does not count. Pictures are noise from a seed, sent as JPEG; all endpoints get the same ones in a round, and none
-twice. Ratios are of the same round, to the first endpoint.
+that does not count. Where an endpoint has vLLM's ``/metrics``, the peak use of its KV cache and the hits of its prefix
+cache are read during each turn. Pictures are noise from a seed, sent as JPEG; all endpoints get the same ones in a
+round, and none twice. Ratios are of the same round, to the first endpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import Image
 from llava.commands import positive
 from llava.measure import report
 from llava.measure.client import Endpoint, Reply
+from llava.measure.engine_metrics import CacheUse, watch_cache
 from llava.measure.report import Columns, Row
 from llava.screen import progress
 
@@ -42,10 +44,11 @@ KINDS = ("distinct", "shared")
 
 @dataclass(frozen=True)
 class Load:
-    """One endpoint's turn: what its clients got, and how long it took."""
+    """One endpoint's turn: what its clients got, how long it took, and what its KV cache had to hold."""
 
     replies: list[Reply]
     seconds: float
+    cache: CacheUse
 
     @property
     def rate(self) -> float:
@@ -80,7 +83,7 @@ def put_under_load(endpoint: Endpoint, clients: int, kind: str, number: int, arg
         ValueError: the server refuses a request.
         OSError: a connection fails.
     """
-    start = time.perf_counter()
+    start = 0.0
 
     def client(own: int) -> list[Reply]:
         replies = []
@@ -93,9 +96,12 @@ def put_under_load(endpoint: Endpoint, clients: int, kind: str, number: int, arg
                 return replies
         return replies
 
-    with ThreadPoolExecutor(clients) as pool:
-        replies = list(itertools.chain.from_iterable(pool.map(client, range(clients))))
-    return Load(replies, time.perf_counter() - start)
+    with watch_cache(endpoint) as cache:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            replies = list(itertools.chain.from_iterable(pool.map(client, range(clients))))
+        seconds = time.perf_counter() - start
+    return Load(replies, seconds, cache)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -124,7 +130,17 @@ def summarize(way: str, clients: int, kind: str, own: Sequence[Load], base: Sequ
         "first_ratio": ratios(lambda load: statistics.median(reply.first for reply in load.replies)),
         "tokens_per_second": statistics.median(load.new_tokens for load in own),
         "prompt_tokens": statistics.median(reply.prompt_tokens for reply in replies),
+        "kv_peak": max((load.cache.peak for load in own if load.cache.peak is not None), default=None),
+        "prefix_hits": _median([load.cache.hits for load in own if load.cache.hits is not None]),
     }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 COLUMNS: Columns = (
@@ -139,6 +155,8 @@ COLUMNS: Columns = (
     ("p99", lambda row: f"{row['first_p99'] * 1e3:.0f} ms"),
     ("ratio", lambda row: f"{row['first_ratio']['median']:.2f}"),
     ("tokens/s", lambda row: f"{row['tokens_per_second']:.0f}"),
+    ("KV cache, peak", lambda row: _share(row["kv_peak"])),
+    ("prefix hits", lambda row: _share(row["prefix_hits"])),
     ("requests", lambda row: str(row["requests"])),
 )
 

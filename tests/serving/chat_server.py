@@ -12,12 +12,15 @@ from typing import Any
 class ChatServer:
     """Answers each question in three words, of which the first comes after ``delay`` seconds.
 
+    With ``has_metrics`` it says at ``/metrics`` what vLLM says of its KV cache: each request in it takes a tenth, and
+    the prefix cache has a quarter of what is asked.
+
     Attributes:
         asked: the bodies of the requests, in the order in which they came.
         most: requests that were under way together, at most.
     """
 
-    def __init__(self, delay: float, prompt_tokens: int) -> None:
+    def __init__(self, delay: float, prompt_tokens: int, has_metrics: bool = False) -> None:
         self.asked: list[dict[str, Any]] = []
         self.most = self._under_way = 0
         self._lock = threading.Lock()
@@ -25,6 +28,10 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == "/metrics" and has_metrics:
+                    self._begin(200)
+                    self.wfile.write(outer._metrics().encode())
+                    return
                 self._begin(200 if self.path == "/v1/models" else 404)
                 self.wfile.write(b'{"data": [{"id": "tiny"}]}')
 
@@ -55,6 +62,13 @@ class ChatServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def _metrics(self) -> str:
+        asked, labels = 8 * len(self.asked), '{engine="0",model_name="tiny"}'
+        return (
+            f"# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{labels} {self._under_way / 10}\n"
+            f"vllm:prefix_cache_queries_total{labels} {asked}.0\nvllm:prefix_cache_hits_total{labels} {asked / 4}\n"
+        )
 
     def __enter__(self) -> ChatServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -18,13 +18,16 @@ def bench(*flags: object) -> int:
 
 
 def test_two_endpoints_get_the_same_load_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The same pictures for both, none twice unless they are shared, as many at a time as there are clients."""
-    with ChatServer(0.1, 587) as slow, ChatServer(0.02, 75) as fast:
+    """The same pictures for both, none twice unless they are shared, as many at a time as there are clients.
+
+    The use of the KV cache is that of the endpoint that says it, and no error of the other one.
+    """
+    with ChatServer(0.1, 587, has_metrics=True) as slow, ChatServer(0.02, 75) as fast:
         flags = ("--clients", 3, "--seconds", 1, "--rounds", 1, "--max-new-tokens", 7, "--image-size", 32)
         files = ("--output", tmp_path / "out.json", "--plot", tmp_path / "out.svg", "--extra", '{"ignore_eos": true}')
         assert bench("--endpoints", f"vanilla={slow.url}", f"zipped={fast.url}", *flags, *files) == 0
     said = capsys.readouterr().out
-    assert "vanilla" in said and "requests/s" in said
+    assert "vanilla" in said and "requests/s" in said and "25.0%" in said
     assert (tmp_path / "out.svg").stat().st_size > 1000
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["images"], row["clients"], row["way"]) for row in rows] == [
@@ -36,6 +39,8 @@ def test_two_endpoints_get_the_same_load_in_turns(tmp_path: Path, capsys: pytest
         assert vanilla["first_p99"] >= vanilla["first_p50"] > 0.1 > zipped["first_p50"] > 0.02
         assert zipped["tokens_per_second"] == pytest.approx(3 * zipped["requests_per_second"])
         assert vanilla["requests_per_second"] < vanilla["clients"] / 0.1
+        assert 0.1 <= vanilla["kv_peak"] <= 0.3 and vanilla["prefix_hits"] == 0.25
+        assert zipped["kv_peak"] is None and zipped["prefix_hits"] is None
     assert (slow.most, fast.most) == (3, 3)
     counted = [body for body in slow.asked if "ignore_eos" in body]
     assert len(counted) == sum(row["requests"] for row in rows[::2]) == len(slow.asked) - 2  # one before each cell
