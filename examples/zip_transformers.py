@@ -1,9 +1,8 @@
-"""Zip a model of transformers, with its stock processor, batches and ``generate``; save it zipped, and load it again.
+"""Zip models of transformers, with their own processors, batches and ``generate``; save one zipped, and load it again.
 
     python examples/zip_transformers.py
 
-The model is the embedded LLaVA, which is written in transformers' layout first. Qwen-VL and the others are zipped in
-the same way, and take a share: ``visionzip(model, keep=0.5)``.
+The models are the embedded Qwen3-VL and the embedded LLaVA, which is written in transformers' layout first.
 """
 
 from pathlib import Path
@@ -13,10 +12,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.cli import main as visionzip_command
+from llava.model.stock.processor_model import load_processor
 from visionzip import visionzip
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTIONS = ("What color is the circle?", "What color is the ring?")
+QUESTIONS = ("What color is the ring?", "What pattern does the background have?")
 
 
 def main() -> None:
@@ -24,11 +24,12 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         native, zipped = f"{folder}/native", f"{folder}/zipped"
         visionzip_command(["convert", str(ROOT / "checkpoints/llava-mini"), native, "--to", "transformers"])
-        processor = AutoProcessor.from_pretrained(native)
-        model = AutoModelForImageTextToText.from_pretrained(native)
-        ask("all tokens", model, processor)
-        visionzip(model, keep=1 / 3, method="scope")  # a share of each image's patches, chosen for coverage
-        ask("zipped", model, processor)
+        for path in (str(ROOT / "checkpoints/qwen-mini"), native):
+            processor = load_processor(path)  # AutoProcessor.from_pretrained(path), for Qwen without torchvision
+            model = AutoModelForImageTextToText.from_pretrained(path)
+            ask(f"{model.config.model_type}, all tokens", model, processor)
+            visionzip(model, keep=0.5)  # a share of each image's tokens, so that images may have any size
+            ask(f"{model.config.model_type}, zipped", model, processor)
         model.save_pretrained(zipped)  # the setting is in its config
         ask("loaded", visionzip(AutoModelForImageTextToText.from_pretrained(zipped)), processor)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -53,7 +53,8 @@ def picked_tokens(model: nn.Module, patches: Patches, cls_token: bool = False) -
     keep = len(picked_rows(patches)[0]) + (cls_token and has_cls)
     name = f"picked-{next(_numbers)}"
     positions = "original" if seam and seam.rotary else positions_of(own)
-    config = replace(own, method=name, keep=keep, positions=positions, size_bias=has_size_bias(own))
+    counts: dict[str, Any] = {"keep": keep, "max_tokens": None, "min_tokens": 1, "video_keep": None}
+    config = replace(own, method=name, **counts, positions=positions, size_bias=has_size_bias(own))
     stored = getattr(getattr(target, "config", None), "visionzip", None)
     method = picked(patches, cls_token)
     # Where images have any size, only the running model knows the grid, and checks it.

@@ -12,6 +12,7 @@ import pytest
 import seam_models
 import torch
 from PIL import Image
+from seam_models import FAMILIES, Picture, batch
 from torch import Tensor
 
 from checkpoints import NEXT, pixels
@@ -139,6 +140,17 @@ def test_the_setting_of_before_is_back(load: Any):
     assert model.config.visionzip == stored and tower.visionzip == setting
     assert torch.equal(model.encode_images(images), zipped)
     assert registry == METHODS
+
+
+def test_limits_of_the_setting_of_before_are_none_of_a_pick():
+    """Of a share, and of a whole video: as many patches are kept as are picked."""
+    model = visionzip(FAMILIES["qwen3_vl"].build(), keep=0.5, max_tokens=4, min_tokens=2, video_keep=0.2)
+    inputs = batch(FAMILIES["qwen3_vl"], [["a", Picture(1), "b"]])
+    stored = model.config.visionzip
+    with picked_tokens(model, [1, 2, 3, 5, 8]):
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        assert [len(own) for own in features] == [5]
+    assert model.config.visionzip == stored
 
 
 def test_a_stored_setting_that_was_not_applied_yet_stays():

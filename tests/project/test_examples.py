@@ -22,9 +22,11 @@ SAYS = {  # arguments, and what is printed
     "zip_llava.py": ([], "all tokens: 144 .* orange\nzipped: 48 .* orange\nunzipped: 144 .* orange\n"),
     "zip_transformers.py": (
         [],
-        "all tokens: prompts of 187 tokens, answers orange, yellow\n"
-        "zipped: prompts of 91 tokens, answers orange, yellow\n"
-        ".*loaded: prompts of 91 tokens, answers orange, yellow\n",
+        r"qwen3_vl, all tokens: prompts of 5\d tokens, answers \w+, \w+\n"
+        r"qwen3_vl, zipped: prompts of 3\d tokens, .*"
+        r"llava, all tokens: prompts of (\d+) tokens, answers yellow, (\w+)\n"
+        r"llava, zipped: prompts of (\d+) tokens, answers yellow, \2\n"
+        r".*loaded: prompts of \3 tokens, answers yellow, \2\n",
     ),
     "add_method.py": (["28"], r"visionzip 27\+5 .*random .*contrast "),
     "add_family.py": ([], "keep=1.0: 16 of 16 .*keep=0.5: 8 of 16 .*keep=0.25: 4 of 16 "),

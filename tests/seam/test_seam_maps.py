@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from seam_checkpoints import save_checkpoint
+from seam_models import FAMILIES, Picture, batch
 
 from checkpoints import picture
 from llava.cli import main as visionzip_command
@@ -46,6 +47,24 @@ def test_a_map_has_what_the_model_keeps(checkpoint: Path, method: str):
     if method == "visionzip":  # the dominant tokens are those of highest attention
         assert tokens.attention[-1][tokens.roles.dominant].min() >= tokens.attention[-1][~tokens.roles.dominant].max()
     assert inspect_picture(unzip(model), inputs, image).roles is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral3", "pixtral", "gemma4"])
+@pytest.mark.parametrize("method", ["visionzip", "random"])
+def test_families_that_fill_pictures_up(name: str, method: str):
+    """Of several pictures the last one, without what fills it up to the size of the others."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), batch(family, [["a", Picture(1, 4, 4), Picture(2, 3, 2)]])
+    visionzip(model, keep=0.5, method=method)
+    tokens = inspect_picture(model, inputs, picture(0, (20, 30)))
+    assert tokens.grid == (3, 2) and tokens.num_kept == 3
+    (places,) = family_of(model).modalities["image"].encode(model.model, model._visionzip.config, inputs).places[1:]
+    if family.row_ends:  # without the ends of rows
+        places = torch.tensor([place - place // 3 for place in places.tolist() if place % 3 < 2])
+    kept = tokens.roles.dominant.clone()
+    kept[tokens.roles.targets] = True
+    assert kept.nonzero().flatten().tolist() == places.tolist()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):

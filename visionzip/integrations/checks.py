@@ -142,7 +142,7 @@ def ends_with_an_image(row: int) -> ValueError:
     """Make the error for a prompt with original positions that ends with an image."""
     return ValueError(
         f"prompt {row} ends with an image: with positions='original' (always so with Qwen-VL) the answer's positions "
-        "count on from text after the image. Put text behind it (a line break will do), or set positions='consecutive'"
+        "count on from text after the image: put text behind it (a line break will do), or set positions='consecutive'"
     )
 
 

@@ -26,6 +26,7 @@ from visionzip.integrations.checks import (
 from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Zipped
 from visionzip.integrations.runs import find_runs
+from visionzip.integrations.users_prompt import show_users_prompt
 from visionzip.methods import has_size_bias
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def generate(
     kwargs, held = prepare(zipped, model, kwargs, side="left", whole=whole, found=Found(found, edits))
     length = kwargs["input_ids"].shape[1]
     own["generation_config"] = _count_users_prompt(kwargs, model, generation_config, prompt.shape[1] - length)
-    shown = _show_users_prompt(own, kwargs, prompt, length)
+    shown = show_users_prompt(own, kwargs, prompt, length)
     return _run(functools.partial(stock, **own, **kwargs), kwargs.get("past_key_values"), held, len(prompt), shown)
 
 
@@ -185,7 +186,7 @@ def _refuse_images(zipped: Zipped, model: nn.Module, prompt: Tensor) -> None:
     if any((prompt == token).any() for token in tokens):
         raise ValueError(
             "a zipped model cannot assist with prompts that have images, as transformers gives an assistant the "
-            "placeholders without the images: call unzip(assistant_model)"
+            "placeholders without the images: unzip(assistant_model)"
         )
 
 
@@ -193,31 +194,6 @@ def _stock(zipped: Zipped, model: nn.Module) -> Callable[..., Any]:
     """Return the model's ``generate`` without VisionZip: that of its class, or one that the user had put there."""
     replaced = next((own for _, name, own in zipped.replaced if name == "generate"), None)
     return functools.partial(type(model).generate, model) if replaced is None else replaced
-
-
-def _show_users_prompt(
-    own: dict[str, Any], kwargs: dict[str, Any], prompt: Tensor, length: int
-) -> Callable[[Tensor], Tensor]:
-    """Let everything that looks at the sequences see the user's prompts (B, L) in place of the shortened ones.
-
-    Returns:
-        The function that replaces them, from sequences (B * n, length + new) to (B * n, L + new).
-    """
-
-    def shown(ids: Tensor) -> Tensor:
-        users = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), dim=0)
-        return torch.cat([users, ids[:, length:]], dim=1)
-
-    if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _Streamer(kwargs["streamer"], shown)
-    for name in ("logits_processor", "stopping_criteria"):
-        if own[name] is not None:
-            own[name] = [_Shown(each, shown) for each in own[name]]
-    if (allowed := own["prefix_allowed_tokens_fn"]) is not None:
-        own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, torch.cat([prompt[row].to(ids.device), ids[length:]])
-        )
-    return shown
 
 
 def setting(name: str, model: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]) -> Any:
@@ -291,31 +267,3 @@ def _count_users_prompt(
             else:  # transformers takes a length in one of the two places only
                 setattr(generation_config, name, length)
     return generation_config
-
-
-class _Streamer:
-    """Show the user's streamer the user's prompt before the answer."""
-
-    def __init__(self, streamer: Any, shown: Callable[[Tensor], Tensor]) -> None:
-        self._streamer = streamer
-        self._shown: Callable[[Tensor], Tensor] | None = shown
-
-    def put(self, value: Tensor) -> None:
-        """Pass the prompts on first, then token by token."""
-        shown, self._shown = self._shown, None
-        self._streamer.put(value if shown is None else shown(value))
-
-    def end(self) -> None:
-        """Pass on that the answer has ended."""
-        self._streamer.end()
-
-
-class _Shown:
-    """Show the user's logits processor or stopping criterion sequences with the user's prompt."""
-
-    def __init__(self, inner: Any, shown: Callable[[Tensor], Tensor]) -> None:
-        self._inner = inner
-        self._shown = shown
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        return self._inner(self._shown(input_ids), scores)
