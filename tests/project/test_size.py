@@ -21,7 +21,6 @@ WHOLE_FILES = {
     "eval/benchmarks/mmbench.py",
     "eval/benchmarks/mmmu.py",
     "eval/benchmarks/mmvet.py",
-    "visionzip/integrations/generation.py",
 }
 # Field by field, in the order of the config that it writes.
 WHOLE_FUNCTIONS = {("llava/model/checkpoints/layouts.py", "native_config")}
