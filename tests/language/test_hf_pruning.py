@@ -250,7 +250,7 @@ def test_errors():
     for options, message in (
         ({"prefill_chunk_size": 20}, "prefill_chunk_size=20: .* leave prefill_chunk_size out"),
         ({"use_cache": False}, "generate with use_cache=True"),
-        ({"prompt_lookup_num_tokens": 3}, "tokens are drafted .* leave it out"),
+        ({"prompt_lookup_num_tokens": 3}, "drafted tokens .* Leave them out"),
         ({"cache_implementation": "static"}, "DynamicCache"),
     ):
         with pytest.raises(ValueError, match=message):
