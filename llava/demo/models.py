@@ -207,7 +207,7 @@ class ProcessorModel:
             "layers": len(tokens.attention),
             "layer": tokens.layer,
             "pairable": False,
-            "pickable": sum(frames.count for frames in self._family.frames(self.model.model, inputs)) == 1,
+            "pickable": sum(frames.number for frames in self._family.frames(self.model.model, inputs)) == 1,
             "tiles": [token_data(tokens, (0.0, 0.0, float(image.width), float(image.height)))],
         }
 

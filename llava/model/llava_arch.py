@@ -49,7 +49,7 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
 
     backbone_class: ClassVar[type[nn.Module]]
     takes_videos: ClassVar[bool] = False  # among the images, with an <image> for each frame
-    cut_prompts: tuple[bool, ...] = ()  # of the last batch: which lost their end
+    cut_prompts: tuple[bool, ...] = ()  # of the last batch with labels: which lost their end
 
     def __init__(self, config: Any) -> None:
         # Not super().__init__: that would build the text-only backbone first.
@@ -221,7 +221,8 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         decoding = past > 0 and input_ids.shape[1] == 1
         if decoding or images is None or self.get_vision_tower() is None:
-            self.cut_prompts = (False,) * len(input_ids)
+            if labels is not None:
+                self.cut_prompts = (False,) * len(input_ids)
             if not decoding:
                 refuse_sentinels_without_images(input_ids)
             return (input_ids, position_ids, attention_mask, past_key_values, None, labels), None, None
@@ -291,5 +292,6 @@ class LlavaMetaForCausalLM(ImageEncoding, CheckedLoading):
                 )
             rows.append(row.cut(limit))
             cut.append(limit is not None and row.end > limit)
-        self.cut_prompts = tuple(cut)
+        if labels is not None:
+            self.cut_prompts = tuple(cut)
         return pad_rows(rows, side), original

@@ -99,7 +99,8 @@ class LlavaTrainer(SteadyTrainer):
         lengths = mask.sum(dim=1)
         limit = getattr(self.model.config, "tokenizer_model_max_length", None) or torch.inf
         # By the model at a position, far before which the last token that is left may stand; or when they were batched.
-        cut = torch.tensor(self._llava.cut_prompts, device=mask.device) | (lengths >= limit)
+        by_model = getattr(self._llava, "cut_prompts", (False,) * len(mask))  # a language model alone cuts none
+        cut = torch.tensor(by_model, device=mask.device) | (lengths >= limit)
         images, tokens = images.masked_fill(cut, 0), (lengths - text).masked_fill(cut, 0)
         counts = torch.stack([torch.ones_like(text).sum(), images.sum(), tokens.sum(), cut.sum(), cut.sum() * 0])
         self._counts = self._counts.to(counts.device) + counts

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class Terminal:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.process, self.screen = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would the chat
             settings = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
             settings |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **environment}
             os.execve(sys.executable, [sys.executable, *words], settings)

@@ -79,7 +79,7 @@ def test_pruning_inside_where_the_layers_are_known(method: str, checkpoints: dic
     assert own and cache.get_seq_length(0) == 100
     assert cache.get_seq_length(1) == 60 if method == "fastv" else 55 <= cache.get_seq_length(1) <= 60
     assert given[0].visual_tokens == 80
-    for name, reason in (("qwen3_vl", "have any number of tokens"), ("gemma3", "prune inside the layers of llama")):
+    for name, reason in (("qwen3_vl", "have any number of tokens"), ("gemma3", "prune inside layers of llama")):
         with pytest.raises(ValueError, match=f"--method {method}: .* {reason}"):
             load(checkpoints[name]).attach(run)
 

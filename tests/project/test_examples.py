@@ -28,7 +28,7 @@ SAYS = {  # arguments, and what is printed
         r"llava, zipped: prompts of (\d+) tokens, answers yellow, \2\n"
         r".*loaded: prompts of \3 tokens, answers yellow, \2\n",
     ),
-    "add_method.py": (["28"], r"visionzip 27\+5 .*random .*contrast "),
+    "add_method.py": (["28"], r"visionzip 27\+5\s.*random\s.*contrast\s"),
     "add_family.py": ([], "keep=1.0: 16 of 16 .*keep=0.5: 8 of 16 .*keep=0.25: 4 of 16 "),
     "tune_and_merge.py": (["2"], r"loss: \d\.\d+ to \d\.\d+ in 2 steps\nwrote .* VisionZip 13 \+ 3"),
 }

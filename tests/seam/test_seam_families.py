@@ -248,7 +248,7 @@ def test_what_does_not_fit(name: str):
         (embeds, "needs input_ids, not inputs_embeds"),
         (none, "placeholders .* but no pixel_values were given"),
         ({**inputs, "mm_encoder_outputs": {}}, "mm_encoder_outputs were given beside pixels"),
-        ({**none, "mm_encoder_outputs": {"image": features}}, "mm_encoder_outputs has features of images, among whose"),
+        ({**none, "mm_encoder_outputs": {"image": features}}, "has features of images, but a zipped model"),
         ({**inputs, "pixel_values": inputs["pixel_values"][..., :-1]}, r"pixel_values must be \(.*own processor"),
         ({**inputs, "pixel_values": inputs["pixel_values"] * torch.nan}, "pixels that are NaN or infinite"),
     ):
