@@ -29,7 +29,7 @@ from PIL import Image
 from llava.commands import positive
 from llava.measure import report
 from llava.measure.client import Endpoint, Reply
-from llava.measure.engine_metrics import CacheUse, watch_cache
+from llava.measure.meters.engine import CacheUse, watch_cache
 from llava.measure.report import Columns, Row
 from llava.screen import progress
 
