@@ -98,7 +98,10 @@ def peak_of(work: Callable[[], T], device: str) -> tuple[T, float]:
     else:
         before = _reset_memory_peak()  # of the libraries
     found = work()
-    return found, torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else _memory_peak() - before
+    if on_cuda:
+        return found, torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts pages per core and adds up now and then, so that work without memory may seem to give some back.
+    return found, max(0.0, _memory_peak() - before)
 
 
 def _reset_memory_peak() -> float:
