@@ -21,9 +21,8 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, set_seed
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from llava.commands import Parser
 from llava.model.tokenizer import load_tokenizer
-from llava.train.run import plot_losses
+from playground.recipe import run_step, write_record
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|image_pad|>", "<|video_pad|>")
@@ -204,36 +203,12 @@ def export(run: Path, folder: Path) -> None:
     model = Qwen3VLForConditionalGeneration.from_pretrained(run / "model", dtype=torch.bfloat16)
     model.save_pretrained(folder)
     copy_processor(run / "model", folder)
-    records = {stage: json.loads((run / stage / "run.json").read_text()) for stage in STAGES}
-    plot_losses({stage: record["losses"] for stage, record in records.items()}, folder / "losses.png")
-    facts = {
-        stage: {
-            "steps": record["losses"][-1]["step"],
-            "images_seen": record["losses"][-1]["step"] * record["batch_per_step"],
-            "seconds": int((run / f"done-{stage}").read_text().split()[0]),
-            "versions": record["versions"],
-        }
-        for stage, record in records.items()
-    }
-    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def main() -> int:
-    """Run one of the steps of scripts/train_qwen_mini.sh."""
-    parser = Parser(description=__doc__)
-    steps = parser.add_subparsers(required=True, metavar="STEP")
-    for name, function, source in (
-        ("start", start, "folder of training scenes"),
-        ("export", export, "folder of the finished run"),
-    ):
-        step = steps.add_parser(name, help=function.__doc__)
-        step.add_argument("source", type=Path, help=source)
-        step.add_argument("out", type=Path, help="folder to write")
-        step.set_defaults(run=function)
-    args = parser.parse_args()
-    args.run(args.source, args.out)
-    return 0
+    write_record(run, STAGES, folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    steps = (
+        ("start", start, "folder of training scenes"),
+        ("export", export, "folder of the finished run"),
+    )
+    sys.exit(run_step(__doc__, steps))

@@ -56,11 +56,11 @@ step scenes scenes full 30000
 step scenes-held-out scenes full-held-out 400 --split validation
 step tower-small tower tower-small small 2200 32 1.5e-3 --image_size 72
 step tower-kinds tower tower-kinds small 3000 32 1.2e-3 --image_size 72 --init "$OUT/tower-small" --harder True
-step language "$PYTHON" scripts/llava_mini.py language "$OUT/full" "$OUT/language"
+step language "$PYTHON" -m playground.llava_mini language "$OUT/full" "$OUT/language"
 step model-small model model-small small tower-kinds 2000 32 1e-3 --model_name_or_path "$OUT/language" \
     --whiten_mm_projector True
 step tower tower tower full 600 16 8e-4 --init "$OUT/tower-kinds" --harder True
 step projector model projector full tower 60 16 1e-3 --model_name_or_path "$OUT/model-small" --tune_mm_mlp_adapter True
 step model model model full tower 1800 16 1e-3 --model_name_or_path "$OUT/model-small" \
     --pretrain_mm_mlp_adapter "$OUT/projector/mm_projector.safetensors"
-step export "$PYTHON" scripts/llava_mini.py export "$OUT" "$OUT/llava-mini"
+step export "$PYTHON" -m playground.llava_mini export "$OUT" "$OUT/llava-mini"

@@ -11,11 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from llava.commands import Parser
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
 from llava.train.labels import render
-from llava.train.run import plot_losses
+from playground.recipe import run_step, write_record
 
 VOCABULARY = 768  # at most; every word of the scenes is one token then
 STAGES = ("tower-small", "tower-kinds", "model-small", "tower", "projector", "model")
@@ -98,36 +97,12 @@ def export(run: Path, folder: Path) -> None:
     model.config.mm_vision_tower = "clip-vit-mini-patch12-144"  # a name; its config and weights are in the checkpoint
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    records = {stage: json.loads((run / stage / "run.json").read_text()) for stage in STAGES}
-    plot_losses({stage: record["losses"] for stage, record in records.items()}, folder / "losses.png")
-    facts = {
-        stage: {
-            "seconds": int((run / f"done-{stage}").read_text().split()[0]),
-            "steps": record["losses"][-1]["step"],
-            "images_seen": record["losses"][-1]["step"] * record["batch_per_step"],
-            **{key: record[key] for key in ("pair_accuracy", "versions") if key in record},
-        }
-        for stage, record in records.items()
-    }
-    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def main() -> int:
-    """Run one of the steps."""
-    parser = Parser(description=__doc__)
-    steps = parser.add_subparsers(required=True, metavar="STEP")
-    for name, function, source in (
-        ("language", write_language_model, "folder of training scenes"),
-        ("export", export, "folder of the finished run"),
-    ):
-        step = steps.add_parser(name, help=function.__doc__)
-        step.add_argument("source", type=Path, help=source)
-        step.add_argument("out", type=Path, help="folder to write")
-        step.set_defaults(run=function)
-    args = parser.parse_args()
-    args.run(args.source, args.out)
-    return 0
+    write_record(run, STAGES, folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    steps = (
+        ("language", write_language_model, "folder of training scenes"),
+        ("export", export, "folder of the finished run"),
+    )
+    sys.exit(run_step(__doc__, steps))
