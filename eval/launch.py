@@ -59,6 +59,12 @@ def processes(environment: Mapping[str, str]) -> int:
     return int(wanted)
 
 
+def shared(number: int, command: Sequence[str]) -> list[str]:
+    """Make the command line by which torchrun lets ``number`` processes share ``python -m eval COMMAND``."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", __package__]
+    return [sys.executable, "-m", *launch, *command]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a benchmark, in this process or in several; returns the exit status."""
     name, *more = argv or ["--help"]
@@ -69,8 +75,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     command = arguments(name, more, os.environ)
     if number > 1:
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", __package__]
-        os.execv(sys.executable, [sys.executable, "-m", *launch, *command])
+        os.execv(sys.executable, shared(number, command))
     from .__main__ import main as evaluate  # noqa: PLC0415 - slow to import, and several processes do so themselves
 
     return evaluate(command)

@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -31,6 +30,7 @@ from llava.screen import print_table, say
 
 from ..benchmarks import scenes
 from ..config import RunConfig
+from ..launch import shared
 from ..models import kind_of
 from ..running.data import CLONE
 from ..running.methods import plan
@@ -121,8 +121,7 @@ def _answer(name: str, config: RunConfig, processes: int) -> dict[str, Any]:
         with redirect_stdout(io.StringIO()):  # the board is printed instead of its table
             run(config)
     else:
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", __package__]
-        command = [sys.executable, "-m", *launch, "run", config.benchmark, *config.flags()]
+        command = shared(processes, ["run", config.benchmark, *config.flags()])
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if status := subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode:
             raise ValueError(f"the run on the set {name!r} ended with status {status}; what it said is above")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from seam_checkpoints import save_checkpoint
 from eval.__main__ import add_run_arguments
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
+from eval.launch import shared
 from eval.reports.leaderboard import default_methods
 from eval.reports.leaderboard_plot import spaced
 from eval.running.methods import METHODS
@@ -115,6 +117,13 @@ def test_another_process_reads_the_same_configuration(changes: dict[str, Any], t
     assert RunConfig.from_flags(parser.parse_args(["scenes", *config.flags()])) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.limit = 1
+
+
+def test_processes_that_share_a_run_find_the_command():
+    """The module that torchrun starts is one that can be started."""
+    command = shared(2, ["run", "scenes"])
+    module = command[command.index("run") - 1]
+    assert find_spec(f"{module}.__main__") and command[command.index("--nproc_per_node") + 1] == "2"
 
 
 def test_another_family_has_a_leaderboard_too(tmp_path: Path):
