@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from llava.arguments import device_of
-from llava.files import write_atomically
+from llava.commands.arguments import device_of
+from llava.commands.screen import print_table, say
 from llava.measure.meters.timing import time_interleaved
 from llava.methods import METHODS
 from llava.mm_utils import get_model_name_from_path
-from llava.screen import print_table, say
+from llava.storage.files import write_atomically
 
 from ..benchmarks import scenes
 from ..config import RunConfig

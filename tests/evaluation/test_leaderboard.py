@@ -19,7 +19,7 @@ from eval.launch import shared
 from eval.reports.leaderboard import default_methods
 from eval.reports.leaderboard_plot import spaced
 from eval.running.methods import METHODS
-from llava.commands import parser_of
+from llava.commands.parsers import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING
 
