@@ -136,4 +136,6 @@ def test_another_family_has_a_leaderboard_too(tmp_path: Path):
     board, table = board_of(tmp_path), (tmp_path / "docs" / "leaderboard.md").read_text()
     assert set(board["methods"]) == {"vanilla", "visionzip", "resize"} and board["patches"] == 64
     assert board["methods"]["visionzip"]["choosing_ms"] == {"6": None}
-    assert "fastv" not in table and "Choosing" not in table
+    assert "fastv" not in table and "hoosing" not in table and "mean of" not in table
+    kept = [board["methods"]["resize"]["scores"][each]["6"]["visual_tokens"] for each in SETS]
+    assert kept[0] == kept[1] <= 6 and f"| resize ({kept[0]:.4g}) |" in table  # whole rows of a smaller picture
