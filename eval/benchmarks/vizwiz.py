@@ -22,18 +22,18 @@ from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
 from ..scoring.matching import match
 from ..scoring.vqa import Annotation, normalise, ten, write_submission
-from ..scoring.vqa_server import Truth, annotation_of, score_validation
+from ..scoring.vqa_server import Server, Truth, annotation_of, score_validation
 
 _QUESTIONS = "llava_test.jsonl"
 _ANNOTATIONS = "val.json"
 _INSTRUCTION = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 
 
-_NOT_PUBLIC = (
-    "people's answers to VizWiz's test set are not public: EvalAI scores them. Upload the submission file, "
-    "vizwiz_submission.json in the folder of the results, to the challenge that "
-    "https://vizwiz.org/tasks-and-datasets/vqa names. Answers to the validation set are scored here, with "
-    f"{_ANNOTATIONS} in the data's folder"
+_SERVER = Server(
+    "VizWiz's test set",
+    "vizwiz_submission.json",
+    "the challenge that https://vizwiz.org/tasks-and-datasets/vqa names",
+    _ANNOTATIONS,
 )
 
 
@@ -98,7 +98,7 @@ def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Scor
     Raises:
         ScoredByServerError: they are answers to the test set.
     """
-    return score_validation(answers, truth, _NOT_PUBLIC, _name)
+    return score_validation(answers, truth, _SERVER, _name)
 
 
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
@@ -119,7 +119,7 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
             "wants all: answer the rest, then submit"
         )
     entries = [{"image": image, "answer": normalise(given[name].text)} for name, image in images.items()]
-    return write_submission(entries, folder / "vizwiz_submission.json")
+    return write_submission(entries, folder / _SERVER.file)
 
 
 BENCHMARK = Benchmark(

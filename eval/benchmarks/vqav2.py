@@ -23,17 +23,18 @@ from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table
 from ..scoring.matching import match
 from ..scoring.vqa import Annotation, normalise, write_submission
-from ..scoring.vqa_server import Truth, annotation_of, score_validation
+from ..scoring.vqa_server import Server, Truth, annotation_of, score_validation
 
 _QUESTIONS = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _UPLOAD = "llava_vqav2_mscoco_test2015.jsonl"
 _ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-_NOT_PUBLIC = (
-    "people's answers to VQAv2's test-dev are not public: EvalAI scores them. Upload the submission file, "
-    "vqav2_submission.json in the folder of the results, to https://eval.ai/web/challenges/challenge-page/830 "
-    f"(phase test-dev). Answers to the validation set are scored here, with {_ANNOTATIONS} in the data's folder"
+_SERVER = Server(
+    "VQAv2's test-dev",
+    "vqav2_submission.json",
+    "https://eval.ai/web/challenges/challenge-page/830 (phase test-dev)",
+    _ANNOTATIONS,
 )
 
 
@@ -87,7 +88,7 @@ def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Scor
     Raises:
         ScoredByServerError: they are answers to test-dev.
     """
-    return score_validation(answers, truth, _NOT_PUBLIC)
+    return score_validation(answers, truth, _SERVER)
 
 
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
@@ -95,7 +96,7 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     ids = truth.annotations if truth.annotated(answers) else truth.test
     given = match(answers, ids).answers
     entries = [{"question_id": name, "answer": normalise(given[name].text) if name in given else ""} for name in ids]
-    return write_submission(entries, folder / "vqav2_submission.json")
+    return write_submission(entries, folder / _SERVER.file)
 
 
 BENCHMARK = Benchmark(

@@ -20,6 +20,23 @@ def own_id(answer: Answer) -> int | str:
 
 
 @dataclass(frozen=True)
+class Server:
+    """Who scores the test set, and from what.
+
+    Attributes:
+        test: the test set, in words.
+        file: the submission's name.
+        place: where to upload it.
+        annotations: the official file of people's answers to the validation set, with which this scores by itself.
+    """
+
+    test: str
+    file: str
+    place: str
+    annotations: str
+
+
+@dataclass(frozen=True)
 class Truth:
     """What there is to score with.
 
@@ -49,18 +66,22 @@ def annotation_of(row: Mapping[str, Any], where: str) -> Annotation:
     return Annotation(humans, row.get("answer_type") or "other")
 
 
-def score_validation(answers: Sequence[Answer], truth: Truth, not_public: str, name: Name = own_id) -> Score:
+def score_validation(answers: Sequence[Answer], truth: Truth, server: Server, name: Name = own_id) -> Score:
     """VQA accuracy of answers to the validation set, in percent, with that of each type of answer.
 
     Args:
         answers: in any order.
         truth: with annotations.
-        not_public: whose answers are not public, and where to upload one's own.
+        server: of the test set, for what is said about answers to that.
         name: see :data:`Name`.
 
     Raises:
         ScoredByServerError: they are answers to the test set.
     """
     if truth.test and not truth.annotated(answers, name):
-        raise ScoredByServerError(not_public)
+        raise ScoredByServerError(
+            f"people's answers to {server.test} are not public: EvalAI scores them. Upload the submission file, "
+            f"{server.file} in the folder of the results, to {server.place}. Answers to the validation set are scored "
+            f"here, with {server.annotations} in the data's folder"
+        )
     return score_uploaded(match(answers, truth.annotations, name), truth.annotations, "VQA accuracy (validation), %")
