@@ -134,8 +134,9 @@ def cut(path: str, say: Say) -> None:
     again = ask(llm, requests())
     compare(reference, processor, again, say)
     say("prefix cache", any(each.num_cached_tokens > 0 for each in again), [each.num_cached_tokens for each in again])
+    clip = (np.zeros((4, 16, 16, 3), np.uint8), {"fps": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]})
     try:
-        llm.generate({"prompt": "<|video_pad|>", "multi_modal_data": {"video": np.zeros((4, 16, 16, 3), np.uint8)}})
+        llm.generate({"prompt": "<|vision_start|><|video_pad|><|vision_end|>", "multi_modal_data": {"video": [clip]}})
     except ValueError as error:
         say("video refused", "At most 0 video(s)" in str(error), str(error))
 

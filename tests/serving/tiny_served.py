@@ -29,20 +29,11 @@ def write_llava(folder: Path, family: str, siglip: bool) -> Path:
 
 def write_qwen(folder: Path, family: str) -> Path:
     """Write a Qwen-VL of :mod:`seam_models`."""
-
     torch.manual_seed(0)
     config = FAMILIES[family].config()
+    heads = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     rope = {**config.text_config.rope_parameters, "mrope_section": [6, 5, 5]}
-    config.text_config.update(
-        {
-            "hidden_size": 64,
-            "head_dim": 32,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 263,
-            "rope_parameters": rope,
-        }
-    )
+    config.text_config.update({**heads, "vocab_size": 263, "rope_parameters": rope})
     config.vision_config.update({"hidden_size" if family == "qwen2_vl" else "out_hidden_size": 64})
     model = getattr(transformers, f"{FAMILIES[family].name}ForConditionalGeneration")(config).eval()
     scale_up(model)

@@ -97,6 +97,9 @@ RECIPES = {
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
     ),
 }
+RECIPES["qwen2_vl"] = RECIPES["qwen2_5_vl"]._replace(
+    images=RECIPES["qwen2_5_vl"].images | {"processor_class": "Qwen2VLProcessor"}
+)
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
