@@ -142,9 +142,9 @@ def read_parts(
     captured: dict[str, Tensor] = {}
 
     def listen(name: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread:
-                captured[name] = output.detach()
+                captured[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return getattr(attention, name).register_forward_hook(hook)
 

@@ -30,21 +30,30 @@ from visionzip.integrations.seam.choice import shown
 # --- encoders for pictures of any size, whose patches lie in one packed sequence: Qwen-VL's and GLM-V's ---
 
 
+def merged_tokens(encoder: nn.Module, grid: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Average scores (S,) and keys (S, Dk) of packed patches over the patches of each token.
+
+    Args:
+        encoder: Qwen-VL's or GLM-V's, of transformers or of vLLM.
+        grid: (n, 3), the (frames, rows, columns) of patches of each image or video.
+        scores: of the patches, in the order in which the encoder has them.
+        keys: of the patches, in the same order.
+
+    Returns:
+        The scores (n,) and keys (n, Dk) of the tokens in raster order.
+    """
+    scores, keys = (values.unflatten(0, (-1, encoder.spatial_merge_size**2)).mean(dim=1) for values in (scores, keys))
+    if hasattr(encoder, "window_size"):  # the encoder's sequence is in the order of its windows
+        shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
+        order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
+        scores, keys = scores[order], keys[order]
+    return scores, keys
+
+
 @contextmanager
 def _read_packed(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]:
-    encoder, grid = base.visual, arguments[name]
-    unit = encoder.spatial_merge_size**2
-
-    def tokens() -> tuple[Tensor, Tensor]:
-        scores, keys = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in found[0])
-        if hasattr(encoder, "window_size"):  # the encoder's sequence is in the order of its windows
-            shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
-            order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
-            scores, keys = scores[order], keys[order]
-        return scores, keys
-
-    with read_packed_attention(encoder.blocks[layer].attn) as found:
-        yield tokens
+    with read_packed_attention(base.visual.blocks[layer].attn) as found:
+        yield lambda: merged_tokens(base.visual, arguments[name], *found[0])
 
 
 def _packed_layers(base: nn.Module) -> list[int]:
