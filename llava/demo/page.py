@@ -8,15 +8,15 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.visitors import Visitors
+from llava.demo.drawing import words
 from llava.demo.events import Events
 from llava.demo.examples import EXAMPLES
 from llava.demo.guard import Guard
 from llava.demo.handlers import LABELS, OWN, POSITIONS, SIZE_BIAS, Handlers
-from llava.demo.models import PageModel
-from llava.demo.uploads import MAX_BYTES
-from llava.demo.visitors import Visitors
+from llava.demo.models.page_model import PageModel
+from llava.demo.uploads.images import MAX_BYTES
 from llava.serve.cli import describe
 from visionzip.methods import METHODS
 
@@ -143,7 +143,7 @@ class Page:
             parts["again"] = gr.Button("Ask again", min_width=112, scale=0)
             parts["stop"] = gr.Button("Stop", min_width=70, scale=0)
             parts["new"] = gr.Button("New", min_width=70, scale=0)
-        parts["conversation"] = _html(show.conversation([]), elem_id="vz-talk")
+        parts["conversation"] = _html(words.conversation([]), elem_id="vz-talk")
 
     def _leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)

@@ -14,9 +14,10 @@ from llava.cli import main
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import Talk
 from llava.demo.handlers import Handlers
-from llava.demo.talk import Setting, Talk
 
 
 @pytest.mark.parametrize(

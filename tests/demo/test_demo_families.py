@@ -25,14 +25,15 @@ pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 import gradio
 
-from llava.demo import models as page_models
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import StoppedError, Talk
+from llava.demo.drawing import pictures
 from llava.demo.examples import EXAMPLES
 from llava.demo.handlers import Handlers
+from llava.demo.models import processor_model as page_models
 from llava.demo.page import Page
-from llava.demo.talk import Setting, StoppedError, Talk
-from llava.demo.uploads import Upload
+from llava.demo.uploads.images import Upload
 
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 3}
 OWN = "the method's own"
@@ -139,7 +140,7 @@ def test_patches_picked_by_hand(desk: Desk, talk: Talk):
 def test_compare(desk: Desk, talk: Talk):
     rows = {row[0]: row for row in desk.compare(talk, talk.pictures[0], "What?", 0.5, ["visionzip", "divprune"]) if row}
     assert rows["vanilla"][2].visual_tokens == 2 * rows["visionzip"][2].visual_tokens
-    assert show.strip(talk.pictures[0], list(rows.values())).count("<svg") == 3
+    assert pictures.strip(talk.pictures[0], list(rows.values())).count("<svg") == 3
 
 
 def test_controls(desk: Desk):

@@ -11,12 +11,13 @@ from served_page import sent
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import Talk
+from llava.demo.drawing import words
 from llava.demo.examples import EXAMPLES
 from llava.demo.guard import names_file
-from llava.demo.talk import Setting, Talk
-from llava.demo.uploads import MAX_BYTES, MAX_IMAGES, Upload, read_uploads
+from llava.demo.uploads.images import MAX_BYTES, MAX_IMAGES, Upload, read_uploads
 
 RING = EXAMPLES[0]
 
@@ -71,7 +72,7 @@ def test_what_comes_from_outside_is_escaped(desk: Desk):
     talk = Talk()
     talk.add([Upload('"><script>x</script>', RING.upload().data)])
     list(desk.ask(talk, "<img src=x onerror=alert(1)>", Setting(8)))
-    page = show.conversation(talk.exchanges) + show.status("<b>", error=True)
+    page = words.conversation(talk.exchanges) + words.status("<b>", error=True)
     assert "<script" not in page and "<img src=x" not in page and "<b>" not in page
 
 

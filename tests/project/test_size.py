@@ -28,7 +28,6 @@ ANY_NUMBER = {
     "docs": "a page a subject, and its pictures",
     "eval/benchmarks": "a benchmark a file",
     "llava": "constants, conversation, mm_utils, utils have LLaVA's places; a command or a kind of file each",
-    "llava/demo": "a part of the page each",
     "llava/train": "train.py has LLaVA's place; its steps",
     "scripts": "a command a script",
     "scripts/eval": "a script a benchmark",

@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from llava.demo.models import PageModel, Side
-from llava.demo.streaming import Put, Stop, Words, stream
-from llava.demo.talk import Answer, Exchange, Picture, Setting, StoppedError, Talk
-from llava.demo.uploads import Upload
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.streaming import Put, Stop, Words, stream
+from llava.demo.conversation.talk import Answer, Exchange, Picture, StoppedError, Talk
+from llava.demo.models.page_model import PageModel, Side
+from llava.demo.uploads.images import Upload
 
 _SHARE = 0.25  # of the patches
 KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew

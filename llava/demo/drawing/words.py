@@ -1,13 +1,11 @@
-"""What the page says, as HTML: the conversation, its figures, the strip of methods. What others wrote is escaped."""
+"""What the page says, as HTML: the line on its state, the conversation and its figures. Foreign words are escaped."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
-from llava.demo.talk import Answer, Exchange, Picture, Talk
+from llava.demo.conversation.talk import Answer, Exchange
 
 _NAMES = {"vanilla": "All tokens", "zipped": "VisionZip"}
 _MISSING, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -69,7 +67,7 @@ def _figures(answer: Answer, base: Answer) -> str:
     rows = [
         ("visual tokens", f"{answer.visual_tokens}", _change(answer.visual_tokens, base.visual_tokens)),
         ("cached tokens", f"{answer.turn.cached_tokens}", _change(answer.turn.cached_tokens, base.turn.cached_tokens)),
-        ("first token", _seconds(answer.first_token), _change(answer.first_token, base.first_token)),
+        ("first token", seconds(answer.first_token), _change(answer.first_token, base.first_token)),
         ("tokens/s", f"{answer.speed:.1f}" if answer.speed else _MISSING, _change(answer.speed, base.speed)),
     ]
     shown = "".join(
@@ -79,7 +77,8 @@ def _figures(answer: Answer, base: Answer) -> str:
     return f"<dl>{shown}</dl>"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A time, in the unit that it is read best in."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 
@@ -87,67 +86,3 @@ def _change(value: float | None, base: float | None) -> str:
     if not value or not base:
         return ""
     return f"{value / base - 1:+.0%}".replace("-", _MINUS)
-
-
-def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, layer: int | None = None) -> str:
-    """What ``picture.js`` draws, as JSON; empty without an image."""
-    if not talk.pictures or data is None:
-        return ""
-    return json.dumps(
-        {
-            "images": [{"name": each.upload.name, "url": each.upload.thumbnail} for each in talk.pictures],
-            "selected": talk.selected,
-            "drawn": talk.drawn,
-            "picked": talk.picked,
-            "hint": talk.hint,
-            "url": talk.pictures[talk.selected].upload.shown,
-            "picks": talk.pictures[talk.selected].picks,
-            "view": view,
-            "layer": layer,
-            "data": _rounded(data),
-        }
-    )
-
-
-def _rounded(value: Any) -> Any:
-    """The same with five digits in each number, half as long."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
-
-
-def strip(shown: Picture, rows: Sequence[tuple[str, dict[str, Any] | None, Answer | str]]) -> str:
-    """Kept patches and answer of each method, side by side."""
-    cells = []
-    for method, data, answer in rows:
-        if isinstance(answer, str) or data is None:
-            cells.append(f'<li><h3>{escape(method)}</h3><p class="vz-error">{escape(str(answer))}</p></li>')
-            continue
-        cost = f"{answer.visual_tokens} visual tokens, first in {_seconds(answer.first_token)}"
-        cells.append(
-            f"<li><h3>{escape(method)}</h3>{_kept(shown, method, data)}"
-            f'<p class="vz-answer">{escape(answer.turn.text or "(no words)")}</p><p class="vz-cost">{cost}</p></li>'
-        )
-    return f'<ol class="vz-strip">{"".join(cells)}</ol>' if cells else ""
-
-
-def _kept(shown: Picture, method: str, data: dict[str, Any]) -> str:
-    """The image with the patches darkened that a method does not keep."""
-    width, height = data["size"]
-    tile = data["tiles"][0]
-    role = tile["role"] or ["kept"] * len(tile["rects"])
-    shade = {"target": 0.35, "merged": 0.8, "dropped": 0.8}
-    dark = "".join(
-        f'<rect x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{bottom - top:.2f}" '
-        f'fill="#101418" fill-opacity="{shade[fate]}"/>'
-        for (left, top, right, bottom), fate in zip(tile["rects"], role, strict=True)
-        if fate in shade
-    )
-    label = f"{role.count('kept')} of {len(role)} patches kept by {method}"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f'<image href="{escape(shown.upload.shown)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
-        f"{dark}</svg>"
-    )

@@ -1,0 +1,102 @@
+"""Transformers' other families on the page, with their own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from llava.demo.conversation.talk import Picks
+from llava.demo.models.page_model import Side, picked
+from llava.methods import patches_of
+from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
+from llava.serve.chat import Turn
+from llava.serve.processor_chat import ProcessorSession
+from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.integrations import family_of
+from visionzip.integrations.seam_maps import inspect_picture
+from visionzip.token_map import token_data
+
+
+class ProcessorModel:
+    """Any other model of transformers that VisionZip knows the encoder of, with its processor.
+
+    Args:
+        model: from :func:`llava.arguments.load_with_processor`, as the next one.
+        processor: its processor.
+
+    Raises:
+        ValueError: the page cannot show what its encoder attends to.
+    """
+
+    pairable = False
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.tokenizer, self._processor = model, processor.tokenizer, processor
+        try:
+            self._family = family_of(model)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if getattr(self._family, "encoder", None) is None:
+            raise ValueError(
+                f"the page shows attention, but VisionZip does not know the encoder of {type(model).__name__}: use "
+                "visionzip chat"
+            )
+        self.patches = patches_of(model)
+
+    def default(self) -> VisionZipConfig | None:
+        """As :class:`PageModel` says."""
+        on = getattr(self.model, "_visionzip", None)
+        return on.config if on else self._family.default_config(self.model)
+
+    def vanilla(self) -> None:
+        """Zipped without leaving a token out: it answers as the stock model, and later turns go on from its cache."""
+        visionzip(unzip(self.model), keep=1.0)
+
+    def side(self, **generate_kwargs: Any) -> Side:
+        """As :class:`PageModel` says."""
+        return _ProcessorSide(self.model, self._processor, **generate_kwargs)
+
+    def picture(self, image: Image.Image, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
+        """As :class:`PageModel` says; a "patch" is a token of the language model. Of tiles the whole image is shown."""
+        prompt = prompt_of(self._processor, [user_turn("", 1)])
+        inputs = inputs_of(self._processor, [prompt], [[image]]).to(self.model.device).to(self.model.dtype)
+        with picked(self.model, picks):
+            tokens = inspect_picture(self.model, inputs, image)
+            on = self.model._visionzip
+            runs = self._family.modalities["image"].runs(self.model.model, on.config, inputs)
+        return {
+            "size": list(image.size),
+            "method": on.config.method,
+            "setting": str(on.config),
+            "patches": tokens.num_patches,
+            "cls_token": False,
+            "keeps_cls": False,
+            "tokens": [sum(run.full for run in runs), sum(run.short for run in runs)],
+            "layers": len(tokens.attention),
+            "layer": tokens.layer,
+            "pairable": False,
+            "pickable": sum(frames.number for frames in self._family.frames(self.model.model, inputs)) == 1,
+            "tiles": [token_data(tokens, (0.0, 0.0, float(image.width), float(image.height)))],
+        }
+
+
+class _ProcessorSide(ProcessorSession):
+    """All images of a conversation go through the model at once, under one setting."""
+
+    def __init__(self, model: Any, processor: Any, **generate_kwargs: Any) -> None:
+        super().__init__(model, processor, **generate_kwargs)
+        self.picks: list[Picks | None] = []
+        self.is_stopped: Callable[[], bool] = lambda: False
+        self.holds: Any = None
+
+    def ask(self, text: str, images: Sequence[Any] = (), streamer: BaseStreamer | None = None) -> Turn:
+        if any(self.picks) and len(self.picks) > 1:
+            raise ValueError(
+                f"patches were picked, but the conversation has {len(self.picks)} images, which this model sees under "
+                "one setting: go back to the method, or begin a new conversation with one image"
+            )
+        with picked(self.model, self.picks[0] if self.picks else None):
+            return super().ask(text, images, streamer)
