@@ -19,7 +19,8 @@ from checkpoints import picture
 from llava.cli import main
 from llava.loading import load_with_processor
 from llava.serve.processor_chat import ProcessorSession
-from visionzip import unzip, visionzip
+from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.integrations import family_of
 
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
@@ -153,6 +154,30 @@ def test_controls(desk: Desk):
     assert handlers.setting("visionzip", "percent", 25, OWN, OWN).keep == 0.25
     page = Page(desk, "a model")
     assert page.parts["unit"].value == handlers.units[0]
+
+
+@pytest.mark.parametrize("own", [{"keep": 0.5, "max_tokens": 3}, {"keep": 3}, {"dominant": 2, "contextual": 1}])
+def test_a_checkpoints_own_number_of_tokens_stays_a_limit(desk: Desk, talk: Talk, own: dict):
+    """Also where a budget is a share, as images have any size; and where the slider has been moved."""
+    visionzip(unzip(desk.model), **own)
+    begun = Desk(desk.page_model, **GENERATE)
+    assert ask(begun, talk, "What is it?", begun.default)["zipped"].visual_tokens % 3 == 0
+    if begun.patches is None:
+        moved = Handlers(begun).setting("divprune", "percent", 90)
+        assert ask(begun, talk, "And now?", moved)["zipped"].visual_tokens == 3
+        assert str(moved) == "divprune, 90% of the patches, at most 3 tokens"
+
+
+def test_a_checkpoints_own_budget_of_whole_videos_stays(desk: Desk):
+    if "video" not in family_of(desk.model).modalities:
+        assert "Gemma3" in type(desk.model).__name__ or "InternVL" in type(desk.model).__name__
+        return
+    visionzip(unzip(desk.model), keep=0.5, video_keep=0.1)
+    begun = Desk(desk.page_model, **GENERATE)
+    Handlers(begun).setting("uniform", "percent", 20).put_on(begun.model)
+    assert begun.model._visionzip.config == VisionZipConfig(
+        keep=0.2, method="uniform", layer=begun.default.layer, video_keep=0.1
+    )
 
 
 def test_an_example(desk: Desk, talk: Talk):

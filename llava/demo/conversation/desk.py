@@ -18,7 +18,6 @@ from llava.demo.conversation.talk import Answer, Exchange, Picture, StoppedError
 from llava.demo.models.page_model import PageModel, Side
 from llava.demo.uploads.images import Upload
 
-_SHARE = 0.25  # of the patches
 KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew
 SIDES = ("vanilla", "zipped")
 
@@ -45,9 +44,11 @@ class Desk:
             return Setting(max(1, round(self.patches * 2 / 9)))
         split = (own.dominant, own.contextual) if own.keep is None else None
         rest = {"layer": own.layer, "merge": own.merge, "seed": own.seed, "split": split}
+        rest |= {"max_tokens": own.max_tokens, "min_tokens": own.min_tokens, "video_keep": own.video_keep}
         keep = own.tokens(self.patches) if self.patches else own.keep
-        if type(keep) is not float and not self.patches:  # a number is a cap there; the page's slider has shares
-            keep, rest["split"] = _SHARE, None
+        if not self.patches and not isinstance(keep, float):
+            # Images have any size there, and the page's slider has shares: the model's number is the most of each.
+            keep, rest["max_tokens"] = 1.0, own.tokens(1)
         return Setting(keep, own.method, own.positions, own.size_bias, **rest)
 
     def _side(self, is_stopped: Callable[[], bool]) -> Side:
