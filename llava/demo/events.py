@@ -28,6 +28,7 @@ AT_ONCE = {"queue": False}
 # of these in a visitor's session.
 _CHANGES = {
     "add_images": ("uploads", "picture", "status"),
+    "add_videos": ("clips", "picture", "status"),
     "limits": ("budget",),
     "redraw": ("picture", "status"),
     "choose": ("picture", "status"),
@@ -94,6 +95,9 @@ class Events:
         controls = self._parts("method", "unit", "budget", "positions", "size_bias")
         self._in_browser(parts["uploads"].upload, _SENDING, ["status"], ["status"])
         self._on(parts["uploads"].upload, do.add_images, [parts["uploads"], *controls], **LINE)
+        if "clips" in parts:
+            self._in_browser(parts["clips"].upload, _SENDING, ["status"], ["status"])
+            self._on(parts["clips"].upload, do.add_videos, [parts["clips"], parts["frames"], *controls], **LINE)
         self._on(parts["unit"].input, do.limits, self._parts("unit", "budget"))
         changes = [parts[name].change for name in ("method", "budget", "positions", "size_bias")]
         self._on(changes, do.redraw, controls, trigger_mode="always_last", **LINE)
@@ -176,7 +180,9 @@ class Events:
             line = words.status(_STOPPED) if stopped else words.status(in_one_line(error), error=True)
             if stopped and talk.leaving:  # the browser has cleared the page already
                 return row(talk, {"status": "", "conversation": words.conversation([])})
-            return row(talk, {"status": line, "conversation": words.conversation(talk.exchanges), "uploads": ""})
+            return row(
+                talk, {"status": line, "conversation": words.conversation(talk.exchanges), "uploads": "", "clips": ""}
+            )
 
         def once(request: gr.Request, *values: Any) -> Any:
             talk = Talk()  # of one that has ended

@@ -14,7 +14,8 @@ from llava.demo.conversation.setting import Setting
 from llava.demo.conversation.talk import Talk
 from llava.demo.drawing import pictures, words
 from llava.demo.examples import Example
-from llava.demo.uploads.images import read_uploads
+from llava.demo.uploads.images import Upload, read_uploads
+from llava.demo.uploads.videos import read_clips
 from visionzip.methods import METHODS
 
 TOKENS, SHARE = "tokens", "percent"
@@ -86,9 +87,18 @@ class Handlers:
         if not text:
             return {}
         talk.add(read_uploads(text, [picture.upload for picture in talk.pictures]))
-        number = len(talk.waiting)
+        number = sum(isinstance(picture.upload, Upload) for picture in talk.waiting)
         line = f"{number} image{'s' if number > 1 else ''} for the next question"
         return {"uploads": "", "picture": self._picture(talk, self.setting(*controls)), "status": words.status(line)}
+
+    def add_videos(self, talk: Talk, text: str, frames: float, *controls: Any) -> Change:
+        """Put uploaded videos to the next question, of each so many frames."""
+        if not text:
+            return {}
+        clips = read_clips(text, frames, [picture.upload for picture in talk.pictures])
+        talk.add(clips)
+        line = f"{frames:.0f} frames of {', '.join(clip.name for clip in clips)} for the next question"
+        return {"clips": "", "picture": self._picture(talk, self.setting(*controls)), "status": words.status(line)}
 
     def redraw(self, talk: Talk, *controls: Any) -> Change:
         """Another setting chooses anew; picks are dropped."""
@@ -180,7 +190,7 @@ class Handlers:
         """Ask one question about the shown image under each method."""
         setting = self._begin(talk, *more)
         if not talk.pictures:
-            raise ValueError("there is no image to compare on: add one first")
+            raise ValueError("there is no image or video to compare on: add one first")
         question = question.strip() or (talk.exchanges[-1].question if talk.exchanges else "")
         shown, rows = talk.pictures[talk.selected], []
         for row in self.desk.compare(talk, shown, question, setting.keep, list(METHODS)):

@@ -154,6 +154,7 @@ def test_controls(desk: Desk):
     assert handlers.setting("visionzip", "percent", 25, OWN, OWN).keep == 0.25
     page = Page(desk, "a model")
     assert page.parts["unit"].value == handlers.units[0]
+    assert "clips" not in page.parts  # its processor gets images, also in chat
 
 
 @pytest.mark.parametrize("own", [{"keep": 0.5, "max_tokens": 3}, {"keep": 3}, {"dominant": 2, "contextual": 1}])

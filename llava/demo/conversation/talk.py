@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.demo.conversation.setting import Setting
-from llava.demo.uploads.images import Upload
+from llava.demo.uploads.images import Visual
+from llava.demo.uploads.videos import Clip
 from llava.serve.turns import Turn
 
 Picks = tuple[tuple[int, ...], ...]
@@ -23,14 +24,14 @@ class StoppedError(Exception):
 
 @dataclass
 class Picture:
-    """An image of a conversation.
+    """An image or a video of a conversation.
 
     Attributes:
-        upload: the image.
+        upload: what it is.
         picks: for each tile the patches that were picked by hand; None leaves them to the method.
     """
 
-    upload: Upload
+    upload: Visual
     picks: Picks | None = None
 
 
@@ -57,7 +58,7 @@ class Answer:
 
 @dataclass
 class Exchange:
-    """A question and its answers, which are there one after the other."""
+    """A question and its answers, which are there one after the other; or why a side has none."""
 
     number: int
     question: str
@@ -65,6 +66,19 @@ class Exchange:
     setting: str
     partial: dict[str, str] = field(default_factory=dict)  # text so far
     answers: dict[str, Answer] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> int | None:
+        """Of all its videos; None without one, or with images beside them."""
+        counts = [len(picture.upload.files) for picture in self.pictures if isinstance(picture.upload, Clip)]
+        return sum(counts) if counts and len(counts) == len(self.pictures) else None
+
+    def take_over(self, other: Exchange, slot: str) -> None:
+        """What a side has said to the same question before."""
+        for own, theirs in ((self.answers, other.answers), (self.refused, other.refused)):
+            if slot in theirs:
+                own[slot] = theirs[slot]
 
 
 class Talk:
@@ -125,8 +139,8 @@ class Talk:
         for picture in self.pictures:
             picture.picks = None
 
-    def add(self, uploads: Sequence[Upload]) -> None:
-        """Put images to the next question."""
+    def add(self, uploads: Sequence[Visual]) -> None:
+        """Put images and videos to the next question."""
         new = [Picture(upload) for upload in uploads]
         self.pictures += new
         self.waiting += new

@@ -22,7 +22,7 @@ def picture(talk: Talk, data: dict[str, Any] | None, view: str | None = None, la
             "drawn": talk.drawn,
             "picked": talk.picked,
             "hint": talk.hint,
-            "url": talk.pictures[talk.selected].upload.shown,
+            "urls": talk.pictures[talk.selected].upload.shown,
             "picks": talk.pictures[talk.selected].picks,
             "view": view,
             "layer": layer,
@@ -42,34 +42,57 @@ def _rounded(value: Any) -> Any:
 
 def strip(shown: Picture, rows: Sequence[tuple[str, dict[str, Any] | None, Answer | str]]) -> str:
     """Kept patches and answer of each method, side by side."""
-    cells = []
+    cells: list[str] = []
+    drawn = False
     for method, data, answer in rows:
         if isinstance(answer, str) or data is None:
             cells.append(f'<li><h3>{escape(method)}</h3><p class="vz-error">{escape(str(answer))}</p></li>')
             continue
         cost = f"{answer.visual_tokens} visual tokens, first in {seconds(answer.first_token)}"
         cells.append(
-            f"<li><h3>{escape(method)}</h3>{_kept(shown, method, data)}"
+            f"<li><h3>{escape(method)}</h3>{_kept(shown, method, data, drawn)}"
             f'<p class="vz-answer">{escape(answer.turn.text or "(no words)")}</p><p class="vz-cost">{cost}</p></li>'
         )
+        drawn = True
     return f'<ol class="vz-strip">{"".join(cells)}</ol>' if cells else ""
 
 
-def _kept(shown: Picture, method: str, data: dict[str, Any]) -> str:
-    """The image with the patches darkened that a method does not keep."""
+def _kept(shown: Picture, method: str, data: dict[str, Any], drawn: bool) -> str:
+    """The image or the frames, with the patches darkened that a method does not keep.
+
+    Args:
+        shown: the image or the video.
+        method: its name.
+        data: what it keeps.
+        drawn: whether the page has the pixels already, which are sent once.
+    """
     width, height = data["size"]
-    tile = data["tiles"][0]
-    role = tile["role"] or ["kept"] * len(tile["rects"])
+    frames = data["frames"] or 1
+    figures = []
+    for at, tile in enumerate(data["tiles"][:frames]):
+        role = tile["role"] or ["kept"] * len(tile["rects"])
+        href = f"#vz-strip-{at}"
+        pixels = f'<use href="{href}"/>'
+        if not drawn:
+            url = escape(shown.upload.shown[at])
+            size = f'width="{width}" height="{height}" preserveAspectRatio="none"'
+            pixels = f'<image id="{href[1:]}" href="{url}" {size}/>'
+        name = f"frame {at + 1}: " if data["frames"] else ""
+        label = f"{name}{role.count('kept')} of {len(role)} patches kept by {method}"
+        inside = pixels + _shades(tile, role)
+        figures.append(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>')
+    return "".join(figures) if not data["frames"] else f'<div class="vz-small">{"".join(figures)}</div>'
+
+
+def _shades(tile: dict[str, Any], role: Sequence[str]) -> str:
+    """What darkens the patches that are not kept, one path for each kind."""
     shade = {"target": 0.35, "merged": 0.8, "dropped": 0.8}
-    dark = "".join(
-        f'<rect x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{bottom - top:.2f}" '
-        f'fill="#101418" fill-opacity="{shade[fate]}"/>'
-        for (left, top, right, bottom), fate in zip(tile["rects"], role, strict=True)
-        if fate in shade
-    )
-    label = f"{role.count('kept')} of {len(role)} patches kept by {method}"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f'<image href="{escape(shown.upload.shown)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
-        f"{dark}</svg>"
-    )
+    found = []
+    for dark in sorted(set(shade.values())):
+        steps = "".join(
+            f"M{left:.6g} {top:.6g}H{right:.6g}V{bottom:.6g}H{left:.6g}z"
+            for (left, top, right, bottom), fate in zip(tile["rects"], role, strict=True)
+            if shade.get(fate) == dark
+        )
+        found.append(f'<path d="{steps}" fill="#101418" fill-opacity="{dark}"/>' if steps else "")
+    return "".join(found)

@@ -47,10 +47,13 @@ def _exchange(exchange: Exchange) -> str:
 
 
 def _side(exchange: Exchange, slot: str) -> str:
+    if slot in exchange.refused:
+        line = f'<p class="vz-error">{escape(exchange.refused[slot])}</p>'
+        return f'<article class="vz-side {slot}"><h4>{_NAMES[slot]}</h4>{line}</article>'
     answer, partial = exchange.answers.get(slot), exchange.partial.get(slot)
     name = _NAMES[slot] + (f" <small>{escape(exchange.setting)}</small>" if slot == "zipped" else "")
     if answer is not None:
-        text, figures = answer.turn.text or "(no words)", _figures(answer, exchange.answers["vanilla"])
+        text, figures = answer.turn.text or "(no words)", _figures(answer, exchange)
     elif partial is not None:
         text, figures = partial or "reading …", ""
     else:
@@ -62,14 +65,18 @@ def _side(exchange: Exchange, slot: str) -> str:
     )
 
 
-def _figures(answer: Answer, base: Answer) -> str:
-    """What an answer cost; with the difference from the vanilla one, unless it is that."""
+def _figures(answer: Answer, exchange: Exchange) -> str:
+    """What an answer cost; with the difference from the vanilla one, unless it is that or there is none."""
+    base = exchange.answers.get("vanilla", answer)
     rows = [
         ("visual tokens", f"{answer.visual_tokens}", _change(answer.visual_tokens, base.visual_tokens)),
         ("cached tokens", f"{answer.turn.cached_tokens}", _change(answer.turn.cached_tokens, base.turn.cached_tokens)),
         ("first token", seconds(answer.first_token), _change(answer.first_token, base.first_token)),
         ("tokens/s", f"{answer.speed:.1f}" if answer.speed else _MISSING, _change(answer.speed, base.speed)),
     ]
+    if frames := exchange.frames:
+        of_frame, of_base = answer.turn.visual_tokens // frames, base.turn.visual_tokens // frames
+        rows.insert(0, ("per frame", f"{of_frame}", _change(of_frame, of_base)))
     shown = "".join(
         f"<div><dt>{name}</dt><dd>{value}{f' <em>{change}</em>' if answer is not base and change else ''}</dd></div>"
         for name, value, change in rows

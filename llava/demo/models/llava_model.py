@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
-
-from PIL import Image
 
 from llava.demo.conversation.talk import Picks, StoppedError
 from llava.demo.models.page_model import Side, picked
 from llava.methods import patches_of
 from llava.picture import picture_data
 from llava.serve.chat import ChatSession
+from llava.video import Visual
 from visionzip import VisionZipConfig, unzip
 
 
@@ -26,6 +26,7 @@ class LlavaModel:
     """
 
     pairable = True
+    takes_videos = find_spec("av") is not None  # frames are images to a model without a place for videos
 
     def __init__(self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str) -> None:
         self.tokenizer, self.model = tokenizer, model
@@ -44,14 +45,14 @@ class LlavaModel:
         """As :class:`PageModel` says."""
         return _LlavaSide(self.model, self.tokenizer, self.image_processor, self.conv_mode, **generate_kwargs)
 
-    def picture(self, image: Image.Image, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
+    def picture(self, visual: Visual, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
         """As :class:`PageModel` says."""
         with picked(self.model, picks):
-            return picture_data(self.model, image, self.image_processor, pairs)
+            return picture_data(self.model, visual, self.image_processor, pairs)
 
 
 class _LlavaSide(ChatSession):
-    """Each image is encoded by itself, as it was picked."""
+    """Each image and video is encoded by itself, as it was picked."""
 
     def __init__(self, *args: Any, **generate_kwargs: Any) -> None:
         super().__init__(*args, **generate_kwargs)
@@ -60,11 +61,11 @@ class _LlavaSide(ChatSession):
         self.holds: Any = None
         self._encoded = 0  # images
 
-    def resume(self, turns: Sequence[tuple[str, Sequence[Any], str]]) -> None:
+    def resume(self, turns: Sequence[tuple[str, Sequence[Visual], str]]) -> None:
         self._encoded = 0
         super().resume(turns)
 
-    def _encode(self, images: Sequence[Image.Image]) -> list[Any]:
+    def _encode(self, images: Sequence[Visual]) -> list[Any]:
         tokens: list[Any] = []
         for image in images:
             if self.is_stopped():

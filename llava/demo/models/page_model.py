@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from llava.demo.conversation.talk import Picks
 from llava.serve.chat import Turn
+from llava.video import Visual
 from visionzip import VisionZipConfig, picked_tokens
 
 
@@ -36,10 +36,10 @@ class Side(Protocol):
     def visual_tokens(self) -> int:
         """Of all images of the conversation."""
 
-    def resume(self, turns: Sequence[tuple[str, Sequence[Image.Image], str]]) -> None:
-        """Take up a conversation: questions, their images, answers."""
+    def resume(self, turns: Sequence[tuple[str, Sequence[Visual], str]]) -> None:
+        """Take up a conversation: questions, their images and videos, answers."""
 
-    def ask(self, text: str, images: Sequence[Image.Image] = (), streamer: BaseStreamer | None = None) -> Turn:
+    def ask(self, text: str, images: Sequence[Visual] = (), streamer: BaseStreamer | None = None) -> Turn:
         """Ask the next question."""
 
 
@@ -52,9 +52,11 @@ class PageModel(Protocol):
         patches: of an image or tile, of which a budget is a number or a share; None where it depends on the image, so
             that a budget is a share.
         pairable: whether pictures can say what each patch attends to.
+        takes_videos: whether it is talked with about videos.
     """
 
     pairable: bool
+    takes_videos: bool
     model: Any
     tokenizer: Any
     patches: int | None
@@ -68,8 +70,8 @@ class PageModel(Protocol):
     def side(self, **generate_kwargs: Any) -> Side:
         """One side of a conversation, for the model as it is zipped when it is asked."""
 
-    def picture(self, image: Image.Image, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
-        """What :func:`llava.picture.picture_data` says of an image; of one with picks, what is kept by them."""
+    def picture(self, visual: Visual, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
+        """What :func:`llava.picture.picture_data` says of an image or a video; with picks, what is kept by them."""
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
@@ -14,6 +14,7 @@ from llava.methods import patches_of
 from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
 from llava.serve.chat import Turn
 from llava.serve.processor_chat import ProcessorSession
+from llava.video import Visual
 from visionzip import VisionZipConfig, unzip, visionzip
 from visionzip.integrations import family_of
 from visionzip.integrations.seam_maps import inspect_picture
@@ -32,6 +33,7 @@ class ProcessorModel:
     """
 
     pairable = False
+    takes_videos = False  # as in chat: transformers' processors of videos need torchvision
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.tokenizer, self._processor = model, processor.tokenizer, processor
@@ -59,8 +61,9 @@ class ProcessorModel:
         """As :class:`PageModel` says."""
         return _ProcessorSide(self.model, self._processor, **generate_kwargs)
 
-    def picture(self, image: Image.Image, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
+    def picture(self, visual: Visual, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
         """As :class:`PageModel` says; a "patch" is a token of the language model. Of tiles the whole image is shown."""
+        image = cast("Image.Image", visual)
         prompt = prompt_of(self._processor, [user_turn("", 1)])
         inputs = inputs_of(self._processor, [prompt], [[image]]).to(self.model.device).to(self.model.dtype)
         with picked(self.model, picks):
@@ -69,6 +72,7 @@ class ProcessorModel:
             runs = self._family.modalities["image"].runs(self.model.model, on.config, inputs)
         return {
             "size": list(image.size),
+            "frames": None,
             "method": on.config.method,
             "setting": str(on.config),
             "patches": tokens.num_patches,
