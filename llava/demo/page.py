@@ -123,7 +123,14 @@ class Page:
             accept = "video/mp4,video/webm,video/quicktime,image/gif"
             self.parts["clips"] = _drop("videos", videos.MAX_BYTES, title="Add a video", limits=limits, accept=accept)
             self.parts["frames"] = gr.Number(
-                FRAMES, label="Frames", minimum=1, maximum=videos.MAX_FRAMES, precision=0, min_width=80, scale=0
+                FRAMES,
+                label="Frames",
+                minimum=1,
+                maximum=videos.MAX_FRAMES,
+                precision=0,
+                min_width=84,
+                scale=0,
+                elem_id="vz-number",
             )
 
     def _lay_out_controls(self, desk: Desk) -> None:
