@@ -8,12 +8,12 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import add_generation_arguments, add_model_arguments, sampling
-from llava.commands import positive
+from llava.commands.arguments import add_generation_arguments, add_model_arguments, sampling
+from llava.commands.loading import has_processor, load_from_arguments, load_with_processor
+from llava.commands.parsers import positive
 from llava.demo.models.llava_model import LlavaModel
 from llava.demo.models.page_model import PageModel
 from llava.demo.models.processor_model import ProcessorModel
-from llava.loading import has_processor, load_from_arguments, load_with_processor
 
 HOST = "127.0.0.1"
 

@@ -109,9 +109,9 @@ function drawFrames() {
     return `<button type="button" data-frame="${at}" aria-pressed="${at === state.tile}" aria-label="Frame ${at + 1}: ${kept}" title="Frame ${at + 1}: ${kept}">` +
       `<svg viewBox="0 0 ${data.size[0]} ${data.size[1]}">${painted(at)}</svg></button>`;
   }).join('');
-  const [before, after] = data.tokens.map((all) => Math.round(all / data.frames));
-  find('.vz-caption').textContent = `Frame ${state.tile + 1} of ${data.frames}, below. Visual tokens: ` +
-    `${after} of ${before} per frame, ${data.tokens[1]} of ${data.tokens[0]} in all.`;
+  const all = data.tokens[1];
+  find('.vz-caption').textContent = `Frame ${state.tile + 1} of ${data.frames}, below. ` +
+    `Visual tokens: ${all / data.frames} per frame, ${all} in all.`;
 }
 
 function mark(cursor, patch) {
