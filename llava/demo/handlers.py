@@ -180,7 +180,9 @@ class Handlers:
         talk.pairs = example.view == "pairs"
         talk.hint = example.hint
         if talk.pairs and not self.desk.page_model.pairable:
-            talk.hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
+            talk.hint = (
+                "Figure 14 is not to be had of this model, whose encoder is read without it; this is its attention."
+            )
         return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
             "status": words.status("reading …", busy=True),

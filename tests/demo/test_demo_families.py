@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from dataclasses import replace
@@ -116,7 +117,9 @@ def test_the_picture(desk: Desk, talk: Talk):
     assert data["tokens"] == [pieces * rows * columns, pieces * kept]
     assert tile["rects"][-1][2:] == [90, 60] == data["size"]
     assert len(tile["attention"]) == data["layers"] > data["layer"]
-    assert (data["pairable"], data["pickable"]) == (False, pieces == 1)
+    assert (data["pairable"], data["pickable"]) == (True, pieces == 1)
+    (tile,) = desk.page_model.picture(talk.pictures[0].upload.open(), pairs=True)["tiles"]
+    assert len(base64.b64decode(tile["pairs"])) == (rows * columns) ** 2
 
 
 def test_patches_picked_by_hand(desk: Desk, talk: Talk):
@@ -182,12 +185,20 @@ def test_a_checkpoints_own_budget_of_whole_videos_stays(desk: Desk):
 
 
 def test_an_example(desk: Desk, talk: Talk):
-    """Where a figure cannot be had of a model, its picture still can, and the line says so."""
+    """Each of the paper's figures; of Figure 14 what merged patches attend to."""
     for example in EXAMPLES:
         change = Handlers(desk).example(talk, example, "visionzip", "percent", 50)
         shown = json.loads(change["picture"])
         assert shown["data"]["method"] == "visionzip"
+    assert shown["hint"].startswith("Figure 14") and shown["data"]["tiles"][0]["pairs"]
+
+
+def test_a_figure_that_cannot_be_had(desk: Desk, talk: Talk, monkeypatch: pytest.MonkeyPatch):
+    """Of a family whose encoder is read without pairs, as one of the user's own; the line says so."""
+    monkeypatch.setattr(desk.page_model, "pairable", False)
+    shown = json.loads(Handlers(desk).example(talk, EXAMPLES[-1], "visionzip", "percent", 50)["picture"])
     assert shown["hint"].startswith("Figure 14 is not to be had of this model")
+    assert not shown["data"]["pairable"] and "pairs" not in shown["data"]["tiles"][0]
 
 
 def test_a_class_of_which_nothing_is_known_is_refused():

@@ -187,6 +187,7 @@ def test_plain_data(load: Any):
     assert json.loads(json.dumps(data)) == data
     assert {name: value for name, value in data.items() if name != "tiles"} == {
         "size": [112, 56],
+        "frames": None,
         "method": "visionzip",
         "setting": "dominant=5 + contextual=2",
         "patches": 16,

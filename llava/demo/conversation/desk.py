@@ -109,6 +109,8 @@ class Desk:
             with self._lock:
                 for slot in slots:
                     try:
+                        if refused := [turn.refused[slot] for turn in before if slot in turn.refused]:
+                            raise ValueError(refused[-1])
                         self._answer(talk, exchange, before, setting, slot, is_stopped, put)
                     except ValueError as error:
                         if slot == slots[-1]:
@@ -131,8 +133,6 @@ class Desk:
     ) -> None:
         if is_stopped():
             raise StoppedError
-        if refused := [turn.refused[slot] for turn in before if slot in turn.refused]:
-            raise ValueError(refused[-1])
         zipped = slot == "zipped"
         if zipped:
             setting.put_on(self.model)

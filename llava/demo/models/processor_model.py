@@ -16,9 +16,12 @@ from llava.serve.chat import Turn
 from llava.serve.processor_chat import ProcessorSession
 from llava.video import Visual
 from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.drawing.pair_attention import packed_pairs
 from visionzip.integrations import family_of
-from visionzip.integrations.seam.maps import inspect_picture
+from visionzip.integrations.seam.maps import inspect_picture, token_pairs
 from visionzip.token_map import token_data
+
+_MOST_PAIRED = 2048  # tokens of a picture: a page gets a byte for each pair of them
 
 
 class ProcessorModel:
@@ -32,7 +35,6 @@ class ProcessorModel:
         ValueError: the page cannot show what its encoder attends to.
     """
 
-    pairable = False
     takes_videos = False  # as in chat: transformers' processors of videos need torchvision
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -47,6 +49,7 @@ class ProcessorModel:
                 "visionzip chat"
             )
         self.patches = patches_of(model)
+        self.pairable = self._family.encoder.pairs is not None
 
     def default(self) -> VisionZipConfig | None:
         """As :class:`PageModel` says."""
@@ -70,6 +73,9 @@ class ProcessorModel:
             tokens = inspect_picture(self.model, inputs, image)
             on = self.model._visionzip
             runs = self._family.modalities["image"].runs(self.model.model, on.config, inputs)
+        tile = token_data(tokens, (0.0, 0.0, float(image.width), float(image.height)))
+        if pairs and self.pairable and tokens.num_patches <= _MOST_PAIRED:
+            tile["pairs"] = packed_pairs(token_pairs(self.model, inputs))
         return {
             "size": list(image.size),
             "frames": None,
@@ -81,9 +87,9 @@ class ProcessorModel:
             "tokens": [sum(run.full for run in runs), sum(run.short for run in runs)],
             "layers": len(tokens.attention),
             "layer": tokens.layer,
-            "pairable": False,
+            "pairable": self.pairable and tokens.num_patches <= _MOST_PAIRED,
             "pickable": sum(frames.number for frames in self._family.frames(self.model.model, inputs)) == 1,
-            "tiles": [token_data(tokens, (0.0, 0.0, float(image.width), float(image.height)))],
+            "tiles": [tile],
         }
 
 

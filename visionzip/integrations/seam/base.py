@@ -58,6 +58,8 @@ class Encoder:
         layers: ``(base)`` to the layers whose attention compares all patches of an image, in ascending order.
         pixels: ``(base, arguments, name)`` to the pixels in the argument of that name, without padding: those of all
             frames one after the other, or a list of them.
+        pairs: as ``read``, of one picture, but what is yielded returns what each token pays to each: see
+            :func:`visionzip.integrations.seam.maps.token_pairs`. None if that cannot be read.
     """
 
     read: Callable[[nn.Module, int, Arguments], AbstractContextManager[Scored]]
@@ -65,6 +67,7 @@ class Encoder:
     pixels: Callable[[nn.Module, Arguments, str], Tensor | list[Tensor]] = lambda base, arguments, name: real_pixels(
         arguments[name]
     )
+    pairs: Callable[[nn.Module, int, Arguments], AbstractContextManager[Callable[[], Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
