@@ -138,7 +138,10 @@ class Modality:
 
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
         """Make the output that the base model's own ``get_image_features`` would have with these tokens."""
-        tokens = torch.stack(encoded.tokens) if self.stacked and encoded.tokens else encoded.tokens
+        tokens: Any = encoded.tokens
+        if self.stacked and tokens:  # of images of which different numbers of patches are picked, one after the other
+            same = len({len(own) for own in tokens}) == 1
+            tokens = torch.stack(tokens) if same else torch.cat(tokens)[None]
         if encoded.deepstack is None:
             return BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
         return DeepstackOutput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 from PIL import Image
@@ -15,7 +16,7 @@ from llava.model.stock.processor_model import inputs_of, prompt_of, user_turn
 from llava.serve.chat import Turn
 from llava.serve.processor_chat import ProcessorSession
 from llava.video import Visual
-from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip import VisionZipConfig, picked_tokens, unzip, visionzip
 from visionzip.drawing.pair_attention import packed_pairs
 from visionzip.integrations import family_of
 from visionzip.integrations.seam.maps import inspect_picture, token_pairs
@@ -94,7 +95,7 @@ class ProcessorModel:
 
 
 class _ProcessorSide(ProcessorSession):
-    """All images of a conversation go through the model at once, under one setting."""
+    """All images of a conversation go through the model at once, each as it was picked."""
 
     def __init__(self, model: Any, processor: Any, **generate_kwargs: Any) -> None:
         super().__init__(model, processor, **generate_kwargs)
@@ -103,10 +104,6 @@ class _ProcessorSide(ProcessorSession):
         self.holds: Any = None
 
     def ask(self, text: str, images: Sequence[Any] = (), streamer: BaseStreamer | None = None) -> Turn:
-        if any(self.picks) and len(self.picks) > 1:
-            raise ValueError(
-                f"patches were picked, but the conversation has {len(self.picks)} images, which this model sees under "
-                "one setting: go back to the method, or begin a new conversation with one image"
-            )
-        with picked(self.model, self.picks[0] if self.picks else None):
+        lists = [picks and picks[0] for picks in self.picks]  # of an image that is not cut into tiles
+        with picked_tokens(self.model, lists) if any(self.picks) else nullcontext():
             return super().ask(text, images, streamer)
