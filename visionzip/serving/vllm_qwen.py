@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
@@ -68,9 +69,39 @@ class _QwenInfo(ZippedInfo):
         tokens = super().get_num_image_tokens(**size)
         return tokens if self.setting is None else _kept(self.setting, tokens)
 
+    def check_positions(self, inputs: Any) -> None:
+        """Refuse a request with more positions than the model is made ready for.
+
+        An image has as many positions as rows or columns, and these may be more than its kept tokens.
+
+        Raises:
+            VLLMValidationError: the images have too many, which the client gets as an error 400.
+        """
+        vision, given = self.get_hf_config().vision_config, inputs.hf_processor_mm_kwargs
+        images, beyond = inputs.mm_data_items.get("image", ()), 0
+        for index in range(len(images)):
+            if images.get(index) is None:  # known to the cache by its name alone
+                continue
+            width, height = images.get_image_size(index)
+            processor = self.get_image_processor(**given)
+            size = {"image_width": width, "image_height": height, "image_processor": processor, "mm_kwargs": given}
+            resized, tokens = self._get_vision_info(**size, modality="image")
+            side = max(resized) // (vision.patch_size * vision.spatial_merge_size)
+            beyond += max(0, side - _kept(self.setting, tokens))
+        if beyond > (most := (_LONGER - 1) * self.ctx.model_config.max_model_len):
+            raise VLLMValidationError(
+                f"{len(images)} images have {beyond} positions more than kept tokens, and {most} are possible: ask "
+                "about fewer or smaller images"
+            )
+
 
 class _QwenProcessor(KeyedProcessor):
     """Gives images fewer placeholders."""
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        if self.info.setting is not None:
+            self.info.check_positions(inputs)  # here, as this sees all images of a request, whether cached or not
+        return super()._get_mm_hashes(inputs)
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
         updates = super()._get_prompt_updates(*args, **kwargs)
