@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from documented import ROOT, blocks, commands, parse_command, prose
 
 import eval.__main__
 import llava.cli
 from eval.registry import BENCHMARKS
 from visionzip.integrations import REGISTRY
-from visionzip.methods import METHODS, EncoderRead, TokenCounts
+from visionzip.methods import METHODS
 
 PAGES_OUTSIDE = "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"
 PAGES = [
@@ -115,16 +114,9 @@ def test_architecture_names_functions_where_they_are():
     assert checked > 20
 
 
-def test_the_examples_of_contributing_work(tmp_path: Path):
-    method, benchmark = ({}, {})
-    for code, found in zip(blocks(ROOT / "CONTRIBUTING.md", "python"), (method, benchmark), strict=True):
-        exec(code, found)
-    scores = torch.tensor([[0.1, 0.4, 0.2, 0.4]])
-    chosen = method["METHOD"].choose(
-        EncoderRead(torch.randn(1, 5, 3), True, scores=scores), TokenCounts(2, 0, False), None
-    )
-    assert chosen.dominant_indices.tolist() == [[2, 4]]
-
+def test_the_benchmark_of_the_reference_works(tmp_path: Path):
+    (code,) = blocks(ROOT / "docs/reference/eval.md", "python")
+    exec(code, benchmark := {})
     lines = [
         {"question_id": "a", "image": "a.jpg", "text": "Is it?"},
         {"question_id": "b", "image": "b.jpg", "text": "?"},

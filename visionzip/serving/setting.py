@@ -150,7 +150,8 @@ def images_at_once(encoder_budget: int, lengths: list[int]) -> list[int]:
     Returns:
         How many images each run has, at least 1.
     """
-    counts, left = [], 0
+    counts: list[int] = []
+    left = 0
     for length in lengths:
         if counts and length <= left:
             counts[-1] += 1

@@ -155,7 +155,7 @@ class _ZippedQwen(ZippedModel):
         lengths = grid.prod(dim=1).tolist()
         with _read_attention(self.visual.blocks[setting.layer].attn, lengths) if scored else nullcontext() as found:
             features = self.visual(pixels, grid_thw=grid.tolist())
-        scores, keys = merged_tokens(self.visual, grid, *found[0]) if scored else (None, None)
+        scores, keys = merged_tokens(self.visual, grid, *found[0]) if found is not None else (None, None)
         # the tokens of deepstack's layers lie side by side with those of the first
         layers = features.split(self.config.get_text_config().hidden_size, dim=1)
         chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, setting)
