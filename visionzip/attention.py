@@ -142,9 +142,9 @@ def read_parts(
     captured: dict[str, Tensor] = {}
 
     def listen(name: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread:
-                captured[name] = output.detach()
+                captured[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return getattr(attention, name).register_forward_hook(hook)
 
@@ -192,7 +192,6 @@ def read_packed_attention(attention: nn.Module, reduce: Callable[..., Any] = pac
     Args:
         attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
             ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
-
         reduce: makes something else of the arguments of :func:`packed_scores`.
 
     Yields:

@@ -83,7 +83,7 @@ def _frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
     """Return one frame for each picture, from ``image_sizes``.
 
     Raises:
-        ValueError: the sizes are missing, or they do not fit the pixels.
+        ValueError: the sizes are missing, do not fit the pixels, or are of fewer tokens than the stock model takes.
     """
     pixels, edge = arguments["pixel_values"], base.vision_tower.patch_size * _merge(base)
     if arguments.get("image_sizes") is None:
@@ -94,7 +94,23 @@ def _frames(base: nn.Module, arguments: Arguments) -> list[Frames]:
             f"pixel_values must be (N, 3, h, w) of the N pictures that image_sizes {sizes} names, filled up to the "
             f"largest, got {tuple(pixels.shape)}: pass all that the model's own processor returned"
         )
+    _check_tokens(sizes, edge, _merge(base) > 1)
     return [Frames(1, (height // edge, width // edge)) for height, width in sizes]
+
+
+def _check_tokens(sizes: list[tuple[int, int]], edge: int, merges: bool) -> None:
+    """Refuse pictures in which transformers' own forward finds too few tokens, each of ``edge`` x ``edge`` pixels."""
+    if small := [size for size in sizes if min(size) < edge]:
+        raise ValueError(
+            f"image_sizes has a picture of {small[0][0]} x {small[0][1]} pixels, but a token of this model is {edge} x "
+            f"{edge}: make both edges at least {edge} pixels long"
+        )
+    # Mistral3Model squeezes the tokens' axis away if all pictures of a call make one token.
+    if merges and sum((height // edge) * (width // edge) for height, width in sizes) == 1:
+        raise ValueError(
+            f"the only picture of this call has {sizes[0][0]} x {sizes[0][1]} pixels, which is one token of {edge} x "
+            f"{edge}, and transformers' Mistral 3 needs two: make one edge at least {2 * edge} pixels long"
+        )
 
 
 def _pixels(base: nn.Module, arguments: Arguments, name: str) -> list[Tensor]:
