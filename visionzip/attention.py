@@ -192,7 +192,6 @@ def read_packed_attention(attention: nn.Module, reduce: Callable[..., Any] = pac
     Args:
         attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
             ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
-
         reduce: makes something else of the arguments of :func:`packed_scores`.
 
     Yields:

@@ -122,16 +122,8 @@ class Page:
             limits = f"MP4, WebM, GIF, up to {videos.MAX_SECONDS} s and {videos.MAX_BYTES >> 20} MB"
             accept = "video/mp4,video/webm,video/quicktime,image/gif"
             self.parts["clips"] = _drop("videos", videos.MAX_BYTES, title="Add a video", limits=limits, accept=accept)
-            self.parts["frames"] = gr.Number(
-                FRAMES,
-                label="Frames",
-                minimum=1,
-                maximum=videos.MAX_FRAMES,
-                precision=0,
-                min_width=84,
-                scale=0,
-                elem_id="vz-number",
-            )
+            # Its limits are the handler's, whose error is a line of the page.
+            self.parts["frames"] = gr.Number(FRAMES, label="Frames", min_width=84, scale=0, elem_id="vz-number")
 
     def _lay_out_controls(self, desk: Desk) -> None:
         parts, own = self.parts, desk.default

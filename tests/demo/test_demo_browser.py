@@ -79,11 +79,16 @@ def test_a_visit(browser: Browser, ring: Path):
 
 
 def test_a_video(browser: Browser, tmp_path: Path):
-    """A strip of its frames, one of them large; a broken file is one line."""
+    """A strip of its frames, one of them large; a broken file, or too many frames, is one line."""
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     browser.upload(tmp_path / "broken.mp4", kind="videos")
     browser.wait(lambda: browser.status().startswith("broken.mp4 is no video of the formats MP4, WebM and GIF"))
     write_video(str(tmp_path / "clip.mp4"), "libx264", [10 + 20 * at for at in range(9)])
+    number = browser.one("#vz-number input")
+    number.send_keys("8")  # behind the 8 that stands there
+    browser.upload(tmp_path / "clip.mp4", kind="videos")
+    browser.wait(lambda: browser.status() == "88 frames of each video are outside 1 to 32")
+    number.send_keys(Keys.BACKSPACE)
     browser.upload(tmp_path / "clip.mp4", kind="videos")
     browser.wait(lambda: len(browser.all(".vz-frames button")) == 8 and browser.kept() == 26)
     assert browser.status() == "8 frames of clip.mp4 for the next question"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 from llava.demo.conversation.desk import Desk
 from llava.demo.conversation.setting import Setting
 from llava.demo.conversation.talk import Talk
+from llava.demo.conversation.visitors import Visitors
 from llava.demo.drawing import pictures, words
 from llava.demo.handlers import Handlers
 from llava.demo.models.llava_model import LlavaModel
@@ -218,3 +221,16 @@ def test_a_visit_with_an_image_beside_the_video(desk: Desk, film: Talk):
     list(handlers.ask(film, "What is it?", *CONTROLS, 1, 0))
     shown = words.conversation(film.exchanges)
     assert "per frame" not in shown and re.findall(r"visual tokens</dt><dd>(\d+)", shown) == ["1296", "288"]
+
+
+def test_a_visitors_video_is_that_visitors_and_goes_with_it(desk: Desk):
+    visitors, handlers = Visitors(desk), Handlers(desk)
+    one, other = visitors.talk("one"), visitors.talk("other")
+    handlers.add_videos(one, sent(("clip.mp4", clip_file())), 8, *CONTROLS)
+    list(handlers.ask(one, "What is it?", *CONTROLS, 1, 0))
+    assert not other.pictures and handlers.add_videos(other, "", 8, *CONTROLS) == {}
+    clip = weakref.ref(one.pictures[0].upload)
+    visitors.leave("one")
+    del one
+    gc.collect()
+    assert clip() is None

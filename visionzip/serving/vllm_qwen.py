@@ -42,7 +42,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from visionzip.attention import packed_scores, read_parts
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import reads_of
-from visionzip.integrations.seam.choice import choose_in_frames, is_whole, settings_of
+from visionzip.integrations.seam.choice import choose_in_frames, is_whole
 from visionzip.integrations.seam.families import pool_packed
 from visionzip.methods import token_counts
 from visionzip.serving.places import Placed, prompt_positions, split_places, with_places
@@ -159,11 +159,10 @@ class _ZippedQwen(ZippedModel):
         lengths = grid.prod(dim=1).tolist()
         with _read_attention(self.visual.blocks[setting.layer].attn, lengths) if scored else nullcontext() as found:
             features = self.visual(pixels, grid_thw=grid.tolist())
-        read = () if found is None else found[0]
-        scores, keys = [pool_packed(self.visual, grid, each) for each in read] or (None, None)
+        scores, keys = (None, None) if found is None else (merged_tokens(self.visual, grid, own) for own in found[0])
         # the tokens of deepstack's layers lie side by side with those of the first
         layers = features.split(self.config.get_text_config().hidden_size, dim=1)
-        chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, settings_of(setting, len(sizes)))
+        chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, [setting] * len(sizes))
         for image, (_, columns) in enumerate(sizes):
             tokens = torch.cat([layer[image] for layer in chosen.layers], dim=1)
             yield with_places(tokens, chosen.places[image], columns)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
+from visionzip.encoder import reads_of
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes, stock_features
 from visionzip.integrations.prompts.held import Held
 from visionzip.integrations.prompts.runs import Run
@@ -39,7 +40,7 @@ from visionzip.integrations.seam.choice import (
     real_pixels,
     settings_of,
 )
-from visionzip.methods import check_setting, has_size_bias, method_of, token_counts
+from visionzip.methods import check_setting, has_size_bias, token_counts
 
 
 class Frames(NamedTuple):
@@ -238,7 +239,7 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
     seen, (own, whole) = kind.frames(base, arguments), kind.setting(config)
     sizes = [size for frames in seen for size in _pieces(frames, whole)]
     settings = settings_of(own, len(sizes))
-    reads = set().union(*(method_of(each).reads for each in settings)) | ({"keys"} if has_size_bias(own) else set())
+    reads = frozenset().union(*map(reads_of, settings))
     scored = reads & {"scores", "keys"} and not all(map(is_whole, settings, sizes))
     with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext() as read:
         output = stock_features(base, kind.name, taken | {"return_dict": True})
