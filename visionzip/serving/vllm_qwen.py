@@ -43,7 +43,7 @@ from visionzip.attention import packed_scores, read_parts
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import reads_of
 from visionzip.integrations.seam.choice import choose_in_frames, is_whole
-from visionzip.integrations.seam.families import pool_packed
+from visionzip.integrations.seam.families import merged_tokens
 from visionzip.methods import token_counts
 from visionzip.serving.places import Placed, prompt_positions, split_places, with_places
 from visionzip.serving.setting import check_engine, images_at_once
