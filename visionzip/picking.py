@@ -48,7 +48,7 @@ def picked_tokens(
     Raises:
         TypeError: the model's family is not supported, or a patch's number is no integer.
         ValueError: no patch is picked, a patch is outside the grid, or the lists differ in length. A run of the model
-            raises it if there are as many lists as neither 1 nor the encoder inputs.
+            raises it if there are as many lists as neither 1 nor the encoder inputs, or several for images and a video.
     """
     target = unwrap(model)
     integration = find_integration(target)

@@ -138,6 +138,17 @@ def test_patches_picked_by_hand(desk: Desk, talk: Talk):
     assert desk.picture(replace(talk.pictures[0], picks=None), HALF) == data  # the setting is back
 
 
+def test_patches_picked_of_one_of_two_images(desk: Desk, talk: Talk):
+    """The other one is left to the method, also where it is cut into tiles, as InternVL's wide one."""
+    one, other = uploaded(1, (32, 32)), talk.pictures[0].upload
+    talk.forget()
+    talk.add([one, other])
+    talk.pictures[0].picks = ((2, 5, 7),)
+    left = [desk.picture(picture, HALF)["tokens"][1] for picture in talk.pictures]
+    assert left[0] == 3
+    assert ask(desk, talk, "What are they?", HALF)["zipped"].visual_tokens == sum(left)
+
+
 def test_patches_picked_of_one_image_among_several(desk: Desk, talk: Talk):
     """The others are left to the method; a later turn goes on from the cache."""
     talk.add([uploaded(1, (60, 90)), uploaded(2, (90, 90))])

@@ -272,3 +272,22 @@ def test_other_patches_of_each_of_several_images(name: str):
         model(**inputs)
     with pytest.raises(ValueError, match="no patch is picked"), picked_tokens(model, [[3], [], [1]]):
         pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma4"])
+def test_lists_of_images_are_none_of_frames(name: str):
+    """As many frames as images must not get the images' lists; a budget of a whole video leaves no frame to itself."""
+    family = seam_models.FAMILIES[name]
+    model, video = family.build(), seam_models.Picture(2, 4, 4, 2)
+    alone = seam_models.batch(family, [["a", video, "b"]])
+    both = seam_models.batch(family, [["a", seam_models.Picture(0), seam_models.Picture(1), video, "b"]])
+    visionzip(model, keep=0.5, video_keep=0.2, method="uniform")
+    with picked_tokens(model, [[1, 3], [0, 2]]), pytest.raises(ValueError, match="has both images and a video"):
+        model(**both)
+    with picked_tokens(model, [[1, 3], None]), pytest.raises(ValueError, match=r"video_keep=0\.2 chooses among all"):
+        model(**alone)
+    with picked_tokens(model, [[1, 3], [0, 2]]):
+        assert len(family_of(model).modalities["video"].runs(model.model, model._visionzip.config, alone)) == 2
+    with picked_tokens(model, [1, 3]):
+        assert model(**both).logits.isfinite().all()

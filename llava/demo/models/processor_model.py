@@ -19,6 +19,7 @@ from llava.video import Visual
 from visionzip import VisionZipConfig, picked_tokens, unzip, visionzip
 from visionzip.drawing.pair_attention import packed_pairs
 from visionzip.integrations import family_of
+from visionzip.integrations.seam.base import SeamFamily
 from visionzip.integrations.seam.maps import inspect_picture, token_pairs
 from visionzip.token_map import token_data
 
@@ -68,8 +69,7 @@ class ProcessorModel:
     def picture(self, visual: Visual, picks: Picks | None = None, pairs: bool = False) -> dict[str, Any]:
         """As :class:`PageModel` says; a "patch" is a token of the language model. Of tiles the whole image is shown."""
         image = cast("Image.Image", visual)
-        prompt = prompt_of(self._processor, [user_turn("", 1)])
-        inputs = inputs_of(self._processor, [prompt], [[image]]).to(self.model.device).to(self.model.dtype)
+        inputs = _inputs(self.model, self._processor, image)
         with picked(self.model, picks):
             tokens = inspect_picture(self.model, inputs, image)
             on = self.model._visionzip
@@ -89,7 +89,7 @@ class ProcessorModel:
             "layers": len(tokens.attention),
             "layer": tokens.layer,
             "pairable": self.pairable and tokens.num_patches <= _MOST_PAIRED,
-            "pickable": sum(frames.number for frames in self._family.frames(self.model.model, inputs)) == 1,
+            "pickable": _pieces(self.model, inputs) == 1,
             "tiles": [tile],
         }
 
@@ -104,6 +104,24 @@ class _ProcessorSide(ProcessorSession):
         self.holds: Any = None
 
     def ask(self, text: str, images: Sequence[Any] = (), streamer: BaseStreamer | None = None) -> Turn:
-        lists = [picks and picks[0] for picks in self.picks]  # of an image that is not cut into tiles
-        with picked_tokens(self.model, lists) if any(self.picks) else nullcontext():
+        with picked_tokens(self.model, self._lists(images)) if any(self.picks) else nullcontext():
             return super().ask(text, images, streamer)
+
+    def _lists(self, new: Sequence[Any]) -> list[tuple[int, ...] | None]:
+        """What is picked of each encoder input: of an image that is cut into tiles nothing, but it has several."""
+        lists: list[tuple[int, ...] | None] = []
+        for picks, image in zip(self.picks, [*self._images, *new], strict=True):
+            lists += [picks[0]] if picks else [None] * _pieces(self.model, _inputs(self.model, self._processor, image))
+        return lists
+
+
+def _inputs(model: Any, processor: Any, image: Image.Image) -> Any:
+    """What the processor makes of one image."""
+    prompt = prompt_of(processor, [user_turn("", 1)])
+    return inputs_of(processor, [prompt], [[image]]).to(model.device).to(model.dtype)
+
+
+def _pieces(model: Any, inputs: Any) -> int:
+    """How many encoder inputs an image has: one, or its tiles and the whole image."""
+    family = cast("SeamFamily", family_of(model))
+    return sum(frames.number for frames in family.frames(model.model, inputs))

@@ -217,7 +217,7 @@ def _runs(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Argu
     runs: list[Run] = []
     own, whole = kind.setting(config)
     seen = kind.frames(base, arguments)
-    settings = iter(settings_of(own, sum(len(_pieces(frames, whole)) for frames in seen)))
+    settings = iter(settings_of(own, sum(len(_pieces(frames, whole)) for frames in seen), arguments))
     for frames in seen:
         count, (rows, columns) = frames
         shorts = [token_counts(next(settings), y * x, False).total for y, x in _pieces(frames, whole)]
@@ -238,7 +238,7 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
     taken = {key: arguments[key] for key in names if arguments.get(key) is not None}
     seen, (own, whole) = kind.frames(base, arguments), kind.setting(config)
     sizes = [size for frames in seen for size in _pieces(frames, whole)]
-    settings = settings_of(own, len(sizes))
+    settings = settings_of(own, len(sizes), arguments)
     reads = frozenset().union(*map(reads_of, settings))
     scored = reads & {"scores", "keys"} and not all(map(is_whole, settings, sizes))
     with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext() as read:

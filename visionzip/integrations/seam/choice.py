@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +41,30 @@ def is_whole(config: VisionZipConfig, size: Size) -> bool:
     return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
 
 
-def settings_of(config: VisionZipConfig, frames: int) -> Sequence[VisionZipConfig]:
+def settings_of(config: VisionZipConfig, frames: int, arguments: Mapping[str, Any]) -> Sequence[VisionZipConfig]:
     """List the setting of each frame, which are one unless patches are picked of some pictures.
 
+    Args:
+        config: the setting of all.
+        frames: how many there are.
+        arguments: the call's.
+
     Raises:
-        ValueError: they are picked of another number of pictures.
+        ValueError: they are picked of another number of pictures, or it cannot be said of which.
     """
-    parts = method_of(config).parts or (config,) * frames
+    if not (parts := method_of(config).parts):
+        return (config,) * frames
+    if all(arguments.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
+        raise ValueError(
+            "patches are picked of single images or frames, but the call has both images and a video: pick one list "
+            "for all of them, or ask about one kind at a time"
+        )
+    limit = next((part.video_keep for part in parts if part.video_keep is not None), None)
+    if limit is not None and arguments.get("pixel_values") is None:
+        raise ValueError(
+            f"video_keep={limit} chooses among all frames of a video, so None leaves no single frame to it: pick of "
+            "each frame"
+        )
     if len(parts) != frames:
         raise ValueError(
             f"patches are picked of {len(parts)} encoder inputs, but the images come as {frames}: give one list, or "
