@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import re
+import struct
 import weakref
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,16 @@ def clip_file(codec: str = "libx264", kind: str = "mp4", frames: int = 12, size:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def packed_header() -> bytes:
+    """A file like QuickTime's of old, whose header of zeros would be 2000 times as long once it is opened."""
+
+    def atom(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", 8 + len(content)) + kind + content
+
+    packed = struct.pack(">I", 10**6) + zlib.compress(bytes(10**6))
+    return atom(b"ftyp", b"qt  ") + atom(b"moov", atom(b"cmov", atom(b"dcom", b"zlib") + atom(b"cmvd", packed)))
 
 
 FAMILIES = {  # tokens of eight frames: all, and with a setting of three
@@ -185,6 +197,8 @@ def test_frames_are_those_of_chat(codec: str, kind: str, tmp_path: Path):
         (sent(("a.mp4", bytes(videos.MAX_BYTES + 1))), 8, r"a.mp4 has 20\.0 MB, more than 20: cut it"),
         (sent(("a.mp4", clip_file(frames=3))), 4, "a.mp4 has only 3 frames, but 4 were asked for"),
         (sent(("a.mp4", clip_file())), 33, "33 frames of each video are outside 1 to 32"),
+        (sent(("a.mp4", clip_file())), float("inf"), "inf frames of each video are outside 1 to 32"),
+        (sent(("a.mp4", packed_header())), 8, "a.mp4 has a compressed header, .*save it as MP4 again"),
         (sent(("a.mp4", clip_file())), None, "None frames of each video are outside 1 to 32"),
         (sent(("a.gif", clip_file("gif", "gif", 1, (2000, 1100)))), 8, r"2000 x 1100 pixels, more than 2\.1 million"),
         ('[{"name": "a.mp4", "data": "/etc/passwd"}]', 8, "a.mp4 came without base64 data"),
