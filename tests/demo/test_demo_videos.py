@@ -64,6 +64,12 @@ def packed_header() -> bytes:
     return atom(b"ftyp", b"qt  ") + atom(b"moov", atom(b"cmov", atom(b"dcom", b"zlib") + atom(b"cmvd", packed)))
 
 
+def counted(file: bytes, samples: int) -> bytes:
+    """An MP4 file whose header claims so many samples of one byte, which take no byte of it."""
+    at = file.index(b"stsz") + 8
+    return file[:at] + struct.pack(">II", 1, samples) + file[at + 8 :]
+
+
 FAMILIES = {  # tokens of eight frames: all, and with a setting of three
     "llava": (128, 24),
     "anyres": (None, 3 * 24),  # frames are images to it, of three tiles each
@@ -199,6 +205,7 @@ def test_frames_are_those_of_chat(codec: str, kind: str, tmp_path: Path):
         (sent(("a.mp4", clip_file())), 33, "33 frames of each video are outside 1 to 32"),
         (sent(("a.mp4", clip_file())), float("inf"), "inf frames of each video are outside 1 to 32"),
         (sent(("a.mp4", packed_header())), 8, "a.mp4 has a compressed header, .*save it as MP4 again"),
+        (sent(("a.mp4", counted(clip_file(), 7 * 10**6))), 8, "a.mp4 says that it has 7000000 samples"),
         (sent(("a.mp4", clip_file())), None, "None frames of each video are outside 1 to 32"),
         (sent(("a.gif", clip_file("gif", "gif", 1, (2000, 1100)))), 8, r"2000 x 1100 pixels, more than 2\.1 million"),
         ('[{"name": "a.mp4", "data": "/etc/passwd"}]', 8, "a.mp4 came without base64 data"),

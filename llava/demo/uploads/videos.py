@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from PIL import Image
 
+from llava.demo.uploads.headers import check_header
 from llava.demo.uploads.images import MAX_PIXELS, THUMBNAIL, Visual, read_files, scaled
 from llava.video import FRAMES, Limits, read_frames
 
@@ -20,8 +20,6 @@ _SHOWN = 512  # pixels of the longest edge, as the page shows a frame
 _OPENED = {"frames": 3600, "frame_pixels": 1920 * 1088, "pixels": 2 * 10**9}  # limits of what is decoded: some seconds
 # What a file begins with, or what follows its first four bytes, and ffmpeg's name of the format.
 _FORMATS = {b"ftyp": "mov", b"\x1aE\xdf\xa3": "matroska", b"GIF8": "gif"}
-# QuickTime's compressed header: of 1 MB, ffmpeg would make 1 GB before it says what is in the file.
-_PACKED = re.compile(rb"cmov.{4}dcom", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,8 @@ def _clip(name: str, data: bytes, count: int) -> Clip:
     kind = _FORMATS.get(data[4:8]) or _FORMATS.get(data[:4])
     if kind is None:
         raise ValueError(f"{name} is no video of the formats MP4, WebM and GIF: save it as one of them")
-    if _PACKED.search(data):
-        raise ValueError(
-            f"{name} has a compressed header, which is opened before its size is known: save it as MP4 again"
-        )
+    if kind == "mov":
+        check_header(name, data)
     limits = Limits(kind, MAX_SECONDS, **_OPENED)
     frames = read_frames(data, name, count, repeat=count == FRAMES, limits=limits)
     files = {id(frame): frame for frame in frames}
