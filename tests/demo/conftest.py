@@ -11,8 +11,8 @@ from llava.commands.loading import load_from_arguments
 from visionzip import unzip
 
 if TYPE_CHECKING:  # they need gradio, without which the tests are skipped
-    from llava.demo.desk import Desk
-    from llava.demo.talk import Talk
+    from llava.demo.conversation.desk import Desk
+    from llava.demo.conversation.talk import Talk
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,8 @@ def model() -> tuple[Any, ...]:
 
 @pytest.fixture
 def desk(model: tuple[Any, ...]) -> Desk:
-    from llava.demo.desk import Desk  # noqa: PLC0415
-    from llava.demo.models import LlavaModel  # noqa: PLC0415
+    from llava.demo.conversation.desk import Desk  # noqa: PLC0415
+    from llava.demo.models.llava_model import LlavaModel  # noqa: PLC0415
 
     unzip(model[1])
     return Desk(LlavaModel(*model), do_sample=False, max_new_tokens=12)
@@ -32,8 +32,8 @@ def desk(model: tuple[Any, ...]) -> Desk:
 
 @pytest.fixture
 def talk() -> Talk:
+    from llava.demo.conversation.talk import Talk  # noqa: PLC0415
     from llava.demo.examples import EXAMPLES  # noqa: PLC0415
-    from llava.demo.talk import Talk  # noqa: PLC0415
 
     talk = Talk()
     talk.add([EXAMPLES[0].upload()])

@@ -17,7 +17,6 @@ FILES_OF_FOLDER = 13  # a dozen, and an __init__.py or a README
 # A folder in which each file is one of a kind has as many as there are.
 ANY_NUMBER = {
     "eval/benchmarks": "a benchmark a file",
-    "llava/demo": "a part of the page each",
     "scripts": "a command a script, and DeepSpeed's settings",
     "scripts/eval": "a script a benchmark",
     "tests/golden": "recorded tensors",

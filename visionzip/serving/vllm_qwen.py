@@ -159,10 +159,10 @@ class _ZippedQwen(ZippedModel):
         lengths = grid.prod(dim=1).tolist()
         with _read_attention(self.visual.blocks[setting.layer].attn, lengths) if scored else nullcontext() as found:
             features = self.visual(pixels, grid_thw=grid.tolist())
-        scores, keys = merged_tokens(self.visual, grid, *found[0]) if found is not None else (None, None)
+        scores, keys = (None, None) if found is None else (merged_tokens(self.visual, grid, own) for own in found[0])
         # the tokens of deepstack's layers lie side by side with those of the first
         layers = features.split(self.config.get_text_config().hidden_size, dim=1)
-        chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, setting)
+        chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, [setting] * len(sizes))
         for image, (_, columns) in enumerate(sizes):
             tokens = torch.cat([layer[image] for layer in chosen.layers], dim=1)
             yield with_places(tokens, chosen.places[image], columns)
