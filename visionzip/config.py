@@ -83,6 +83,10 @@ class VisionZipConfig:
         for name, known in (("merge", get_args(MergeRule)), ("positions", (None, *get_args(Positions)))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, filter(None, known)))}")
+        if not isinstance(self.method, str):
+            raise TypeError(
+                f"method={self.method!r} must be a method's name, such as 'visionzip', not {type(self.method).__name__}"
+            )
         if not isinstance(self.size_bias, bool | None):
             raise TypeError(f"size_bias={self.size_bias!r} must be True or False")
         if not 0 <= self.seed < 2**64:

@@ -39,6 +39,12 @@ def test_config_layer_must_be_an_integer():
         VisionZipConfig(layer=-2.0)
 
 
+@pytest.mark.parametrize("method", [None, 5, ["scope"]])
+def test_config_method_must_be_a_name(method: object):
+    with pytest.raises(TypeError, match=r"method=.* must be a method's name, such as 'visionzip', not "):
+        VisionZipConfig(keep=4, method=method)
+
+
 def test_a_share_has_a_most_and_a_least():
     """A photograph of 12 megapixels is 11 844 tokens of Qwen2.5-VL; an icon is 16."""
     config = VisionZipConfig(keep=0.25, max_tokens=1024, min_tokens=16)

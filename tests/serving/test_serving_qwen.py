@@ -76,6 +76,7 @@ def test_a_setting_is_completed_as_in_visionzip():
         stored = made.config.visionzip
         assert served_setting(config(name, seed=0)) == VisionZipConfig.from_dict(stored)
         assert served_setting(config(name, **stored)) == VisionZipConfig.from_dict(stored)
+    assert served_setting(config(keep=None, seed=0)).keep == 0.5
     assert served_setting(config(dominant=5, contextual=1)).tokens(99) == 6
     for method in METHODS.values():
         if method.keeps_patches:

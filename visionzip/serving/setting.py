@@ -63,8 +63,9 @@ def _llava_setting(values: dict[str, Any], hf_config: Any) -> VisionZipConfig:
 def _qwen_setting(values: dict[str, Any], hf_config: Any) -> VisionZipConfig:
     depth = hf_config.vision_config.depth
     layers = [layer - depth for layer in getattr(hf_config.vision_config, "fullatt_block_indexes", range(depth))]
-    share = {} if values.keys() & {"keep", "dominant", "contextual"} else {"keep": 0.5}
-    config = VisionZipConfig.from_dict({"layer": layers[-1], **share, **values})
+    has_budget = values.get("keep") is not None or values.keys() & {"dominant", "contextual"}
+    share = {} if has_budget else {"keep": 0.5}
+    config = VisionZipConfig.from_dict({"layer": layers[-1], **values, **share})
     if config.video_keep is not None:
         raise ValueError(
             f"video_keep={config.video_keep} cannot be served: the plugin takes images only, so leave it out"
