@@ -139,13 +139,17 @@ def cut(path: str, say: Say) -> None:
     refused(llm, ("<|vision_start|><|video_pad|><|vision_end|>", "video", [clip]), "At most 0 video(s)", say)
     lines = [Image.new("RGB", (512, 8))] * 90  # each has 64 columns and keeps 26 tokens
     refused(llm, (ONE * 90, "image", lines), "90 images have 3420 positions more than kept tokens, and 3072", say)
+    named = {"multi_modal_uuids": {"image": ["line"]}}
+    llm.generate({"prompt": ONE, "multi_modal_data": {"image": lines[:1]}, **named}, GREEDY)
+    named["multi_modal_uuids"]["image"] *= 90  # so that the engine has them from its cache, and knows no sizes
+    refused(llm, (ONE * 90, "image", [None] * 90), "positions more than kept tokens", say, **named)
 
 
-def refused(llm: LLM, asked: tuple[str, str, Any], said: str, say: Say) -> None:
+def refused(llm: LLM, asked: tuple[str, str, Any], said: str, say: Say, **named: Any) -> None:
     """Check that a request is refused as the client's fault."""
     prompt, kind, media = asked
     try:
-        llm.generate({"prompt": prompt, "multi_modal_data": {kind: media}})
+        llm.generate({"prompt": prompt, "multi_modal_data": {kind: media}, **named})
     except VLLMValidationError as error:
         say(f"{kind} refused", said in str(error), str(error))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from math import isqrt
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from visionzip.serving.places import Placed, prompt_positions, split_places, wit
 from visionzip.serving.setting import check_engine, images_at_once
 from visionzip.serving.vllm_shared import KeyedProcessor, ZippedInfo, ZippedModel
 
+_LONGEST = 200  # times as long as high: Qwen-VL's processors take no longer image
 _LONGER = 4  # positions that the rotary embedding knows, for each token of the longest prompt
 
 
@@ -78,16 +80,16 @@ class _QwenInfo(ZippedInfo):
             VLLMValidationError: the images have too many, which the client gets as an error 400.
         """
         vision, given = self.get_hf_config().vision_config, inputs.hf_processor_mm_kwargs
+        processor, unit = self.get_image_processor(**given), vision.patch_size * vision.spatial_merge_size
         images, beyond = inputs.mm_data_items.get("image", ()), 0
         for index in range(len(images)):
-            if images.get(index) is None:  # known to the cache by its name alone
+            if images.get(index) is None:  # known to the cache by its name alone: it may be the longest there is
+                beyond += isqrt(_LONGEST * processor.size["longest_edge"]) // unit
                 continue
             width, height = images.get_image_size(index)
-            processor = self.get_image_processor(**given)
             size = {"image_width": width, "image_height": height, "image_processor": processor, "mm_kwargs": given}
             resized, tokens = self._get_vision_info(**size, modality="image")
-            side = max(resized) // (vision.patch_size * vision.spatial_merge_size)
-            beyond += max(0, side - _kept(setting, tokens))
+            beyond += max(0, max(resized) // unit - _kept(setting, tokens))
         if beyond > (most := (_LONGER - 1) * self.ctx.model_config.max_model_len):
             raise VLLMValidationError(
                 f"{len(images)} images have {beyond} positions more than kept tokens, and {most} are possible: ask "
