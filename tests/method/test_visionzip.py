@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from attaching import classes_of, same, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
@@ -70,19 +71,6 @@ def load_and_run(pickled: bytes) -> list[list[Any]]:
     return [tensor.tolist() for tensor in outputs(pickle.loads(pickled))]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that hangs on the model: attributes, hooks, parameters, the class of each module, and the config."""
-    modules = {
-        name: (type(module), {key: dict(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
-        for name, module in model.named_modules()
-    }
-    return {"modules": modules, "config": copy.deepcopy(vars(model.config))}
-
-
 # --- on, again, off ---
 
 
@@ -119,14 +107,13 @@ def test_unzip_restores_outputs_and_every_attribute(model: LlavaLlamaForCausalLM
 
 
 def test_no_class_is_modified(model: LlavaLlamaForCausalLM):
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    assert {LlavaLlamaForCausalLM, LlamaForCausalLM, CLIPVisionModel, CLIPVisionTower, nn.Module} < classes
-    before = {cls: dict(vars(cls)) for cls in classes}
+    before = classes_of(model)
+    assert {LlavaLlamaForCausalLM, LlamaForCausalLM, CLIPVisionModel, CLIPVisionTower, nn.Module} < before.keys()
     visionzip(model, dominant=16, contextual=4)
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
     outputs(model)
     unzip(model)
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
 
 
 @pytest.mark.parametrize("setting", [{"merge": "average"}, {"layer": -3}, {"dominant": 17}, {"contextual": 5}])
