@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
@@ -56,8 +55,3 @@ def learnt(input_ids: Tensor, labels: Tensor, tokenizer: Any) -> list[str]:
     assert (labels[labels != IGNORE_INDEX] == input_ids[labels != IGNORE_INDEX]).all()
     groups = itertools.groupby(labels.tolist(), key=lambda label: label != IGNORE_INDEX)
     return [tokenizer.decode(list(group)) for is_learnt, group in groups if is_learnt]
-
-
-def assert_same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert weights.keys() == expected.keys()
-    assert not [key for key, value in weights.items() if not torch.equal(value, expected[key])]
