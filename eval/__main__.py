@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava.arguments import (
+from llava.commands.arguments import (
     add_device_argument,
     add_frames_argument,
     add_language_arguments,
     add_model_arguments,
     add_tokens_argument,
 )
-from llava.commands import Commands, positive, run_commands
+from llava.commands.parsers import Commands, positive, run_commands
+from llava.commands.screen import print_table
 from llava.conversation import conv_templates
-from llava.files import write_atomically
 from llava.methods import METHODS
-from llava.screen import print_table
+from llava.storage.files import write_atomically
 
 from . import COMMAND
 from .config import RunConfig
@@ -173,7 +173,9 @@ def add_leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="that share the questions (default: one for each GPU; without any, two)",
     )
-    parser.add_argument("--output", default="docs", metavar="FOLDER", help="where leaderboard.md, .json and .svg go")
+    parser.add_argument(
+        "--output", default="docs/measured", metavar="FOLDER", help="where leaderboard.md, .json, .svg go"
+    )
     parser.add_argument(
         "--runs",
         metavar="FOLDER",

@@ -19,7 +19,7 @@ class RunConfig:
     Attributes:
         benchmark: its name in :data:`eval.registry.BENCHMARKS`.
         model_path: checkpoint, a folder or a hub name; ``model_base``, ``conv_mode``, ``device``, ``load_8bit`` and
-            ``load_4bit`` say how it is loaded, see :func:`llava.loading.load_from_arguments`.
+            ``load_4bit`` say how it is loaded, see :func:`llava.commands.loading.load_from_arguments`.
         output: folder of the results.
         method: names in :data:`llava.methods.METHODS`.
         tokens: visual tokens to keep per tile, a run each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava.screen import print_table, track
+from llava.commands.screen import print_table, track
 
 from .benchmark import Benchmark
 from .registry import BENCHMARKS

@@ -25,7 +25,7 @@ def main() -> None:
     tokenizer, model, image_processor, _ = load_pretrained_model(
         MODEL, None, get_model_name_from_path(MODEL), device="cpu"
     )
-    images = process_images([load_image(ROOT / "docs/scene.jpg")], image_processor, model.config)
+    images = process_images([load_image(ROOT / "examples/scene.jpg")], image_processor, model.config)
     conversation = conv_templates["v1"].copy()
     conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)

@@ -38,7 +38,7 @@ def ask(setting: str, model: AutoModelForImageTextToText, processor: AutoProcess
     """Print the answers, and the length of the longest prompt as the language model gets it."""
     turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in QUESTIONS]
     prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
-    images = [[Image.open(ROOT / "docs/scene.jpg")] for _ in prompts]
+    images = [[Image.open(ROOT / "examples/scene.jpg")] for _ in prompts]
     inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
     length = model(**inputs).logits.shape[1]
     output = model.generate(**inputs, do_sample=False, max_new_tokens=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from llava.commands import Commands, run_commands
+from llava.commands.parsers import Commands, run_commands
 
 BENCHMARKS: Commands = {
     "tower": ("llava.measure.tower:add_tower_arguments", "the vision encoder with and without compression"),
@@ -27,11 +27,14 @@ BENCHMARKS: Commands = {
 COMMANDS: Commands = {
     "chat": ("llava.serve.cli:add_zipped_chat_arguments", "talk about images and videos in the terminal"),
     "demo": ("llava.demo.command:add_demo_arguments", "a page: what is kept of an image, both answers, all methods"),
-    "visualize": ("llava.visualize:add_visualize_arguments", "draw what is kept and merged of an image"),
+    "visualize": ("llava.commands.visualize:add_visualize_arguments", "draw what is kept and merged of an image"),
     "benchmark": (BENCHMARKS, "measure what compression costs and gains"),
-    "merge": ("llava.merge:add_merge_arguments", "a tuned projector or LoRA and its base as one checkpoint"),
+    "merge": ("llava.commands.merge:add_merge_arguments", "a tuned projector or LoRA and its base as one checkpoint"),
     "eval": ("visionzip_eval.__main__:COMMANDS", "benchmarks: accuracy, errors and cost of methods and budgets"),
-    "convert": ("llava.convert:add_convert_arguments", "a checkpoint in transformers' layout, or in LLaVA's own"),
+    "convert": (
+        "llava.commands.convert:add_convert_arguments",
+        "a checkpoint in transformers' layout or LLaVA's own",
+    ),
 }
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llava.mm_utils import Size, parse_pinpoints, process_images, processor_resolution, select_best_resolution
 from llava.model import MGMLlamaForCausalLM
-from visionzip import placement
-from visionzip.pair_attention import packed_pairs, pair_attention
+from visionzip.drawing import placement
+from visionzip.drawing.pair_attention import packed_pairs, pair_attention
 from visionzip.token_map import inspect_tokens, token_data
 
 
@@ -43,7 +43,7 @@ def encoder_regions(size: Size, image_processor: Any, config: Any) -> list[place
         config: the model's, by which :func:`llava.mm_utils.process_images` prepares images.
 
     Returns:
-        (left, top, right, bottom) of each, as :mod:`visionzip.placement` has them, in the order of
+        (left, top, right, bottom) of each, as :mod:`visionzip.drawing.placement` has them, in the order of
         :func:`encoder_inputs`.
     """
     aspect_ratio, edge = getattr(config, "image_aspect_ratio", None), processor_resolution(image_processor)
@@ -76,7 +76,7 @@ def picture_data(model: Any, image: Image.Image, image_processor: Any, pairs: bo
         - ``pairable``: whether ``pairs`` can be had of this model; ``pickable``: whether patches can be picked;
         - ``tiles``: of each encoder input what :func:`visionzip.token_map.token_data` says: one, or the whole image and
           then its tiles row by row. With ``pairs`` each has these too, as
-          :func:`visionzip.pair_attention.packed_pairs` packs them.
+          :func:`visionzip.drawing.pair_attention.packed_pairs` packs them.
 
     Raises:
         ValueError: the image cannot be read, or does not fit the model's settings.

@@ -21,7 +21,7 @@ from torch import Tensor
 from eval.benchmarks import scenes
 from eval.models.llava import LlavaModel
 from eval.running.asking import in_order
-from llava.commands import Parser
+from llava.commands.parsers import Parser
 from llava.constants import IGNORE_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.encoded_image import EncodedImage

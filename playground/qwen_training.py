@@ -27,13 +27,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from llava.constants import IGNORE_INDEX
-from llava.folders import whole_files
 from llava.images import load_image
 from llava.model.stock.processor_model import load_processor, prompt_of, user_turn
-from llava.train.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
+from llava.storage.folders import whole_files
 from llava.train.labels import attention_apart
-from llava.train.run import TrainingArguments, TrainingParser, check_installed, finish, run_training
-from llava.train.steady import SteadyTrainer
+from llava.train.running.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
+from llava.train.running.run import TrainingArguments, TrainingParser, check_installed, finish, run_training
+from llava.train.running.steady import SteadyTrainer
 from playground.qwen_mini import EDGE, copy_processor
 
 SIDES = {6: 0.5, 4: 0.25, 3: 0.15, 2: 0.1}  # tokens along the edge of a picture, and the share of the batches

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava.commands import Parser
-from llava.train.run import plot_losses
+from llava.commands.parsers import Parser
+from llava.train.running.run import plot_losses
 
 Step = tuple[str, Callable[[Path, Path], None], str]
 """A step's name, its function of what it reads and the folder that it writes, and what it reads in words."""

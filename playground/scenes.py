@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.commands import Commands, run_commands
-from llava.screen import track
+from llava.commands.parsers import Commands, run_commands
+from llava.commands.screen import track
 from playground.asking import (
     TYPES,
     answers_of,
@@ -114,7 +114,7 @@ def write_parquet(records: Sequence[Record], path: Path) -> None:
     import pyarrow as pa  # noqa: PLC0415 - of the extra `eval`; drawing does without
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    from llava.files import write_atomically  # noqa: PLC0415 - with it comes torch, which drawing does without
+    from llava.storage.files import write_atomically  # noqa: PLC0415 - with it comes torch, which drawing does without
 
     features = {
         name: {"dtype": kind, "_type": "Value"} for name, kind in (("question_id", "int32"), ("image_id", "int32"))
@@ -177,7 +177,7 @@ def write_training_data(
         raise ValueError(f"images={images} and things={things[1]} must be at least 1")
     if (room := edge * edge // 1700) < things[1]:  # or drawing might never find a free place
         raise ValueError(f"things={things[1]} do not fit into edge={edge} pixels: use at most {room}, or more pixels")
-    from llava.files import write_atomically, writing  # noqa: PLC0415 - with it comes torch, which drawing does without
+    from llava.storage.files import write_atomically, writing  # noqa: PLC0415 - with it comes torch, which drawing does without
 
     images_folder = folder / "images"
     make = functools.partial(_training_record, split, seed, edge, things, images_folder)

@@ -12,7 +12,7 @@
 #
 #   curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "llava-mini", "messages":
 #     [{"role": "user", "content": [{"type": "text", "text": "What color is the circle?"}, {"type": "image_url", "image_url":
-#     {"url": "data:image/jpeg;base64,'"$(base64 -w0 docs/scene.jpg)"'"}}]}], "max_tokens": 8, "temperature": 0}'
+#     {"url": "data:image/jpeg;base64,'"$(base64 -w0 examples/scene.jpg)"'"}}]}], "max_tokens": 8, "temperature": 0}'
 #
 # The first run installs vLLM with the versions of constraints-serve.txt into .venv-serve/ (3.5 GB; SERVE_ENV names another
 # folder): it wants an older transformers than the rest of the repository. `bash scripts/serve.sh --install` does only that.

@@ -13,11 +13,11 @@ from visionzip.apply import unwrap
 from visionzip.attention import QueriesKeys, patch_scores, read_attention
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
+from visionzip.drawing.placement import Rectangle, patch_rectangles
 from visionzip.encoder import compress_images, has_cls_token, hidden_states, layers_needed, side_length
 from visionzip.integrations import find_integration
 from visionzip.integrations.encoders import Encoder
 from visionzip.methods import Method, method_of, token_counts
-from visionzip.placement import Rectangle, patch_rectangles
 
 
 class PatchRoles(NamedTuple):
@@ -115,7 +115,7 @@ def token_data(tokens: TokenMap, region: Rectangle) -> dict[str, Any]:
     Args:
         tokens: the map of one image or tile.
         region: (left, top, right, bottom), the rectangle of the original image that its pixels show, in pixels of that
-            image (:mod:`visionzip.placement`).
+            image (:mod:`visionzip.drawing.placement`).
 
     Returns:
         A dict that ``json`` takes. Lists by patch have N entries, row by row.

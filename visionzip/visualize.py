@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionzip.tinting import dominant_pixels, group_pixels, known_roles, overlay_pixels
+from visionzip.drawing.tinting import dominant_pixels, group_pixels, known_roles, overlay_pixels
 from visionzip.token_map import TokenMap, inspect_tokens
 
 try:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from llava.files import write_atomically
 from llava.images import load_image
+from llava.storage.files import write_atomically
 
 from .. import COMMAND
 from ..benchmark import Benchmark

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.files import write_atomically
+from llava.storage.files import write_atomically
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, read_questions

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from llava.commands.loading import load_from_arguments
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import new_conversation, with_image_tokens
-from llava.loading import load_from_arguments
 from llava.methods import detach
 from llava.mm_utils import tokenizer_image_token
 from llava.model.stock.transformers_llava import generating_module

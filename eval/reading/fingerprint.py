@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llava.fingerprint import checksum
+from llava.storage.fingerprint import checksum
 
 from ..records import Question, Visual
 

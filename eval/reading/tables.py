@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava.files import full_disk, writing
-from llava.fingerprint import checksum
+from llava.storage.files import full_disk, writing
+from llava.storage.fingerprint import checksum
 
 from ..records import Table, Visual
 from .fingerprint import checksum_of_bytes

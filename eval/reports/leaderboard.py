@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from llava.arguments import device_of
-from llava.files import write_atomically
+from llava.commands.arguments import device_of
+from llava.commands.screen import print_table, say
 from llava.measure.meters.timing import time_interleaved
 from llava.methods import METHODS
 from llava.mm_utils import get_model_name_from_path
-from llava.screen import print_table, say
+from llava.storage.files import write_atomically
 
 from ..benchmarks import scenes
 from ..config import RunConfig
@@ -48,6 +48,7 @@ Board = dict[str, Any]
 _INSIDE = (
     "; fastv and sparsevlm: tokens left after their one cut inside the language model, before which its layers see all"
 )
+_RESIZE = "; resize: a smaller picture, with the visual tokens in brackets, as it has whole rows of them"
 _CHOOSING = (
     "Choosing: one image at {} tokens, from what was read of the encoder, the fastest of "
     f"{ROUNDS} interleaved rounds, as others at work only add to it (on a CPU by one thread); '-': there is none "
@@ -201,13 +202,13 @@ def _scores(results: Mapping[str, Any], method: str, tokens: Sequence[int]) -> d
         row, entry = rows[None if method == "vanilla" else budget], behind.get((budget, method))
         ahead = entry and {"points": -entry["difference"], "standard_error": entry["standard_error"]}
         own = {"accuracy": row["score"], "standard_error": row["standard_error"], "ahead_of_visionzip": ahead}
-        found[str(budget)] = {**own, "by_type": row["parts"]}
+        found[str(budget)] = {**own, "visual_tokens": row["visual_tokens"], "by_type": row["parts"]}
     return found
 
 
 def title(board: Board) -> str:
     """What the table is about."""
-    return f"Scenes: {board['model']}, all methods{' (partial)' if board['limited'] else ''}"
+    return f"Scenes: {board['model']}{' (partial)' if board['limited'] else ''}"
 
 
 def lines(board: Board, between: str) -> list[list[str]]:
@@ -218,8 +219,8 @@ def lines(board: Board, between: str) -> list[list[str]]:
         between: stands between the two figures of a cell.
     """
     budgets, sets = [str(number) for number in board["tokens"]], list(board["questions"])
-    header = ["method", *(f"{budget} tokens, {name}" for budget in budgets for name in sets), "choosing, ms"]
-    found = [header]
+    header = ["method", *(f"{budget} tokens, {name}" for budget in budgets for name in sets)]
+    found = [[*header, "choosing, ms"] if _is_timed(board) else header]
     for name, method in board["methods"].items():
         cells = []
         for budget in budgets:
@@ -229,23 +230,39 @@ def lines(board: Board, between: str) -> list[list[str]]:
                 if ahead := entry["ahead_of_visionzip"]:
                     text += f"{between}({with_error(ahead['points'], ahead['standard_error'], '+')})"
                 cells.append(text)
-        times = [method["choosing_ms"].get(budget) for budget in budgets]
-        shown = " / ".join(f"{ms:.2g}" for ms in times if ms is not None)
-        label = f"{name} ({board['patches']:.4g})" if name == "vanilla" else name
-        found.append([label, *cells, shown or "-"])
+        if _is_timed(board):
+            times = [method["choosing_ms"].get(budget) for budget in budgets]
+            cells.append(" / ".join(f"{ms:.2g}" for ms in times if ms is not None) or "-")
+        found.append([_label(board, name), *cells])
     return found
+
+
+def _is_timed(board: Board) -> bool:
+    """Whether choosing was timed, which is known of LLaVA's own models."""
+    return any(ms is not None for method in board["methods"].values() for ms in method["choosing_ms"].values())
+
+
+def _label(board: Board, name: str) -> str:
+    """A method's name, with its visual tokens where they are not the budget's."""
+    if name == "vanilla":
+        return f"{name} ({board['patches']:.4g})"
+    if name == "resize":
+        entries = next(iter(board["methods"][name]["scores"].values())).values()
+        return f"{name} ({' / '.join(format(entry['visual_tokens'], '.4g') for entry in entries)})"
+    return name
 
 
 def facts(board: Board) -> str:
     """What the figures are and how they came about."""
     where, questions = board["environment"], " and ".join(f"{n} ({name})" for name, n in board["questions"].items())
-    timed = any(ms is not None for method in board["methods"].values() for ms in method["choosing_ms"].values())
-    inside = "fastv" in board["methods"] or "sparsevlm" in board["methods"]
+    has, budgets = board["methods"].keys(), " / ".join(map(str, board["tokens"]))
     return (
         f"Exact match in percent on {questions} questions, ± standard error by bootstrap over questions; in brackets "
         "points ahead of visionzip at the same budget, paired by question; best mean first. "
-        f"vanilla has all {board['patches']:.4g} visual tokens at each budget; random: mean of {board['seeds']} seeds"
-        f"{_INSIDE if inside else ''}. {_CHOOSING.format(' / '.join(map(str, board['tokens']))) if timed else ''}"
+        f"vanilla has all {board['patches']:.4g} visual tokens at each budget"
+        f"{'; random: mean of ' + str(board['seeds']) + ' seeds' if 'random' in has else ''}"
+        f"{_RESIZE if 'resize' in has else ''}{_INSIDE if has & {'fastv', 'sparsevlm'} else ''}. "
+        f"{_CHOOSING.format(budgets) if _is_timed(board) else ''}"
         f"`python -m eval leaderboard`, {where['date']}, {where['device']}, torch {where['torch']}, transformers "
         f"{where['transformers']}, commit {where['git_commit']}."
     )

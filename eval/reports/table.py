@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava.files import write_atomically
-from llava.screen import print_table, say
+from llava.commands.screen import print_table, say
+from llava.storage.files import write_atomically
 
 from .. import COMMAND
 from ..scoring.matching import shortfalls

@@ -16,8 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from llava.files import append, writing
-from llava.lock import lock
+from llava.storage.files import append, writing
+from llava.storage.lock import lock
 
 from ..records import Answer, Question
 

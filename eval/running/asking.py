@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from llava.screen import progress
+from llava.commands.screen import progress
 
 from ..benchmark import Benchmark
 from ..models.base import Loaded, Model, Prompt

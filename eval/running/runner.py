@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import visionzip
-from llava.arguments import device_of
-from llava.files import write_atomically
+from llava.commands.arguments import device_of
 from llava.images import AS_STORED
 from llava.measure.report import environment
 from llava.mm_utils import get_model_name_from_path
+from llava.storage.files import write_atomically
 
 from ..benchmark import Benchmark
 from ..config import RunConfig

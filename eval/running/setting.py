@@ -12,10 +12,10 @@ from typing import Any
 
 import visionzip
 from llava.conversation import conv_mode_for
-from llava.fingerprint import fingerprint
 from llava.mm_utils import get_model_name_from_path
 from llava.model.checkpoints.configs import TOWER_FIELDS
 from llava.model.checkpoints.files import checkpoint_path, find_file
+from llava.storage.fingerprint import fingerprint
 
 from ..benchmark import Benchmark
 from ..config import RunConfig

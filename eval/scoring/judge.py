@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from llava.screen import progress
+from llava.commands.screen import progress
 
 from .endpoint import PATIENCE, Line, NoReplyError, RefusedError
 from .replies import Replies, Request, T

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from llava.files import write_atomically
+from llava.storage.files import write_atomically
 
 from .endpoint import Line
 

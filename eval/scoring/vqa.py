@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llava.files import write_atomically
+from llava.storage.files import write_atomically
 
 from ..records import Score
 from .matching import Id, Matched, percent, unreadable

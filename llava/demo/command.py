@@ -8,9 +8,9 @@ import socket
 from html import escape
 from pathlib import Path
 
-from llava.arguments import add_generation_arguments, add_model_arguments, sampling
-from llava.commands import positive
-from llava.loading import has_processor, load_from_arguments, load_with_processor
+from llava.commands.arguments import add_generation_arguments, add_model_arguments, sampling
+from llava.commands.loading import has_processor, load_from_arguments, load_with_processor
+from llava.commands.parsers import positive
 
 HOST = "127.0.0.1"
 

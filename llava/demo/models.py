@@ -20,7 +20,7 @@ from llava.serve.chat import ChatSession, Turn
 from llava.serve.processor_chat import ProcessorSession
 from visionzip import VisionZipConfig, picked_tokens, unzip, visionzip
 from visionzip.integrations import family_of
-from visionzip.integrations.seam_maps import inspect_picture
+from visionzip.integrations.seam.maps import inspect_picture
 from visionzip.token_map import token_data
 
 
@@ -153,7 +153,7 @@ class ProcessorModel:
     """Any other model of transformers that VisionZip knows the encoder of, with its processor.
 
     Args:
-        model: from :func:`llava.arguments.load_with_processor`, as the next one.
+        model: from :func:`llava.commands.arguments.load_with_processor`, as the next one.
         processor: its processor.
 
     Raises:

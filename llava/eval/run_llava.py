@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from llava.arguments import add_generation_arguments, add_language_arguments, add_model_arguments, sampling
-from llava.commands import finite, parser_of, positive, run_command
+from llava.commands.arguments import add_generation_arguments, add_language_arguments, add_model_arguments, sampling
+from llava.commands.loading import load_from_arguments
+from llava.commands.parsers import finite, parser_of, positive, run_command
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import new_conversation, with_image_tokens
-from llava.loading import load_from_arguments
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava.arguments import add_measuring_arguments
-from llava.commands import finite, positive
+from llava.commands.arguments import add_measuring_arguments
+from llava.commands.parsers import finite, positive
+from llava.commands.screen import say
 from llava.measure import report
 from llava.measure.meters.timing import Clock, Measurement, time_interleaved
 from llava.measure.report import Columns, Row
-from llava.screen import say
 from visionzip import unzip, visionzip
 
 _TEXT = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8}

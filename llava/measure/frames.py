@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.arguments import add_measuring_arguments
-from llava.commands import positive
+from llava.commands.arguments import add_measuring_arguments
+from llava.commands.parsers import positive
+from llava.commands.screen import say
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.measure import report
 from llava.measure.meters.peak import Request, peaks, weights_mib
@@ -23,7 +24,6 @@ from llava.measure.meters.runner import FIRST_TOKEN, Watch, Way, marks
 from llava.measure.meters.timing import time_interleaved
 from llava.measure.models.shapes import SHAPES, build_model
 from llava.measure.report import Columns, Row
-from llava.screen import say
 from visionzip import unzip, visionzip
 
 _VIDEO_SHAPES = [name for name, shape in SHAPES.items() if shape.frames is not None]

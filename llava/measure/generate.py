@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from llava.commands import positive
-from llava.loading import has_processor
+from llava.commands.loading import has_processor
+from llava.commands.parsers import positive
 from llava.measure.latency import make_rows, plot, print_latency
 from llava.measure.meters.processor import ProcessorRunner
 from llava.measure.meters.runner import Runner, make_prompt, time_ways

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.commands.screen import say
 from llava.measure.meters.processor import PicturePrompt
 from llava.measure.meters.runner import Prompt, Watch, Way, encoder_layers
 from llava.measure.meters.timing import Measurement
 from llava.measure.report import Columns, Row, ratio, save_figure, show, spread
-from llava.screen import say
 from visionzip.encoder import reads_of
 from visionzip.flops import clip_module_flops, compression_flops, llama_module_flops, prefill_flops, projector_flops
 from visionzip.methods import token_counts

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, ConvNextConfig
 
-from llava.arguments import add_budget_arguments, add_measuring_arguments
-from llava.commands import positive
+from llava.commands.arguments import add_budget_arguments, add_measuring_arguments
+from llava.commands.parsers import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.measure import report
 from llava.measure.meters.peak import Request, peaks, weights_mib

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from llava.arguments import device_of
-from llava.files import write_atomically
+from llava.commands.arguments import device_of
+from llava.commands.screen import print_table, say
 from llava.measure.meters.timing import Measurement
-from llava.screen import print_table, say
+from llava.storage.files import write_atomically
 
 PLOTS = (".png", ".svg", ".pdf")
 Spread = dict[str, Any]

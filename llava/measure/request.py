@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llava.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument
-from llava.commands import positive
-from llava.loading import has_processor
+from llava.commands.arguments import add_batch_sizes, add_measuring_arguments, add_tokens_argument
+from llava.commands.loading import has_processor
+from llava.commands.parsers import positive
 from llava.measure.meters.runner import Way
 from llava.measure.models.shapes import SHAPES, build_model
 from llava.measure.report import check_request

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.commands import positive
+from llava.commands.parsers import positive
+from llava.commands.screen import progress
 from llava.measure import report
 from llava.measure.client import Endpoint, Reply
 from llava.measure.meters.engine import CacheUse, watch_cache
 from llava.measure.report import Columns, Row
-from llava.screen import progress
 
 QUESTIONS = (
     "What color is the circle?",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from llava.arguments import add_batch_sizes, add_budget_arguments, add_measuring_arguments
+from llava.commands.arguments import add_batch_sizes, add_budget_arguments, add_measuring_arguments
+from llava.commands.screen import say
 from llava.measure import report
 from llava.measure.meters.peak import Request, peaks
 from llava.measure.meters.timing import Clock, Measurement, time_interleaved
@@ -24,7 +25,6 @@ from llava.measure.models.shapes import TOWERS
 from llava.measure.report import Columns, Row
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.screen import say
 from visionzip import VisionZipConfig, compress_tokens, unzip, visionzip
 from visionzip.attention import merge_keys, read_attention
 from visionzip.encoder import choose_tokens, hidden_states, layers_needed, reads_of, scores_and_keys

@@ -14,8 +14,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import TextStreamer
 
-from llava import screen
-from llava.arguments import (
+from llava.commands import screen
+from llava.commands.arguments import (
     add_frames_argument,
     add_generation_arguments,
     add_image_argument,
@@ -24,9 +24,9 @@ from llava.arguments import (
     add_model_arguments,
     sampling,
 )
-from llava.commands import hint, parser_of, run_command
+from llava.commands.loading import has_processor, load_from_arguments, load_with_processor
+from llava.commands.parsers import hint, parser_of, run_command
 from llava.images import load_image
-from llava.loading import has_processor, load_from_arguments, load_with_processor
 from llava.model.stock.transformers_llava import generating_module
 from llava.serve.chat import ChatSession
 from llava.serve.processor_chat import ProcessorSession

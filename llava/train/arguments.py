@@ -11,11 +11,11 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, is_tensorboard_available, is_wandb_available
 from transformers.utils import is_peft_available
 
-from llava.fingerprint import checksum, fingerprint
 from llava.model.checkpoints.files import checkpoint_path
-from llava.train.checkpoints import records_digest, what_decides_steps
+from llava.storage.fingerprint import checksum, fingerprint
 from llava.train.data import Record
-from llava.train.run import TrainingArguments, check_finite
+from llava.train.running.checkpoints import records_digest, what_decides_steps
+from llava.train.running.run import TrainingArguments, check_finite
 from visionzip import VisionZipConfig
 from visionzip.methods import method_of
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from llava.commands.screen import progress
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.checkpoints.loading import gathered
 from llava.model.multimodal_encoder.encoded_image import EncodedImage
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.screen import progress
 from llava.train.data import UNUSABLE, InstructionData
 from llava.train.token_store import CachedImages, Index, Stamp, Writer, stamp_of
 from visionzip.methods import has_size_bias, method_of

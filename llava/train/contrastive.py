@@ -32,12 +32,19 @@ from transformers import (
     set_seed,
 )
 
-from llava.folders import whole_files
 from llava.images import load_image
-from llava.lock import locked_folder
-from llava.train.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
-from llava.train.run import TrainingArguments, TrainingParser, check_finite, check_installed, finish, run_training
-from llava.train.steady import SteadyTrainer
+from llava.storage.folders import whole_files
+from llava.storage.lock import locked_folder
+from llava.train.running.checkpoints import check_same_run, last_checkpoint, records_digest, what_decides_steps
+from llava.train.running.run import (
+    TrainingArguments,
+    TrainingParser,
+    check_finite,
+    check_installed,
+    finish,
+    run_training,
+)
+from llava.train.running.steady import SteadyTrainer
 
 _PATHS = ("data_path", "image_folder", "validation_path", "validation_folder", "init")  # which may move
 _WORDS = 4096  # rows of the word table; words are hashed into it

@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import new_conversation
-from llava.files import writing
 from llava.images import existing_file, load_image, shorten
 from llava.mm_utils import process_images, processor_resolution
+from llava.storage.files import writing
 from llava.train.labels import render, tokenize, tokenize_apart, usable_turns
 from llava.train.token_store import CachedImages, DamagedCacheError
 

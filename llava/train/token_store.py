@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava.files import append, write_atomically, writing
 from llava.model.multimodal_encoder.encoded_image import EncodedImage
+from llava.storage.files import append, write_atomically, writing
 
 _SAFE = "The images that are encoded stay so: start again, or give cache_visual_tokens a folder on another disk"
 Stamp = tuple[int, int, int]  # size in bytes, and times of change of content and of anything in ns

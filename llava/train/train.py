@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from llava.lock import locked_folder
+from llava.storage.lock import locked_folder
 from llava.train.arguments import (
     DataArguments,
     LlavaTrainingArguments,
@@ -34,18 +34,18 @@ from llava.train.arguments import (
     what_decides,
 )
 from llava.train.cache import cache_visual_tokens, check_cache_folder, drop_tower
-from llava.train.checkpoints import check_same_run, last_checkpoint
 from llava.train.data import Collator, InstructionData, Records, read_records
 from llava.train.lengths import cut_share, visual_tokens_at_least
 from llava.train.model import build_model, choose_what_is_learnt, is_llava, whiten_projector
-from llava.train.outputs import check_room
-from llava.train.run import (
+from llava.train.running.checkpoints import check_same_run, last_checkpoint
+from llava.train.running.outputs import check_room
+from llava.train.running.run import (
     TrainingParser,
     check_installed,
     finish,
     run_training,
 )
-from llava.train.trainer import LlavaTrainer
+from llava.train.running.trainer import LlavaTrainer
 from visionzip import visionzip
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def start_deepspeed(training: LlavaTrainingArguments) -> None:
 def train(arguments: ModelArguments, data: DataArguments, training: LlavaTrainingArguments) -> None:
     """Train a model, from its last checkpoint if there is one, and save what it learnt.
 
-    Writes into ``output_dir``: the model, or what is learnt of it (:func:`llava.train.outputs.save_learnt`), the config
-    with the VisionZip setting, ``run.json`` (arguments, ids of the records if they are a sample, records left out,
-    versions, losses) and ``losses.png``.
+    Writes into ``output_dir``: the model, or what is learnt of it (:func:`llava.train.running.outputs.save_learnt`),
+    the config with the VisionZip setting, ``run.json`` (arguments, ids of the records if they are a sample, records
+    left out, versions, losses) and ``losses.png``.
 
     Raises:
         OSError: a file is missing or damaged, the disk is full, or another process trains into ``output_dir``.

@@ -25,10 +25,10 @@ from eval.running.answer_files import answers_file, read_answers
 from eval.scoring.judge import api_judge
 from eval.scoring.replies import Request
 from llava.cli import main as visionzip_command
-from llava.commands import run_command
-from llava.files import WriteError, append, write_atomically
-from llava.folders import whole_files
+from llava.commands.parsers import run_command
 from llava.measure.report import write_results
+from llava.storage.files import WriteError, append, write_atomically
+from llava.storage.folders import whole_files
 from playground.scenes import write_training_data
 
 WEIGHTS = {"weight": torch.arange(3000.0)}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from llava.lock import locked_folder
+from llava.storage.lock import locked_folder
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import runpy
 import sys
 from pathlib import Path
-locked_folder = runpy.run_path("llava/lock.py")["locked_folder"]  # alone: the package takes seconds
+locked_folder = runpy.run_path("llava/storage/lock.py")["locked_folder"]  # alone: the package takes seconds
 with locked_folder(Path(sys.argv[1]), "--output"):
     print("ready", flush=True)
     sys.stdin.read()

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_the_images_and_the_end_of_input_ends(tmp_path: Path):
 
 
 TABLE = """
-from llava.screen import print_table, progress, say
+from llava.commands.screen import print_table, progress, say
 columns = ["way", "visual tokens", *(f"column {n}" for n in range(10))]
 rows = [["vanilla", "144"] + ["12.5 ms"] * 10, ["zipped [x]", "48"] + ["1.0"] * 10]
 print_table("a [bold] title", columns, rows, ["way"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from served_page import MODEL
 
-from llava.loading import load_from_arguments
+from llava.commands.loading import load_from_arguments
 from visionzip import unzip
 
 if TYPE_CHECKING:  # they need gradio, without which the tests are skipped

@@ -17,7 +17,7 @@ from served_page import free_port
 
 from checkpoints import picture
 from llava.cli import main
-from llava.loading import load_with_processor
+from llava.commands.loading import load_with_processor
 from llava.serve.processor_chat import ProcessorSession
 from visionzip import unzip, visionzip
 

@@ -25,9 +25,9 @@ from gradio_client import Client
 from PIL import Image
 from served_page import CONTROLS, MODEL, ROOT, Served, answers, sent, served_page
 
+from llava.commands.loading import load_from_arguments
 from llava.demo.examples import EXAMPLES
 from llava.demo.guard import MAX_BODY
-from llava.loading import load_from_arguments
 from llava.serve.chat import ChatSession
 from visionzip import unzip, visionzip
 

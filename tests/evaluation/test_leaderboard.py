@@ -19,7 +19,7 @@ from eval.launch import shared
 from eval.reports.leaderboard import default_methods
 from eval.reports.leaderboard_plot import spaced
 from eval.running.methods import METHODS
-from llava.commands import parser_of
+from llava.commands.parsers import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING
 
@@ -136,4 +136,6 @@ def test_another_family_has_a_leaderboard_too(tmp_path: Path):
     board, table = board_of(tmp_path), (tmp_path / "docs" / "leaderboard.md").read_text()
     assert set(board["methods"]) == {"vanilla", "visionzip", "resize"} and board["patches"] == 64
     assert board["methods"]["visionzip"]["choosing_ms"] == {"6": None}
-    assert "fastv" not in table and "Choosing" not in table
+    assert "fastv" not in table and "hoosing" not in table and "mean of" not in table
+    kept = [board["methods"]["resize"]["scores"][each]["6"]["visual_tokens"] for each in SETS]
+    assert kept[0] == kept[1] <= 6 and f"| resize ({kept[0]:.4g}) |" in table  # whole rows of a smaller picture

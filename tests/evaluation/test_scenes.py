@@ -92,7 +92,7 @@ def test_questions_share_images(shipped: list[dict[str, Any]]):
 
 
 def test_the_picture_of_the_readme_is_of_the_test_set(shipped: list[dict[str, Any]]):
-    assert (ROOT / "docs/scene.jpg").read_bytes() in {row["image"] for row in shipped}
+    assert (ROOT / "examples/scene.jpg").read_bytes() in {row["image"] for row in shipped}
 
 
 def test_the_test_set_opens_as_images_in_datasets():

@@ -18,7 +18,7 @@ from transformers import (
     GenerationConfig,
 )
 
-import llava.convert
+import llava.commands.convert
 from checkpoints import (
     LANGUAGE_MODEL,
     NEXT,
@@ -110,7 +110,7 @@ def test_layouts_and_shards(layout: str, copied, tmp_path: Path, monkeypatch: py
     source = copied()
     expected = weights_of(source)
     LAYOUTS[layout](source)
-    monkeypatch.setattr(llava.convert, "_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(llava.commands.convert, "_SHARD_BYTES", 100_000)
     convert(source, tmp_path / "native", "transformers")
     index = json.loads((tmp_path / "native/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "native").glob("*.safetensors"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-import llava.convert
+import llava.commands.convert
 from checkpoints import NEXT, SIGLIP, edit_config, edit_weights
 from layouts import convert, without, write_native
 
@@ -75,7 +75,7 @@ def test_weights_are_fetched_last(copied, tmp_path: Path, monkeypatch: pytest.Mo
         asked.append(allow_patterns)
         return str(source)
 
-    monkeypatch.setattr(llava.convert, "snapshot_download", fetch)
+    monkeypatch.setattr(llava.commands.convert, "snapshot_download", fetch)
     for to, changes in (("original", {}), ("transformers", {"mm_projector_type": "linear"})):
         edit_config(source, **changes)
         assert convert("owner/name", tmp_path / "out", to) == 2
@@ -130,7 +130,7 @@ def test_other_bad_input(copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_that_is_stopped_leaves_nothing(copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped after the first shard; then one that was killed before it could clean up is done anew."""
     source = copied()
-    save = llava.convert.save_file
+    save = llava.commands.convert.save_file
     written: list[Path] = []
 
     def interrupted(tensors: Any, path: Path, **options: Any) -> None:
@@ -139,8 +139,8 @@ def test_a_run_that_is_stopped_leaves_nothing(copied, tmp_path: Path, monkeypatc
         written.append(path)
         save(tensors, path, **options)
 
-    monkeypatch.setattr(llava.convert, "_SHARD_BYTES", 100_000)
-    monkeypatch.setattr(llava.convert, "save_file", interrupted)
+    monkeypatch.setattr(llava.commands.convert, "_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(llava.commands.convert, "save_file", interrupted)
     assert convert(source, tmp_path / "native", "transformers") == 130
     assert written[0].parent.name == "native.partial"
     assert not list(tmp_path.glob("native*"))

@@ -17,8 +17,9 @@ from transformers import LlavaImageProcessorPil
 
 from checkpoints import CLIP, NEXT, SIGLIP
 from llava.picture import encoder_inputs, picture_data
-from visionzip import placement, visionzip
-from visionzip.placement import Rectangle
+from visionzip import visionzip
+from visionzip.drawing import placement
+from visionzip.drawing.placement import Rectangle
 from visionzip.token_map import TokenMap, inspect_tokens
 from visionzip.visualize import attention_map, token_overlay
 

@@ -12,7 +12,7 @@ import torch
 from llava.model.stock.transformers_llava import TransformersLlava
 from llava.picture import picture_data
 from visionzip import visionzip
-from visionzip.pair_attention import packed_pairs, pair_attention
+from visionzip.drawing.pair_attention import packed_pairs, pair_attention
 
 from checkpoints import picture, pixels  # isort: skip
 

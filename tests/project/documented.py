@@ -15,7 +15,7 @@ import eval.__main__
 import llava.cli
 import playground.scenes
 from eval import launch
-from llava.commands import Commands, parser_of, resolve
+from llava.commands.parsers import Commands, parser_of, resolve
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

@@ -167,15 +167,15 @@ def table_behind(page: str, mark: str) -> list[list[str]]:
 
 
 def leaderboard() -> dict:
-    file = ROOT / "docs/leaderboard.json"
+    file = ROOT / "docs/measured/leaderboard.json"
     if not file.exists():
-        pytest.skip("docs/leaderboard.json is not there: python -m eval leaderboard writes it")
+        pytest.skip("docs/measured/leaderboard.json is not there: python -m eval leaderboard writes it")
     return json.loads(file.read_text(encoding="utf-8"))["methods"]
 
 
 def test_readme_has_the_leaderboards_figures():
     board = leaderboard()
-    for names, _, *figures in table_behind("README.md", "docs/leaderboard.json"):
+    for names, _, *figures in table_behind("README.md", "docs/measured/leaderboard.json"):
         scores = board[re.findall(r"`([\w-]+)`", names)[0]]["scores"]["shipped"]
         expected = [f"{scores[t]['accuracy']:.1f} ± {scores[t]['standard_error']:.1f}" for t in ("48", "32", "16")]
         assert figures == expected, names
@@ -196,15 +196,15 @@ def test_results_are_the_leaderboards():
 
 
 def test_results_have_the_small_qwens_figures():
-    rows = json.loads((ROOT / "docs/qwen-mini.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ROOT / "docs/measured/qwen-mini.json").read_text(encoding="utf-8"))["rows"]
     for page in ("docs/results.md", "checkpoints/qwen-mini/README.md"):
-        shown = table_behind(page, "docs/qwen-mini.json")
+        shown = table_behind(page, "docs/measured/qwen-mini.json")
         for label, *figures in shown:
             method, tokens = label.split(", ")
             (row,) = [row for row in rows if row["method"] == method and f"{row['visual_tokens']:.0f}" == tokens]
             expected = [f"{value:.1f}" for value in row["parts"].values()]
             assert figures == [*expected, f"{row['score']:.1f} ± {row['standard_error']:.1f}"], (page, label)
-    assert len(table_behind("docs/results.md", "docs/qwen-mini.json")) == len(rows)
+    assert len(table_behind("docs/results.md", "docs/measured/qwen-mini.json")) == len(rows)
 
 
 def test_readme_has_the_measured_speeds():

@@ -14,13 +14,13 @@ import eval.__main__
 import llava.cli
 import playground.scenes
 from checkpoints import picture
-from llava.commands import Commands, Parser, parser_of, resolve, run_command
+from llava.commands.parsers import Commands, Parser, parser_of, resolve, run_command
 from llava.eval.run_llava import add_question_arguments, eval_model
 from llava.model.checkpoints.loading import check_device
 from llava.serve.cli import add_chat_arguments
 from llava.train import contrastive
 from llava.train.arguments import DataArguments, LlavaTrainingArguments, ModelArguments
-from llava.train.run import TrainingArguments, TrainingParser
+from llava.train.running.run import TrainingArguments, TrainingParser
 from llava.train.train import main as train
 
 TRAININGS = {

@@ -50,7 +50,9 @@ def test_only_names_of_ours_are_advised():
 def test_a_missing_library_is_one_line(library, words, extra, tmp_path: Path, monkeypatch, capsys):
     """Before the model is loaded, with what to install."""
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr("llava.loading.load_pretrained_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "llava.commands.loading.load_pretrained_model", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "mmbench").mkdir()

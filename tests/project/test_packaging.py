@@ -131,7 +131,7 @@ def test_installed_command_does_its_work(installed: Path, tmp_path: Path):
     assert results["rows"][0]["score"] > 80 and results["questions"] == 8
     # The code's version, and not the commit of a repository that the environment may lie in.
     assert results["environment"]["git_commit"] == f"v{__version__}"
-    picture = ("--image", ROOT / "docs/scene.jpg", "--temperature", "0")
+    picture = ("--image", ROOT / "examples/scene.jpg", "--temperature", "0")
     said = run(visionzip, "chat", *model, *picture, cwd=tmp_path, typed="What color is the ring?\n")
     assert "yellow" in said
 

@@ -12,7 +12,7 @@ from seam_models import BOS, END, IMAGE, START
 from seam_walk import build, encode, prompts
 
 from visionzip import visionzip
-from visionzip.integrations.seam_maps import inspect_picture
+from visionzip.integrations.seam.maps import inspect_picture
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 ONE_SIZE, ANY_SIZE = "AyaVision", "Exaone4_5_"  # pooler_output is a tensor, and a list

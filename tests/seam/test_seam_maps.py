@@ -14,7 +14,7 @@ from llava.cli import main as visionzip_command
 from llava.model.stock.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
 from visionzip import unzip, visionzip
 from visionzip.integrations import family_of
-from visionzip.integrations.seam_maps import inspect_picture
+from visionzip.integrations.seam.maps import inspect_picture
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])

@@ -209,7 +209,7 @@ def test_requests_at_once_are_neither_lost_nor_mixed_up(server: Server, pictures
 
 def test_a_broken_image_is_the_clients_fault(server: Server, pictures: list[bytes]):
     """It gets a 4xx, and so does a path to a file of the server; the others are served on."""
-    for url in ("data:image/jpeg;base64,bm90IGFuIGltYWdl", f"file://{ROOT}/docs/scene.jpg"):
+    for url in ("data:image/jpeg;base64,bm90IGFuIGltYWdl", f"file://{ROOT}/examples/scene.jpg"):
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
         with pytest.raises(urllib.error.HTTPError) as refused:
             server.ask("", messages=[{"role": "user", "content": content}])
@@ -223,7 +223,7 @@ def test_a_client_that_dies_disturbs_nobody(server: Server, pictures: list[bytes
         "import sys; from pathlib import Path; sys.path[:0] = ['tests/serving', 'tests/support']\n"
         "from test_engine import Server\n"
         f"server = Server({server.url!r}, None, 0)\n"
-        "picture = Path('docs/scene.jpg').read_bytes()\n"
+        "picture = Path('examples/scene.jpg').read_bytes()\n"
         "while True: server.ask('Tell me all.', [picture], max_tokens=400, ignore_eos=True); print('!', flush=True)"
     )
     client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -14,7 +14,7 @@ from eval.models.hf import ProcessorModel
 from eval.running.methods import Run
 from llava.constants import IGNORE_INDEX
 from llava.model.stock.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
-from llava.train.run import TrainingArguments
+from llava.train.running.run import TrainingArguments
 from playground.qwen_mini import EDGE, STAGES, export, start
 from playground.qwen_training import AnswerModel, Collate, MiniArguments, Scenes, train
 from playground.scenes import TEST_SET, write_training_data

@@ -18,8 +18,8 @@ from torch import Tensor
 from training import record_of, steps_of
 
 from layouts import write_lora, write_native, write_part
-from llava.lock import locked_folder
 from llava.model.builder import load_pretrained_model
+from llava.storage.lock import locked_folder
 from llava.train import train as llava_training
 
 TUNED = {"tune_mm_mlp_adapter": True}

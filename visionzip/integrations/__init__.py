@@ -1,7 +1,7 @@
 """The model families that VisionZip can be attached to, registered by the names of their classes.
 
 Names are registered, and not classes, so that no family is imported before it is used, and ``visionzip`` never imports
-``llava``. Classes of transformers that are not registered are handled by :mod:`visionzip.integrations.seam_any`.
+``llava``. Classes of transformers that are not registered are handled by :mod:`visionzip.integrations.seam.any_class`.
 
 To add a family of transformers, write a :class:`~visionzip.integrations.huggingface.Family`. To add any other family,
 write a module with ``attach(model, config)``, ``detach(model)`` and ``encoders(model)``. Register its classes here,
@@ -51,39 +51,39 @@ class Integration:
 _TRANSFORMERS = {
     f"transformers.models.{cls}ForConditionalGeneration": (place, f"{name} (transformers)")
     for cls, place, name in (
-        ("llava.modeling_llava.Llava", "hf_llava.LLAVA", "LLaVA-1.5"),
-        ("llava_next.modeling_llava_next.LlavaNext", "hf_llava_next.LLAVA_NEXT", "LLaVA-NeXT"),
+        ("llava.modeling_llava.Llava", "towers.llava.LLAVA", "LLaVA-1.5"),
+        ("llava_next.modeling_llava_next.LlavaNext", "towers.llava_next.LLAVA_NEXT", "LLaVA-NeXT"),
         (
             "llava_onevision.modeling_llava_onevision.LlavaOnevision",
-            "hf_llava_onevision.LLAVA_ONEVISION",
+            "towers.llava_onevision.LLAVA_ONEVISION",
             "LLaVA-OneVision",
         ),
         (
             "llava_next_video.modeling_llava_next_video.LlavaNextVideo",
-            "hf_llava_next.LLAVA_NEXT_VIDEO",
+            "towers.llava_next.LLAVA_NEXT_VIDEO",
             "LLaVA-NeXT-Video",
         ),
-        ("video_llava.modeling_video_llava.VideoLlava", "hf_llava.VIDEO_LLAVA", "Video-LLaVA"),
-        ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "seam_families.QWEN_VL", "Qwen2-VL"),
-        ("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL", "seam_families.QWEN_VL", "Qwen2.5-VL"),
-        ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "seam_families.QWEN3_VL", "Qwen3-VL"),
-        ("qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe", "seam_families.QWEN3_VL", "Qwen3-VL (MoE)"),
-        ("qwen3_5.modeling_qwen3_5.Qwen3_5", "seam_families.QWEN3_VL", "Qwen3.5"),
-        ("qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5Moe", "seam_families.QWEN3_VL", "Qwen3.5 (MoE)"),
-        ("glm4v.modeling_glm4v.Glm4v", "seam_families.GLM4V", "GLM-4V"),
-        ("glm4v_moe.modeling_glm4v_moe.Glm4vMoe", "seam_families.GLM4V", "GLM-4.5V"),
-        ("glm46v.modeling_glm46v.Glm46V", "seam_families.GLM4V", "GLM-4.6V"),
-        ("internvl.modeling_internvl.InternVL", "seam_families.INTERNVL", "InternVL"),
-        ("gemma3.modeling_gemma3.Gemma3", "seam_families.GEMMA3", "Gemma 3"),
-        ("gemma4.modeling_gemma4.Gemma4", "seam_gemma4.GEMMA4", "Gemma 4"),
-        ("idefics3.modeling_idefics3.Idefics3", "seam_families.IDEFICS3", "Idefics3"),
-        ("mistral3.modeling_mistral3.Mistral3", "seam_pixtral.PIXTRAL", "Mistral 3"),
-        ("smolvlm.modeling_smolvlm.SmolVLM", "seam_families.IDEFICS3", "SmolVLM"),
+        ("video_llava.modeling_video_llava.VideoLlava", "towers.llava.VIDEO_LLAVA", "Video-LLaVA"),
+        ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "seam.families.QWEN_VL", "Qwen2-VL"),
+        ("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL", "seam.families.QWEN_VL", "Qwen2.5-VL"),
+        ("qwen3_vl.modeling_qwen3_vl.Qwen3VL", "seam.families.QWEN3_VL", "Qwen3-VL"),
+        ("qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoe", "seam.families.QWEN3_VL", "Qwen3-VL (MoE)"),
+        ("qwen3_5.modeling_qwen3_5.Qwen3_5", "seam.families.QWEN3_VL", "Qwen3.5"),
+        ("qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5Moe", "seam.families.QWEN3_VL", "Qwen3.5 (MoE)"),
+        ("glm4v.modeling_glm4v.Glm4v", "seam.families.GLM4V", "GLM-4V"),
+        ("glm4v_moe.modeling_glm4v_moe.Glm4vMoe", "seam.families.GLM4V", "GLM-4.5V"),
+        ("glm46v.modeling_glm46v.Glm46V", "seam.families.GLM4V", "GLM-4.6V"),
+        ("internvl.modeling_internvl.InternVL", "seam.families.INTERNVL", "InternVL"),
+        ("gemma3.modeling_gemma3.Gemma3", "seam.families.GEMMA3", "Gemma 3"),
+        ("gemma4.modeling_gemma4.Gemma4", "seam.gemma4.GEMMA4", "Gemma 4"),
+        ("idefics3.modeling_idefics3.Idefics3", "seam.families.IDEFICS3", "Idefics3"),
+        ("mistral3.modeling_mistral3.Mistral3", "seam.pixtral.PIXTRAL", "Mistral 3"),
+        ("smolvlm.modeling_smolvlm.SmolVLM", "seam.families.IDEFICS3", "SmolVLM"),
     )
 }
 
 
-_BY_TOWER = {("hf_llava.LLAVA", "pixtral"): "seam_pixtral.PIXTRAL"}
+_BY_TOWER = {("towers.llava.LLAVA", "pixtral"): "seam.pixtral.PIXTRAL"}
 """Classes that come with several kinds of encoders: Pixtral-12B is a LLaVA."""
 
 
@@ -108,12 +108,12 @@ def _any_family(model: nn.Module) -> Family | None:
     """Return the family of a class of transformers that is not registered, if it can have one."""
     if not any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
         return None
-    return import_module(f"{__name__}.seam_any").any_family(model)
+    return import_module(f"{__name__}.seam.any_class").any_family(model)
 
 
 def _load(place: str, model: nn.Module) -> Family:
     encoder = str(getattr(getattr(model.config, "vision_config", None), "model_type", None))
-    file, attribute = _BY_TOWER.get((place, encoder), place).split(".")
+    file, _, attribute = _BY_TOWER.get((place, encoder), place).rpartition(".")
     return getattr(import_module(f"{__name__}.{file}"), attribute)
 
 

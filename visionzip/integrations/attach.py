@@ -13,7 +13,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.integrations import calls, generation, saving
 from visionzip.integrations.encoders import Encoder
 from visionzip.integrations.huggingface import TESTED, Family, Zipped
-from visionzip.integrations.towers import TowerFamily
+from visionzip.integrations.towers.base import TowerFamily
 from visionzip.language.positions import check_positions
 from visionzip.language.pruning import refuse_size_bias
 from visionzip.language.size_bias import attach_size_bias, check_attention

@@ -29,10 +29,10 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
-from visionzip.integrations.held import Held, held_text, original_positions, position_behind
 from visionzip.integrations.huggingface import Encoded, Family, Zipped, runs_stock
-from visionzip.integrations.placeholders import Shortened, plan_prompts, shorten
-from visionzip.integrations.runs import Edit, Visual, find_runs
+from visionzip.integrations.prompts.held import Held, held_text, original_positions, position_behind
+from visionzip.integrations.prompts.placeholders import Shortened, plan_prompts, shorten
+from visionzip.integrations.prompts.runs import Edit, Visual, find_runs
 
 GENERATING: ContextVar[bool] = ContextVar(
     "generating", default=False

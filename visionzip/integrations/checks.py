@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionzip.encoder import check_finite
-from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Family, Zipped
-from visionzip.integrations.runs import Edit, Visual
+from visionzip.integrations.prompts.held import Held
+from visionzip.integrations.prompts.runs import Edit, Visual
 
 NO_IDS = "a zipped model needs input_ids, not inputs_embeds, beside pixels: it shortens the placeholders in them"
 

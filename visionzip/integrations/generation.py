@@ -23,10 +23,10 @@ from visionzip.integrations.checks import (
     renamed,
     visuals,
 )
-from visionzip.integrations.held import Held
 from visionzip.integrations.huggingface import Zipped
-from visionzip.integrations.runs import find_runs
-from visionzip.integrations.users_prompt import show_users_prompt
+from visionzip.integrations.prompts.held import Held
+from visionzip.integrations.prompts.runs import find_runs
+from visionzip.integrations.prompts.users_prompt import show_users_prompt
 from visionzip.methods import has_size_bias
 
 if TYPE_CHECKING:

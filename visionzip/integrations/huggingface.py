@@ -2,9 +2,9 @@
 
 Models of transformers take ``mm_encoder_outputs`` beside the ids: what their own ``get_image_features`` has returned.
 So a zipped model encodes first. It runs the family's encoder, chooses tokens, shortens the runs of placeholders that
-the stock processor wrote (:mod:`visionzip.integrations.placeholders`), and passes both to the stock forward, without
-the pixels. No class is changed and no forward is written again. ``visionzip(model)`` attaches these things to the one
-model object, and ``unzip`` removes them:
+the stock processor wrote (:mod:`visionzip.integrations.prompts.placeholders`), and passes both to the stock forward,
+without the pixels. No class is changed and no forward is written again. ``visionzip(model)`` attaches these things to
+the one model object, and ``unzip`` removes them:
 
 - a forward pre-hook on the model, and one on its base model, which does the work if the base model is called alone
   (:mod:`visionzip.integrations.calls`);
@@ -54,8 +54,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
 from visionzip.integrations.encoders import Encoder
-from visionzip.integrations.held import Held
-from visionzip.integrations.runs import Run
+from visionzip.integrations.prompts.held import Held
+from visionzip.integrations.prompts.runs import Run
 from visionzip.methods import positions_of
 
 Arguments = Mapping[str, Any]
@@ -190,7 +190,7 @@ class Family:
         """
         raise ValueError(
             f"this reads encoders of a fixed size, CLIP and SigLIP, and {type(model).__name__} has another one: use "
-            "visionzip.integrations.seam_maps.inspect_picture, or visionzip visualize"
+            "visionzip.integrations.seam.maps.inspect_picture, or visionzip visualize"
         )
 
     def has_original_positions(self, config: VisionZipConfig) -> bool:

@@ -5,8 +5,8 @@ to those already chosen, and Cen-Prune (2026 preprint) does so on centred featur
 and adds the size of the group that a token stands for to its attention logits, as ToMe's proportional attention does
 (arXiv 2210.09461). The combination is new: the distance is weighted by CLS attention to a small power, so that a small
 object that the distance alone passes over is kept, and the rest of the image still gets tokens; nothing is merged, and
-no CLS token is kept; and sizes are counted by the keys of the scored layer. ``docs/plus.md`` measures what each part
-adds on the scenes; that is no evidence about other models.
+no CLS token is kept; and sizes are counted by the keys of the scored layer. ``docs/measured/plus.md`` measures what
+each part adds on the scenes; that is no evidence about other models.
 """
 
 from __future__ import annotations

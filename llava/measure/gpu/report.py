@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from llava.arguments import add_measuring_arguments
-from llava.commands import finite
+from llava.commands.arguments import add_measuring_arguments
+from llava.commands.parsers import finite
+from llava.commands.screen import say
 from llava.measure import report
 from llava.measure.gpu.sections import SECTIONS, Run, Section
 from llava.measure.gpu.tables import check_document, update_document
-from llava.screen import say
 
 _LEAST = 3.0  # seconds: less is not worth a process
 _POLL = 0.2

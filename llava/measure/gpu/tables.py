@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.files import write_atomically
 from llava.measure.report import Columns, Row, quartiles
+from llava.storage.files import write_atomically
 
 BEGIN, END = "<!-- gpu report: written by scripts/gpu_report.sh -->", "<!-- gpu report: end -->"
 

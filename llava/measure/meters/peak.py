@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from llava.commands import run_command
-from llava.screen import track
+from llava.commands.parsers import run_command
+from llava.commands.screen import track
 
 T = TypeVar("T")
 Request = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llava.screen import progress
+from llava.commands.screen import progress
 
 
 class Clock:

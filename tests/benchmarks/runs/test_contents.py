@@ -21,7 +21,7 @@ from eval.reading.tables import Tables
 from eval.records import Question, Visual
 from eval.registry import BENCHMARKS
 from eval.running.data import Data
-from llava.fingerprint import fingerprint
+from llava.storage.fingerprint import fingerprint
 
 
 def data_of(name: str, root: Path, kind: str) -> Data:

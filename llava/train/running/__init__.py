@@ -1,0 +1,1 @@
+"""How a training runs: the Trainer and what it refuses to save, checkpoints, and what a run leaves."""
