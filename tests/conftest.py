@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,16 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A virtual environment for scripts, whose Python starts at once."""
-    with quick_environment(tmp_path_factory.mktemp("venv")) as folder:
+    with quick_environment(tmp_path_factory.mktemp("venv"), "eval.__main__") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def quick_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same for scripts that train, by torchrun too."""
+    modules = ["torch.distributed.run", "llava.train.train", "llava.train.contrastive", "playground.llava_mini"]
+    modules += ["deepspeed"] * (find_spec("deepspeed") is not None)
+    with quick_environment(tmp_path_factory.mktemp("venv"), *modules) as folder:
         yield folder
 
 

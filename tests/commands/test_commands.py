@@ -149,6 +149,7 @@ def test_the_benchmark_compares_the_same_method():
     assert results["zipped"].shape == (2, 12, 64)
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_benchmark_tower(tmp_path: Path, capsys):
     output = tmp_path / "results" / "tower.json"
     command = ["benchmark", "tower", "--shape", "tiny", "--batch-size", "2", "--rounds", "2", "--output", str(output)]

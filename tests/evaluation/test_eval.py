@@ -215,6 +215,7 @@ def test_batches_do_not_matter(run, tmp_path: Path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_two_processes_give_the_answers_of_one(run, tmp_path: Path):
     """Started by torchrun, which deals the batches out; each question is answered once, and the files are the same."""
     command = run("--method", "visionzip", "--tokens", "6", limit=40)

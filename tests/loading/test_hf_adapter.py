@@ -179,6 +179,7 @@ def test_chat_keeps_the_cache(both, options: dict[str, Any], setting: dict[str, 
     assert turns[1][1][3] > turns[1][0][1] > turns[1][1][1] == 0  # the image is in the cache
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_commands(converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """``visionzip chat``, ``visualize`` and ``benchmark``, and LLaVA's own run_llava."""
     file, output = tmp_path / "cube.png", tmp_path / "times.json"

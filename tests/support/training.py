@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
+from llava.storage.lock import locked_folder
 
 TRAINER = {
     "per_device_train_batch_size": 2,
@@ -55,3 +57,15 @@ def learnt(input_ids: Tensor, labels: Tensor, tokenizer: Any) -> list[str]:
     assert (labels[labels != IGNORE_INDEX] == input_ids[labels != IGNORE_INDEX]).all()
     groups = itertools.groupby(labels.tolist(), key=lambda label: label != IGNORE_INDEX)
     return [tokenizer.decode(list(group)) for is_learnt, group in groups if is_learnt]
+
+
+def wait_for_the_end(run: Path) -> None:
+    """Return when no process writes to a run's folder any more, as its lock tells."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with locked_folder(run, "--output_dir"):
+                return
+        except BlockingIOError:
+            assert time.monotonic() < end
+            time.sleep(0.02)

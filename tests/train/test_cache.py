@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def test_processes_do_not_disturb_each_other(tmp_path: Path):
     assert torch.equal(pickle.loads(pickle.dumps(images)).sample("one2")[0].tokens, tokens + 2)
 
 
-def test_two_processes_under_zero3(shapes: Path, tune, make_checkpoint, tmp_path: Path):
+def test_two_processes_under_zero3(quick_trainer: Path, shapes: Path, tune, make_checkpoint, tmp_path: Path):
     """Each encodes half of the images, from a tower of which it holds a part; the losses are those of one process."""
     pytest.importorskip("deepspeed")
     flags = {
@@ -172,7 +171,7 @@ def test_two_processes_under_zero3(shapes: Path, tune, make_checkpoint, tmp_path
         **{**TRAINER, **ZIPPED, "tune_mm_mlp_adapter": True, "save_strategy": "no", "max_steps": 2},
     }
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [str(quick_trainer / "bin/python"), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "llava.train.train", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
