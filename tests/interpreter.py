@@ -1,8 +1,8 @@
 """A Python for scripts under test that is quick to start: each start is a fork of one process that has imported it all.
 
 The folder it makes looks like a virtual environment (``bin/python``), so that the real scripts run, as they are, in it;
-``python -m pip`` does nothing, as everything is installed. What a fork starts as ``sys.executable``, as torchrun does with
-workers, is such a fork too. Kill the process that asked for a fork: the fork ends, and with it what it has started.
+``python -m pip`` does nothing, as everything is installed. What a fork starts as ``sys.executable``, as torchrun does
+with workers, is such a fork too. Kill the process that asked for a fork: the fork ends, and with it what it has started.
 """
 
 from __future__ import annotations
