@@ -2,7 +2,7 @@
 
 The folder it makes looks like a virtual environment (``bin/python``), so that the real scripts run, as they are, in it;
 ``python -m pip`` does nothing, as everything is installed. What a fork starts as ``sys.executable``, as torchrun does
-with workers, is such a fork too. Kill the process that asked for a fork: the fork ends, and with it what it has started.
+with workers, is such a fork too. Kill the process that asked for a fork: it ends, and with it what it has started.
 """
 
 from __future__ import annotations

@@ -174,3 +174,11 @@ def _make_old(folder: Path, is_next: bool) -> None:
     settings["added_tokens_decoder"] = {str(index): {"content": name, **flags} for index, name in names.items()}
     settings |= {"processor_class": "LlavaProcessor", "clean_up_tokenization_spaces": False, "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def generate(model: Any) -> Tensor:
+    """A greedy answer of four tokens about an image of noise."""
+    edge = model.get_vision_tower().config.image_size
+    image = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    prompt = torch.tensor([[1, 5, 6, -200, 7, 8]])
+    return model.generate(prompt, images=image, max_new_tokens=4, min_new_tokens=4, do_sample=False)
