@@ -29,7 +29,7 @@ import ctypes, json, os, socket, sys
 words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
 if words[:2] == ["-m", "pip"]:
     sys.exit()
-if words[:1] != ["-m"]:
+if words[:1] not in (["-m"], ["-c"]):
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 ctypes.CDLL(None).prctl({death}, {kill})
 with socket.socket(socket.AF_UNIX) as connection:
@@ -94,10 +94,15 @@ def _answer(connection: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = arguments[1:]
+    option, program = arguments[:2]
     status = 0
     try:
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        if option == "-c":
+            sys.argv = [option, *arguments[2:]]
+            exec(program, {"__name__": "__main__"})
+        else:
+            sys.argv = arguments[1:]
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code or 0
     except BaseException:  # as the interpreter does
