@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
 from transformers import AutoConfig
 
 from checkpoints import (
@@ -20,6 +19,7 @@ from checkpoints import (
 )
 from layouts import (
     assert_same,
+    device_map_for,
     generate,
     load,
     weights_of,
@@ -61,13 +61,8 @@ def test_devices(options: dict[str, Any], make_checkpoint):
 @pytest.mark.parametrize("room", [0.2, 0.5, 0.7, 0.9])
 def test_what_does_not_fit_is_the_end_of_the_language_model(room: float, make_checkpoint):
     config = AutoConfig.from_pretrained(make_checkpoint(), num_hidden_layers=30)
-    with torch.device("meta"):
-        model = LlavaLlamaForCausalLM(config)
-    size = sum(value.nbytes for value in model.parameters())
-    memory = {"cpu": int(room * size), "disk": size}
-    device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    device_map, offloaded = device_map_for(LlavaLlamaForCausalLM, config, room)
     assert "model.vision_tower" in device_map  # in one piece
-    offloaded = {name.split(".")[1] for name, device in device_map.items() if device == "disk" and name != "lm_head"}
     assert offloaded and (room < 0.5 or offloaded <= {"layers", "norm", "rotary_emb"})
 
 

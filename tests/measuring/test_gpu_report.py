@@ -33,7 +33,6 @@ def report_of(*flags: str, output: Path) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-@pytest.mark.usefixtures("quick_starts")
 def test_all_sections_on_tiny_shapes(tmp_path: Path):
     document, output = tmp_path / "efficiency.md", tmp_path / "results" / "gpu.json"
     document.write_text((ROOT / "docs" / "efficiency.md").read_text())

@@ -27,12 +27,6 @@ def ids(*rows: list[int], side: str = "left") -> tuple[torch.Tensor, torch.Tenso
     return padded, torch.tensor([p + row if side == "left" else row + p for row, p in ones])
 
 
-@pytest.fixture(params=[False, True], ids=["vanilla", "zipped"])
-def model(request: pytest.FixtureRequest, load):
-    _, model, _, _ = load()
-    return visionzip(model, dominant=5, contextual=2) if request.param else model
-
-
 # Generation
 
 

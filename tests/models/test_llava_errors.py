@@ -12,7 +12,6 @@ from PIL import Image
 from checkpoints import NEXT, pixels, spoilt_pixels
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_anyres_image_grid_shape, process_images
-from visionzip import visionzip
 
 IMG = IMAGE_TOKEN_INDEX
 
@@ -28,12 +27,6 @@ def ids(*rows: list[int], side: str = "left") -> tuple[torch.Tensor, torch.Tenso
     padded = torch.tensor([p + row if side == "left" else row + p for row, p in both])
     ones = zip([[1] * len(row) for row in rows], pad, strict=True)
     return padded, torch.tensor([p + row if side == "left" else row + p for row, p in ones])
-
-
-@pytest.fixture(params=[False, True], ids=["vanilla", "zipped"])
-def model(request: pytest.FixtureRequest, load):
-    _, model, _, _ = load()
-    return visionzip(model, dominant=5, contextual=2) if request.param else model
 
 
 ONE = [1, IMG, 7]

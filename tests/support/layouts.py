@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import infer_auto_device_map
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor
@@ -182,3 +183,13 @@ def generate(model: Any) -> Tensor:
     image = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     prompt = torch.tensor([[1, 5, 6, -200, 7, 8]])
     return model.generate(prompt, images=image, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+def device_map_for(model_class: type, config: Any, room: float) -> tuple[dict[str, Any], set[str]]:
+    """Where accelerate puts a model's parts if this share of it has room, and what of its inner model is left out."""
+    with torch.device("meta"):
+        model = model_class(config)
+    size = sum(value.nbytes for value in model.parameters())
+    memory = {"cpu": int(room * size), "disk": size}
+    places = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    return places, {name.split(".")[1] for name, place in places.items() if place == "disk" and name != "lm_head"}
