@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eval.registry import BENCHMARKS
 from layouts import convert
 from llava.model.builder import load_pretrained_model
 
@@ -35,3 +37,9 @@ def both(load, converted) -> Callable[..., list[tuple[Any, Any, Any]]]:
         return [load(**options)[:3], load_pretrained_model(str(converted(**options)), device="cpu")[:3]]
 
     return make
+
+
+@pytest.fixture
+def brief_msvd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers to MSVD-QA end after four tokens: a random model would not end before the benchmark's limit."""
+    monkeypatch.setitem(BENCHMARKS, "msvd", replace(BENCHMARKS["msvd"], max_new_tokens=4))

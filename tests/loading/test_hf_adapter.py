@@ -221,6 +221,7 @@ def test_eval_gives_the_answers_of_llavas_layout(
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
+@pytest.mark.usefixtures("brief_msvd")
 def test_eval_on_videos(make_checkpoint, converted, tmp_path: Path, options: dict[str, Any]):
     """Frames are images to these models: the numbers of tokens are those of LLaVA's layout."""
     folder, tokens = write_folder(tmp_path, "msvd"), []
