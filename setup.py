@@ -53,7 +53,7 @@ setup(
         "video": ["av>=18"],
         "eval": ["pyarrow>=21", "tqdm>=4.67", "datasets>=5", "openai>=3.52", "av>=18", "pandas>=3", "openpyxl>=3.1"],
         "train": ["peft>=0.21", "deepspeed>=0.19", "datasets>=5", "wandb>=0.31", "matplotlib>=3.10"],
-        "demo": ["gradio>=6.31"],
+        "demo": ["gradio>=6.31", "av>=18"],
         "quant": ["bitsandbytes>=0.50"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "flash": ["flash-attn>=2.7"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,26 @@ from llava.mm_utils import process_images, processor_resolution
 FRAMES = 8  # of each video, where nothing else is asked for: Video-LLaVA's
 
 Visual = Image.Image | Sequence[Image.Image]  # an image, or the frames of a video
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a video may have at most that comes from somebody else.
+
+    Attributes:
+        kind: ffmpeg's name of the format as which it is read. (In some formats a file names others, which ffmpeg would
+            open; ``mov``, ``matroska`` and ``gif`` have none.)
+        seconds: that it lasts, as the file says.
+        frames: in the file, all of which are decoded.
+        frame_pixels: width times height of a frame.
+        pixels: of all frames of the file together.
+    """
+
+    kind: str
+    seconds: float
+    frames: int
+    frame_pixels: int
+    pixels: int
 
 
 def load_video(path: str | Path, frames: int | None = None) -> list[Image.Image]:
@@ -40,7 +62,9 @@ def load_video(path: str | Path, frames: int | None = None) -> list[Image.Image]
     return read_frames(Path(path), str(path), frames or FRAMES, repeat=frames is None)
 
 
-def read_frames(source: Path | bytes, name: str, count: int = FRAMES, *, repeat: bool = True) -> list[Image.Image]:
+def read_frames(
+    source: Path | bytes, name: str, count: int = FRAMES, *, repeat: bool = True, limits: Limits | None = None
+) -> list[Image.Image]:
     """RGB frames of a video, evenly spaced from the first to the last: ``np.linspace(0, n - 1, count, dtype=int)``.
 
     The n frames are those that can be decoded, whatever the file says and however long each is shown. No more than
@@ -52,6 +76,7 @@ def read_frames(source: Path | bytes, name: str, count: int = FRAMES, *, repeat:
         count: how many.
         repeat: where there are fewer than asked for, some come more than once (Video-LLaVA's protocol); else that is an
             error.
+        limits: what it may have at most; what has more is not decoded.
 
     Returns:
         ``count`` images of the video's size.
@@ -59,17 +84,18 @@ def read_frames(source: Path | bytes, name: str, count: int = FRAMES, *, repeat:
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: PyAV is not installed.
-        ValueError: it is damaged, it is an image, it has no video, or the video too few frames; the message has the
-            name.
+        ValueError: it is damaged, it is an image, it has no video, or the video too few frames or more than its limits;
+            the message has the name.
     """
     av = _av()
+    opened = partial(_opened, source, name, limits)
     try:
-        packets = _count_packets(source, name)
-        frames, total = _decode(source, name, _spread(packets, count), "AUTO")
+        packets = _count_packets(opened, name, limits)
+        frames, total = _decode(opened, _spread(packets, count), "AUTO")
         if total != packets:
             # A packet need not be a frame, as with edit lists. Or it is damaged: ffmpeg's threads may pass over that.
-            _, total = _decode(source, name, [], "NONE")
-            frames, _ = _decode(source, name, _spread(total, count), "NONE")
+            _, total = _decode(opened, [], "NONE")
+            frames, _ = _decode(opened, _spread(total, count), "NONE")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no video {name}") from None
     except (av.error.FFmpegError, OSError) as error:  # OSError: ffmpeg seeks before the start of some
@@ -79,6 +105,10 @@ def read_frames(source: Path | bytes, name: str, count: int = FRAMES, *, repeat:
     if total < count and not repeat:
         raise ValueError(f"{name} has only {total} frames, but {count} were asked for: ask for at most {total}")
     return [frames[index] for index in _spread(total, count)]
+
+
+Opened = Callable[[], AbstractContextManager[tuple[Any, Any]]]
+"""Opens the file anew: PyAV's container, and its video stream."""
 
 
 def _av() -> Any:
@@ -93,15 +123,26 @@ def _spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, count, dtype=int).tolist() if total else []
 
 
-def _count_packets(source: Path | bytes, name: str) -> int:
-    with _opened(source, name) as (container, stream):
-        return sum(packet.size > 0 for packet in container.demux(stream))
+def _count_packets(opened: Opened, name: str, limits: Limits | None) -> int:
+    with opened() as (container, stream):
+        most = None
+        if limits is not None:
+            most = min(limits.frames, limits.pixels // (stream.width * stream.height))
+        count = 0
+        for packet in container.demux(stream):
+            count += packet.size > 0
+            if most is not None and count > most:
+                raise ValueError(
+                    f"{name} has more than {most} frames of {stream.width} x {stream.height} pixels: cut it, or scale "
+                    "it down"
+                )
+        return count
 
 
-def _decode(source: Path | bytes, name: str, wanted: Iterable[int], threads: str) -> tuple[dict[int, Image.Image], int]:
+def _decode(opened: Opened, wanted: Iterable[int], threads: str) -> tuple[dict[int, Image.Image], int]:
     """The frames at some places, and how many frames there are."""
     places, frames, total = set(wanted), {}, 0
-    with _opened(source, name) as (container, stream):
+    with opened() as (container, stream):
         stream.thread_type = threads
         for frame in container.decode(stream):
             if total in places:  # upright: phones note how they were held
@@ -111,19 +152,33 @@ def _decode(source: Path | bytes, name: str, wanted: Iterable[int], threads: str
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
-    av = _av()
+def _opened(source: Path | bytes, name: str, limits: Limits | None) -> Iterator[tuple[Any, Any]]:
+    av, kind = _av(), limits and limits.kind
     # A file object: ffmpeg would take some names for patterns or protocols.
     with (
         source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file,
-        av.open(file, metadata_errors="ignore") as container,
+        av.open(file, format=kind, metadata_errors="ignore") as container,
     ):
         if _is_still(container):
             raise ValueError(f"{name} is an image, not a video: give it as an image")
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a song
             raise ValueError(f"{name} has no video stream: fetch it again")
+        if limits is not None:
+            _check_limits(container, stream, name, limits)
         yield container, stream
+
+
+def _check_limits(container: Any, stream: Any, name: str, limits: Limits) -> None:
+    """Check what the file says of itself; frames that become larger than it says are not decoded."""
+    if container.duration is not None and (seconds := container.duration / 1e6) > limits.seconds:
+        raise ValueError(f"{name} lasts {seconds:.0f} s, more than {limits.seconds:g}: cut it")
+    if not 0 < stream.width * stream.height <= limits.frame_pixels:
+        raise ValueError(
+            f"{name} has frames of {stream.width} x {stream.height} pixels, more than "
+            f"{limits.frame_pixels / 1e6:.1f} million: scale it down"
+        )
+    stream.codec_context.options = {"max_pixels": str(2 * limits.frame_pixels)}  # some decoders need room around them
 
 
 def _is_still(container: Any) -> bool:

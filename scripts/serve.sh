@@ -2,6 +2,7 @@
 # An OpenAI-compatible server of a zipped model, vLLM's, on this machine's CPU: one command from nothing.
 #
 #   bash scripts/serve.sh                                    the embedded model at 32 of 144 visual tokens, on port 8000
+#   MODEL_PATH=checkpoints/qwen-mini bash scripts/serve.sh   the embedded Qwen3-VL at 18 of 36
 #   SETTING='{"keep": 16, "method": "cen-prune"}' bash scripts/serve.sh        another setting; null: all visual tokens;
 #                                                            empty: what the checkpoint has in its config.visionzip
 #   MODEL_PATH=my-llava PORT=8001 bash scripts/serve.sh --max-model-len 4096   another checkpoint, of LLaVA's layout or of
@@ -77,7 +78,11 @@ install_server
 
 MODEL_PATH="${MODEL_PATH:-$ROOT/checkpoints/llava-mini}"
 if [[ -d "$MODEL_PATH" ]]; then MODEL_PATH="$(cd "$MODEL_PATH" && pwd)"; fi # else a name on the hub
-SETTING="${SETTING-{\"dominant\": 27, \"contextual\": 5\}}"
+default='{"dominant": 27, "contextual": 5}' is_qwen=
+if grep -qs '"Qwen[0-9_]*VLFor' "$MODEL_PATH/config.json" || [[ "$MODEL_PATH" == Qwen/*VL* ]]; then
+    default='{"keep": 0.5}' is_qwen=1
+fi
+SETTING="${SETTING-$default}"
 NAME="$(basename "$MODEL_PATH")"
 if grep -q '"LlavaL\|"LlavaM\|"LlavaQ' "$MODEL_PATH/config.json" 2>/dev/null; then # LLaVA's layout, which vLLM does not read
     converted="$ROOT/results/serve/$NAME" stamp="$ROOT/results/serve/$NAME.from"
@@ -92,18 +97,21 @@ if grep -q '"LlavaL\|"LlavaM\|"LlavaQ' "$MODEL_PATH/config.json" 2>/dev/null; th
     MODEL_PATH="$converted"
 fi
 
-# transformers' processors begin a prompt with <s>, vLLM's chat does not, unless the template says so
-grep -qs bos_token "$MODEL_PATH/chat_template.jinja" || set -- --middleware visionzip.serving.prompts.SpecialTokens "$@"
+# transformers' processors begin a LLaVA's prompt with <s>, vLLM's chat does not, unless the template says so
+if [[ -z "$is_qwen" ]] && ! grep -qs bos_token "$MODEL_PATH/chat_template.jinja"; then
+    set -- --middleware visionzip.serving.prompts.SpecialTokens "$@"
+fi
 
 # Without a folder for media, vLLM answers a request for file:// with 500, as if the server were at fault; with an empty one
 # it is a 400
 mkdir -p "$SERVE_ENV/no-media"
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
-export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # GB
+export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # GB; with it, the share of memory below only has to be free
 say "serving $MODEL_PATH as $NAME with visionzip=${SETTING:-that of its config} on http://127.0.0.1:${PORT:-8000}"
 # `vllm serve` of this version looks for a distribution "vllm", and that for CPUs has another name
 exec "$SERVE_ENV/bin/python" -m vllm.entrypoints.openai.api_server --host 127.0.0.1 --port "${PORT:-8000}" \
     --model "$MODEL_PATH" --served-model-name "$NAME" --dtype float32 --enforce-eager --max-num-seqs 16 \
+    --gpu-memory-utilization 0.3 \
     --allowed-local-media-path "$SERVE_ENV/no-media" \
     ${SETTING:+--hf-overrides "{\"visionzip\": $SETTING}"} "$@"

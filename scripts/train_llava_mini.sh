@@ -13,16 +13,9 @@
 # Seeded; each step is skipped when it is done, and a step that was stopped goes on from its last checkpoint. SCALE=0.01 makes
 # every step that much shorter, to see it run through.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
-use_environment
-cd "$ROOT"
 OUT="${1:-results/llava-mini}"
-SCALE="${SCALE:-1}"
 PROCESSES="${PROCESSES:-2}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# glibc keeps the memory of large tensors for the next step: a fifth faster than giving it back to the system and taking it anew
-export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 # train MODULE FOLDER STEPS BATCH RATE …: one Trainer run; BATCH is for one process, the rest goes to the module
 train() {
@@ -31,9 +24,7 @@ train() {
     warmup="$(scaled 100)"
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" -m "$module" --output_dir "$OUT/$folder" \
         --max_steps "$steps" --per_device_train_batch_size "$4" --learning_rate "$5" --warmup_steps "$warmup" \
-        --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.02}' --adam_beta2 0.98 \
-        --weight_decay 0.05 --max_grad_norm 1 --bf16 True --use_cpu True --seed 0 --logging_steps 20 --save_steps 200 \
-        --save_total_limit 2 --report_to none "${@:6}"
+        --weight_decay 0.05 "${TRAINER[@]}" "${@:6}"
 }
 
 scenes() { "$PYTHON" -m playground.scenes train --output "$OUT/$1" --images "$(scaled "$2")" "${@:3}"; }

@@ -12,23 +12,14 @@
 # Seeded; each step is skipped when it is done, and a step that was stopped goes on from its last checkpoint. SCALE=0.01 makes
 # every step that much shorter, to see it run through.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
-use_environment
-cd "$ROOT"
 OUT="${1:-results/qwen-mini}"
-SCALE="${SCALE:-1}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# glibc keeps the memory of large tensors for the next step: a fifth faster than giving it back to the system and taking it anew
-export MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184
 
 # train STAGE INIT STEPS …
 train() {
     "$PYTHON" -m playground.qwen_training --data "$OUT/scenes" --stage "$1" --init "$OUT/$2" --output_dir "$OUT/$1" \
         --max_steps "$(scaled "$3")" --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps "$(scaled 50)" \
-        --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr_rate": 0.02}' --adam_beta2 0.98 \
-        --weight_decay 0.01 --max_grad_norm 1 --bf16 True --use_cpu True --seed 0 --logging_steps 20 --save_steps 200 \
-        --save_total_limit 2 --report_to none "${@:4}"
+        --weight_decay 0.01 "${TRAINER[@]}" "${@:4}"
 }
 
 mkdir -p "$OUT"

@@ -142,9 +142,9 @@ def read_parts(
     captured: dict[str, Tensor] = {}
 
     def listen(name: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread:
-                captured[name] = output.detach()
+                captured[name] = (output[0] if isinstance(output, tuple) else output).detach()
 
         return getattr(attention, name).register_forward_hook(hook)
 
@@ -159,34 +159,6 @@ def read_parts(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def read_packed_attention(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record the scores and keys of packed images in one layer with rotary positions, such as Qwen-VL's.
-
-    Packed images lie one behind the other in one sequence of S patches, and each attends only to its own part of it,
-    which ``cu_seqlens`` delimits.
-
-    Args:
-        attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
-            ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
-
-    Yields:
-        A list, to which each run of the layer appends what :func:`packed_scores` returns.
-    """
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
-
-    def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        split = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # three of (S, H, Dh)
-        queries, keys = rotate(split[0], split[1], *given["position_embeddings"])
-        lengths = given["cu_seqlens"].diff().tolist()
-        return packed_scores(
-            queries.transpose(0, 1), keys.transpose(0, 1), split[1].transpose(0, 1), lengths, attention.scaling
-        )
-
-    with read_parts(attention, ("qkv",), score) as found:
-        yield found
 
 
 def packed_scores(
@@ -208,6 +180,35 @@ def packed_scores(
     by_image = zip(queries[None].split(lengths, dim=2), keys[None].split(lengths, dim=2), strict=True)
     scores = [patch_scores(QueriesKeys(*image, scale), cls_token=False)[0] for image in by_image]
     return torch.cat(scores), unrotated.float().mean(dim=0)
+
+
+@contextmanager
+def read_packed_attention(attention: nn.Module, reduce: Callable[..., Any] = packed_scores) -> Iterator[list[Any]]:
+    """Record the scores and keys of packed images in one layer with rotary positions, such as Qwen-VL's.
+
+    Packed images lie one behind the other in one sequence of S patches, and each attends only to its own part of it,
+    which ``cu_seqlens`` delimits.
+
+    Args:
+        attention: a module with ``qkv``, ``num_heads`` and ``scaling`` that is called with ``cu_seqlens`` and
+            ``position_embeddings``, and whose class has ``apply_rotary_pos_emb_vision`` beside it in its module.
+        reduce: makes something else of the arguments of :func:`packed_scores`.
+
+    Yields:
+        A list, to which each run of the layer appends what ``reduce`` returns.
+    """
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision")  # noqa: B009
+
+    def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> Any:
+        split = outputs["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)  # three of (S, H, Dh)
+        queries, keys = rotate(split[0], split[1], *given["position_embeddings"])
+        lengths = given["cu_seqlens"].diff().tolist()
+        return reduce(
+            queries.transpose(0, 1), keys.transpose(0, 1), split[1].transpose(0, 1), lengths, attention.scaling
+        )
+
+    with read_parts(attention, ("qkv",), score) as found:
+        yield found
 
 
 def cls_attention(read: QueriesKeys) -> Tensor:

@@ -69,8 +69,9 @@ def compress_tokens(
     whatever the input's type is and whether or not autocast is on. A key of norm zero has similarity 0 to every target.
     The result is differentiable with respect to ``hidden_states``.
 
-    Source: the paper's Algorithm 1 (Algorithm 3 without a CLS token) for step 1; the released code for steps 2, 3 and
-    ``"released"``, which differs from the paper's text, ``"average"``.
+    Source: the paper's Algorithm 1 (Algorithm 3 without a CLS token) for step 1; its product of K_merge and K_target^T
+    for step 3, with the released code's keys; the released code for step 2 and ``"released"``, which differs from the
+    paper's ``avg_merge``, ``"average"``.
 
     Args:
         hidden_states: (B, S, D), the output of the scored encoder layer.
@@ -206,9 +207,9 @@ def _assign(keys: Tensor, rest: Tensor, target_indices: Tensor, step: int) -> Te
 
 
 def _merge(hidden_states: Tensor, assignment: Tensor, target_indices: Tensor, merge: MergeRule) -> Tensor:
-    """Merge into the contextual tokens (B, M, D): step 4 of :func:`compress_tokens`.
+    """Merge into the contextual tokens (B, M, D): step 4 of :func:`compress_tokens`, which has both formulas.
 
-    Both formulas are weighted sums over the sequence, so they are one product of weights (B, M, S) with the hidden
+    They are weighted sums over the sequence, so they are one product of weights (B, M, S) with the hidden
     states. Unlike a scatter, that is deterministic on a GPU too, and it accumulates in float32.
     """
     values = _at_least_float32(hidden_states)

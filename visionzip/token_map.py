@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from visionzip.config import VisionZipConfig
 from visionzip.drawing.placement import Rectangle, patch_rectangles
 from visionzip.encoder import compress_images, has_cls_token, hidden_states, layers_needed, side_length
 from visionzip.integrations import find_integration
-from visionzip.integrations.encoders import Encoder
+from visionzip.integrations.encoders import Encoder, Pooling
 from visionzip.methods import Method, method_of, token_counts
 
 
@@ -171,7 +173,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 @torch.inference_mode()
-def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> list[TokenMap]:
+def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None, *, videos: bool = False) -> list[TokenMap]:
     """Run all layers of a model's image encoder, and record the attention in each and what becomes of every patch.
 
     The attention is computed from the layers' own queries and keys, whatever the attention kernel is. Layers whose
@@ -181,11 +183,12 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
         model: a model of a supported family, zipped or not, a LLaVA vision tower, or a wrapper of PEFT or
             ``torch.compile`` around one. A method that reads patches behind the projector needs a whole model.
         images: (B, 3, h, w) from the model's image processor. Tiles (B, T, 3, h, w) count as images of their own: give
-            ``images[:, 0]`` for those that show the whole image, or ``images.flatten(0, 1)`` for all. Video-LLaVA also
-            takes videos from its processor, whose frames count as images, one after the other. (Other families pool
-            the patches of a frame before they choose, so that a token is no patch.)
+            ``images[:, 0]`` for those that show the whole image, or ``images.flatten(0, 1)`` for all.
         processor: the model's processor or image processor, whose normalisation is undone in the pictures. Models of
             transformers need it; LLaVA towers have their own.
+        videos: whether these are videos from the processor, (B, frames, 3, h, w) or Video-LLaVA's (B, 3, frames, h, w).
+            Frames count as images, one after the other. Where the model pools the patches of a frame before tokens are
+            chosen, the pooled ones are meant by patches, and the attention is pooled alike.
 
     Returns:
         A :class:`TokenMap` of each image, with ``roles`` if the model is zipped.
@@ -198,7 +201,7 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     """
     target = unwrap(model)
     integration = find_integration(target)
-    encoder = _encoder_for(integration.encoders(target), images)
+    encoder = _encoder_for(integration.encoders(target), images, videos)
     pixels, over_time = encoder.inputs(images)
     tower = encoder.vision_model
     pixels = pixels.to(tower.dtype)  # as the model does: random choices follow from the pixels' values
@@ -208,12 +211,16 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
         raise ValueError(f"layer={setting.layer} has no weights in this checkpoint: choose one before it")
     side, cls_token = side_length(tower), has_cls_token(tower)
     shown = _as_shown(pixels, _image_processor(encoder, processor, target), side * tower.config.patch_size)
-    attention = _attention_of_layers(encoder, pixels, over_time)
+    attention, choose = _attention_of_layers(encoder, pixels, over_time), partial(compress_images, tower)
+    if encoder.pooling is not None:
+        base, pooling = encoder.pooling
+        attention, choose = pooling.pool(base, attention.mT).mT, partial(_pooled_choice, base, pooling)
+        side = math.isqrt(attention.shape[2])
     roles: list[PatchRoles | None] = [None] * len(pixels)
     method, keeps_cls = None, False
     if encoder.setting is not None:
         method = method_of(setting)
-        roles[:] = roles_of(compress_images(tower, pixels, setting, encoder.project, **over_time), cls_token)
+        roles[:] = roles_of(choose(pixels, setting, encoder.project, **over_time), cls_token)
         keeps_cls = token_counts(setting, side**2, cls_token).cls_token
     return [
         TokenMap(shown[i], (side, side), attention[i], layer, cls_token, roles[i], keeps_cls, encoder.setting, method)
@@ -221,17 +228,25 @@ def inspect_tokens(model: nn.Module, images: Tensor, processor: Any = None) -> l
     ]
 
 
-def _encoder_for(encoders: dict[str, Encoder], images: Tensor) -> Encoder:
-    """Find the encoder of these images, or of these videos if they have five dimensions."""
-    if "video" in encoders and images.ndim == 5:
+def _pooled_choice(
+    base: nn.Module, pooling: Pooling, frames: Tensor, setting: VisionZipConfig, _: Any
+) -> CompressedTokens:
+    return pooling.choose(base, frames, setting)[1]
+
+
+def _encoder_for(encoders: dict[str, Encoder], images: Tensor, videos: bool) -> Encoder:
+    """Find the encoder of these images, or of these videos."""
+    if videos and "video" in encoders:
         return encoders["video"]
+    if videos:
+        raise ValueError("this model has no encoder of videos: give their frames as images")
     encoder = encoders["image"]
     edge = encoder.vision_model.config.image_size
     if images.ndim != 4 or images.shape[0] == 0 or tuple(images.shape[1:]) != (3, edge, edge):
         raise ValueError(
             f"images must be (B, 3, {edge}, {edge}) with B >= 1, got {tuple(images.shape)}: prepare them with the "
-            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]. Of videos, "
-            "only Video-LLaVA chooses among their patches; other families pool the patches of a frame before that"
+            "model's image processor, and of LLaVA-NeXT's tiles (B, T, 3, h, w) give images[:, 0]. Of videos say "
+            "videos=True"
         )
     return encoder
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionzip.drawing.tinting import dominant_pixels, group_pixels, known_roles, overlay_pixels
+from visionzip.drawing.tinting import dominant_pixels, group_pixels, overlay_pixels
 from visionzip.token_map import TokenMap, inspect_tokens
 
 try:
@@ -56,14 +56,13 @@ def overview(maps: Sequence[TokenMap]) -> Figure:
     Raises:
         ValueError: there are none, or the model was not zipped.
     """
-    roles = [known_roles(tokens) for tokens in maps]
     figure, rows = _rows(maps, width=13, height=4)
-    for row, tokens, role in zip(rows, maps, roles, strict=True):
+    for row, tokens in zip(rows, maps, strict=True):
         image, heat, kept, merged = row.subplots(1, 4)
         row.suptitle(_summary(tokens), fontsize=12, color=_INK)
         _draw_image(image, tokens)
         _draw_attention(heat, tokens)
-        patches = int(role.dominant.sum())
+        patches = int(tokens.zipped_roles.dominant.sum())
         title = _count(patches, f"{_kind(tokens)} patch")
         if tokens.keeps_cls:
             title = f"{_count(patches + 1, f'{_kind(tokens)} token')}: {_count(patches, 'patch')} + CLS"
@@ -103,10 +102,9 @@ def token_overlay(maps: Sequence[TokenMap]) -> Figure:
     Raises:
         ValueError: there are none, or the model was not zipped.
     """
-    roles = [known_roles(tokens) for tokens in maps]
     figure, rows = _rows(maps, width=5.6, height=6.2)
-    for row, tokens, role in zip(rows, maps, roles, strict=True):
-        axes = row.subplots()
+    for row, tokens in zip(rows, maps, strict=True):
+        axes, role = row.subplots(), tokens.zipped_roles
         patches = int(role.dominant.sum())
         title = _count(patches, f"{_kind(tokens)} patch") + " (+ CLS)" * tokens.keeps_cls
         if len(role.targets):
@@ -237,14 +235,14 @@ def _draw_attention(axes: Axes, tokens: TokenMap) -> None:
 
 
 def _draw_groups(axes: Axes, tokens: TokenMap) -> None:
-    number = len(known_roles(tokens).targets)
+    number = len(tokens.zipped_roles.targets)
     title = f"{_count(number, 'contextual token')}, by colour" if number else "no contextual tokens"
     _draw(axes, tokens, group_pixels(tokens), title, f"{_merged(tokens)}; grey: kept")
     _outline_targets(axes, tokens)
 
 
 def _outline_targets(axes: Axes, tokens: TokenMap) -> None:
-    for target in known_roles(tokens).targets.tolist():
+    for target in tokens.zipped_roles.targets.tolist():
         row, column = divmod(target, tokens.grid[1])
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
 
@@ -264,7 +262,7 @@ def _kind(tokens: TokenMap) -> str:
 
 
 def _merged(tokens: TokenMap) -> str:
-    role = known_roles(tokens)
+    role = tokens.zipped_roles
     rest = int((~role.dominant).sum())
     if not len(role.targets):
         return f"{_count(rest, 'patch')} dropped" if rest else "nothing is left over"

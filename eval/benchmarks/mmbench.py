@@ -29,11 +29,11 @@ from PIL import Image
 from llava.images import load_image
 from llava.storage.files import write_atomically
 
-from .. import COMMAND
 from ..benchmark import Benchmark
 from ..reading.fingerprint import checksum_of_bytes
+from ..reading.mmbench_rows import LETTERS, checked_rows, find_tsv, read_rows
 from ..reading.questions import LETTER, lettered, listed
-from ..reading.sources import need, refuse_repeated
+from ..reading.sources import need
 from ..reading.tables import Tables
 from ..records import Answer, File, Question, Score, Table, Visual
 from ..scoring.matching import match, percent, percent_by
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from ..scoring.judge import Judge
 
 _ROTATION = 1_000_000
-_LETTERS = "ABCD"
 _CHINESE = "请直接回答选项字母。"
 _SUBMITTED = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 
@@ -75,8 +74,8 @@ def questions(folder: Path, dev: str, instruction: str) -> list[Question]:
         dev: name of the dev split's TSV.
         instruction: the last line of the user's turn.
     """
-    path = _tsv(folder, dev)
-    rows = _read(path)
+    path = find_tsv(folder, dev)
+    rows = read_rows(path)
     images = {int(row["index"]): need(row, "image", str(path)) for row in rows}
     seen: dict[str, Visual] = {}  # rotations have the same image; then their questions share its visual tokens
     asked = []
@@ -96,7 +95,7 @@ def questions_of_tables(tables: Tables, instruction: str) -> list[Question]:
     rows = tables["dev"]
     first: dict[int, Visual] = {}
     asked = []
-    for index, row in enumerate(_checked(rows.without("image"), rows.name)):
+    for index, row in enumerate(checked_rows(rows.without("image"), rows.name)):
         visual = first.setdefault(int(row["index"]) % _ROTATION, rows.picture(index))
         asked.append(_question(row, visual, instruction))
     return asked
@@ -115,7 +114,7 @@ def _question(row: Mapping[str, Any], visual: Visual, instruction: str) -> Quest
 def _leading_options(row: Mapping[str, Any]) -> list[str]:
     """The options that are asked: LLaVA stops at the first empty one."""
     options = []
-    for letter in _LETTERS:
+    for letter in LETTERS:
         if row[letter] is None:
             break
         options.append(row[letter])
@@ -129,56 +128,16 @@ def _open(content: str, name: str) -> list[Image.Image]:
         raise ValueError(f"{name} is no base64 ({error}): fetch the file again") from error
 
 
-def _tsv(folder: Path, dev: str) -> Path:
-    if (folder / dev).is_file():
-        return folder / dev
-    if len(tests := sorted(folder.glob("mmbench_test*.tsv"))) == 1:
-        return tests[0]
-    raise FileNotFoundError(
-        f"there is no file {folder / dev}, nor one mmbench_test*.tsv: `{COMMAND} prepare` says where it comes from"
-    )
-
-
-def _read(path: Path, images: bool = True) -> list[dict[str, Any]]:
-    import pandas as pd  # noqa: PLC0415 - of the extra `eval`
-
-    # By pandas, as in LLaVA: what counts as quoted, and as empty (None and N/A, too), is what pandas says.
-    columns = None if images else (lambda name: name != "image")
-    try:
-        frame = pd.read_table(path, dtype=str, usecols=columns)
-    except ValueError as error:  # also pandas' own, and of a wrong encoding
-        raise ValueError(f"{path} is no readable TSV ({error}): fetch it again") from error
-    frame = frame.astype(object).where(frame.notna(), None)
-    return _checked(frame.to_dict("records"), str(path))
-
-
-def _checked(rows: Any, where: str) -> list[dict[str, Any]]:
-    rows = [
-        {name.lower() if name not in _LETTERS else name: _cell(value) for name, value in row.items()} for row in rows
-    ]
-    for number, row in enumerate(rows):
-        for name in ("index", "question", "hint", *_LETTERS):
-            need(row, name, f"row {number} of {where}")
-        if not str(row["index"]).isdecimal():
-            raise ValueError(f"row {number} of {where} has the index {row['index']!r}, not a number: fetch it again")
-    refuse_repeated((int(row["index"]) for row in rows), where)
-    return rows
-
-
-def _cell(value: Any) -> Any:
-    return None if isinstance(value, str) and value.lower() in {"nan", "none"} else value
-
-
 def truth(folder: Path, dev: str) -> Truth:
     """The rows of the TSV."""
-    path = _tsv(folder, dev)
-    return Truth(path.stem, _read(path, images=False))
+    path = find_tsv(folder, dev)
+    return Truth(path.stem, read_rows(path, images=False))
 
 
 def truth_of_tables(tables: Tables, name: str) -> Truth:
     """The rows of the hub's dev split."""
     rows = tables["dev"]
-    return Truth(name, _checked(rows.without("image"), rows.name))
+    return Truth(name, checked_rows(rows.without("image"), rows.name))
 
 
 def letter(text: str, options: Mapping[str, str]) -> str | None:
@@ -215,7 +174,7 @@ def score(answers: Sequence[Answer], truth: Truth, judge: Judge | None = None) -
     matched = match(answers, rows)
     found = matched.answers
     chosen = {
-        name: letter(answer.text, {each: rows[name][each] for each in _LETTERS if rows[name][each] is not None})
+        name: letter(answer.text, {each: rows[name][each] for each in LETTERS if rows[name][each] is not None})
         for name, answer in found.items()
     }
     right = {name: float(chosen.get(name) == row["answer"]) for name, row in rows.items()}

@@ -12,34 +12,29 @@ is scored with them as the VQA server would; that VizWiz's server does the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..reading.sources import need, read_json, read_jsonl, refuse_repeated
 from ..reading.tables import Tables
-from ..records import Answer, File, Question, Score, ScoredByServerError, Table
-from ..scoring.matching import asked, match
-from ..scoring.vqa import Annotation, normalise, score_uploaded, ten, write_submission
+from ..records import Answer, File, Question, Score, Table
+from ..scoring.matching import match
+from ..scoring.vqa import Annotation, normalise, ten, write_submission
+from ..scoring.vqa_server import Server, Truth, annotation_of, score_validation
 
 _QUESTIONS = "llava_test.jsonl"
 _ANNOTATIONS = "val.json"
 _INSTRUCTION = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What there is to score with.
-
-    Attributes:
-        test: file name of the image by question id, in the submission's order; none with the validation set alone.
-        annotations: people's answers by the image's name, without ``.jpg``; none with the test set alone.
-    """
-
-    test: Mapping[int, str]
-    annotations: Mapping[str, Annotation]
+_SERVER = Server(
+    "VizWiz's test set",
+    "vizwiz_submission.json",
+    "the challenge that https://vizwiz.org/tasks-and-datasets/vqa names",
+    _ANNOTATIONS,
+)
 
 
 def from_folder(folder: Path) -> list[Question]:
@@ -59,7 +54,9 @@ def from_tables(tables: Tables) -> list[Question]:
 
 
 def truth_from_folder(folder: Path) -> Truth:
-    """The images of the test set, and people's answers to the validation set where they are there.
+    """The images of the test set by question id, and people's answers to the validation set where they are there.
+
+    Those are by the image's name without ``.jpg``.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -69,9 +66,7 @@ def truth_from_folder(folder: Path) -> Truth:
     if annotations.is_file():
         for row in read_json(annotations):
             name = _stem(need(row, "image", str(annotations)))
-            where = f"{name} of {annotations}"
-            humans = ten((need(human, "answer", where) for human in need(row, "answers", where)), where)
-            found[name] = Annotation(humans, row.get("answer_type") or "other")
+            found[name] = annotation_of(row, f"{name} of {annotations}")
         if not questions.is_file():
             return Truth({}, found)
     where = str(questions)
@@ -93,32 +88,17 @@ def _stem(name: int | str) -> str:
     return str(name).removesuffix(".jpg")
 
 
+def _name(answer: Answer) -> str:
+    return _stem(answer.question_id)
+
+
 def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Score:
     """VQA accuracy of answers to the validation set, in percent, with that of each type of answer.
 
     Raises:
         ScoredByServerError: they are answers to the test set.
     """
-    if truth.test and not _annotated(answers, truth):
-        raise ScoredByServerError(
-            "people's answers to VizWiz's test set are not public: EvalAI scores them. Upload the submission file, "
-            "vizwiz_submission.json in the folder of the results, to the challenge that "
-            "https://vizwiz.org/tasks-and-datasets/vqa names. Answers to the validation set are scored here, with "
-            f"{_ANNOTATIONS} in the data's folder"
-        )
-    matched = match(answers, truth.annotations, lambda answer: _stem(answer.question_id))
-    return score_uploaded(matched, truth.annotations, "VQA accuracy (validation), %")
-
-
-def _annotated(answers: Sequence[Answer], truth: Truth) -> bool:
-    return any(_stem(answer.question_id) in truth.annotations for answer in answers)
-
-
-def _asked(answers: Sequence[Answer], truth: Truth) -> Truth:
-    """The annotations that some answers are to; what a server scores stays as it is."""
-    if not _annotated(answers, truth):
-        return truth
-    return replace(truth, annotations=asked(answers, truth.annotations, lambda answer: _stem(answer.question_id)))
+    return score_validation(answers, truth, _SERVER, _name)
 
 
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
@@ -127,9 +107,9 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     Raises:
         ValueError: an answer is missing; LLaVA's converter, too, refuses that.
     """
-    if _annotated(answers, truth):
+    if truth.annotated(answers, _name):
         images = {name: f"{name}.jpg" for name in truth.annotations}
-        given = match(answers, images, lambda answer: _stem(answer.question_id)).answers
+        given = match(answers, images, _name).answers
     else:
         images = truth.test
         given = match(answers, images).answers
@@ -139,7 +119,7 @@ def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
             "wants all: answer the rest, then submit"
         )
     entries = [{"image": image, "answer": normalise(given[name].text)} for name, image in images.items()]
-    return write_submission(entries, folder / "vizwiz_submission.json")
+    return write_submission(entries, folder / _SERVER.file)
 
 
 BENCHMARK = Benchmark(
@@ -160,5 +140,5 @@ BENCHMARK = Benchmark(
     score=score,
     submit=submit,
     missing="count as empty answers",
-    asked=_asked,
+    asked=lambda answers, truth: truth.asked(answers, _name),
 )

@@ -13,33 +13,29 @@ server does (the official ``vqaEval.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..benchmark import Benchmark
 from ..reading.questions import EVAL_ZIP, SHORT_ANSWER, read_questions
 from ..reading.sources import need, read_json, read_jsonl, refuse_repeated
 from ..reading.tables import Tables
-from ..records import Answer, File, Question, Score, ScoredByServerError, Table
-from ..scoring.matching import asked, match
-from ..scoring.vqa import Annotation, normalise, score_uploaded, ten, write_submission
+from ..records import Answer, File, Question, Score, Table
+from ..scoring.matching import match
+from ..scoring.vqa import Annotation, normalise, write_submission
+from ..scoring.vqa_server import Server, Truth, annotation_of, score_validation
 
 _QUESTIONS = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _UPLOAD = "llava_vqav2_mscoco_test2015.jsonl"
 _ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What there is to score with.
-
-    Attributes:
-        test: ids of test2015, all of which the submission must have, in order; none with the validation set alone.
-        annotations: people's answers by question id; none with the test set alone.
-    """
-
-    test: Sequence[int]
-    annotations: Mapping[int, Annotation]
+_SERVER = Server(
+    "VQAv2's test-dev",
+    "vqav2_submission.json",
+    "https://eval.ai/web/challenges/challenge-page/830 (phase test-dev)",
+    _ANNOTATIONS,
+)
 
 
 def from_folder(folder: Path) -> list[Question]:
@@ -83,9 +79,7 @@ def truth_from_tables(tables: Tables) -> Truth:
 
 def _annotation(row: Mapping, where: str) -> tuple[int, Annotation]:
     name = need(row, "question_id", where)
-    where = f"question {name} of {where}"
-    humans = ten((need(human, "answer", where) for human in need(row, "answers", where)), where)
-    return name, Annotation(humans, row.get("answer_type") or "other")
+    return name, annotation_of(row, f"question {name} of {where}")
 
 
 def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Score:
@@ -94,31 +88,15 @@ def score(answers: Sequence[Answer], truth: Truth, judge: object = None) -> Scor
     Raises:
         ScoredByServerError: they are answers to test-dev.
     """
-    if truth.test and not _annotated(answers, truth):
-        raise ScoredByServerError(
-            "people's answers to VQAv2's test-dev are not public: EvalAI scores them. Upload the submission file, "
-            "vqav2_submission.json in the folder of the results, to https://eval.ai/web/challenges/challenge-page/830 "
-            f"(phase test-dev). Answers to the validation set are scored here, with {_ANNOTATIONS} in the data's folder"
-        )
-    return score_uploaded(match(answers, truth.annotations), truth.annotations, "VQA accuracy (validation), %")
-
-
-def _annotated(answers: Sequence[Answer], truth: Truth) -> bool:
-    given = {str(answer.question_id) for answer in answers}
-    return any(str(name) in given for name in truth.annotations)
-
-
-def _asked(answers: Sequence[Answer], truth: Truth) -> Truth:
-    """The annotations that some answers are to; what a server scores stays as it is."""
-    return replace(truth, annotations=asked(answers, truth.annotations)) if _annotated(answers, truth) else truth
+    return score_validation(answers, truth, _SERVER)
 
 
 def submit(answers: Sequence[Answer], truth: Truth, folder: Path) -> Path:
     """Write the results file of the VQA challenge: every question, with "" where there is no answer."""
-    ids = truth.annotations if _annotated(answers, truth) else truth.test
+    ids = truth.annotations if truth.annotated(answers) else truth.test
     given = match(answers, ids).answers
     entries = [{"question_id": name, "answer": normalise(given[name].text) if name in given else ""} for name in ids]
-    return write_submission(entries, folder / "vqav2_submission.json")
+    return write_submission(entries, folder / _SERVER.file)
 
 
 BENCHMARK = Benchmark(
@@ -140,5 +118,5 @@ BENCHMARK = Benchmark(
     score=score,
     submit=submit,
     missing="count as empty answers",
-    asked=_asked,
+    asked=lambda answers, truth: truth.asked(answers),
 )

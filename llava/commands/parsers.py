@@ -217,9 +217,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": Help, **kwargs})
+        self._unknown: list[str] = []  # flags on the command line that is parsed
 
     def error(self, message: str) -> Any:
         """Say one line and end with status 2; the flags are in ``--help``."""
+        if self._unknown and message.startswith("the following arguments are required: "):
+            # argparse looks for these first; one of them may be the very flag that is misspelt
+            line, meant = self._refusal(self._unknown[0])
+            missing = [name for name in message.partition(": ")[2].split(", ") if meant not in name.split("/")]
+            message = f"{line} (missing: {', '.join(missing)})" if missing else line
         self.refuse(re.sub(r"(--[\w-]+)(/--?[\w-]+)+", r"\1", message))  # one spelling of each flag
 
     def refuse(self, line: str) -> None:
@@ -228,15 +234,26 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and refuse what is left over."""
+        names = (word.partition("=")[0] for word in (sys.argv[1:] if args is None else args))
+        self._unknown = [
+            name for name in names if name.startswith("--") and not any(flag.startswith(name) for flag in self._flags)
+        ]
         found, rest = super().parse_known_args(args, namespace)
         if flags := [word.partition("=")[0] for word in rest if word.startswith("-")]:
-            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-            close = difflib.get_close_matches(flags[0], known, n=1)
-            guess = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists those there are"
-            self.error(f"unknown flag {flags[0]}: {guess}")
+            self.error(self._refusal(flags[0])[0])
         if rest:
             self.error(f"{' '.join(rest)}: nothing takes these words ({self.prog} --help says what there is)")
         return found, rest
+
+    @property
+    def _flags(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def _refusal(self, flag: str) -> tuple[str, str]:
+        """What is said of an unknown flag, and the one that was probably meant, "" if none is alike."""
+        meant = next(iter(difflib.get_close_matches(flag, self._flags, n=1)), "")
+        guess = f"did you mean {meant}?" if meant else f"{self.prog} --help lists those there are"
+        return f"unknown flag {flag}: {guess}", meant
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -11,6 +11,9 @@ from pathlib import Path
 from llava.commands.arguments import add_generation_arguments, add_model_arguments, sampling
 from llava.commands.loading import has_processor, load_from_arguments, load_with_processor
 from llava.commands.parsers import positive
+from llava.demo.models.llava_model import LlavaModel
+from llava.demo.models.page_model import PageModel
+from llava.demo.models.processor_model import ProcessorModel
 
 HOST = "127.0.0.1"
 
@@ -26,13 +29,13 @@ def demo(args: argparse.Namespace) -> None:
         ImportError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
-    from llava.demo.models import LlavaModel, PageModel, ProcessorModel  # noqa: PLC0415 - as the next one
     from llava.demo.page import Page  # noqa: PLC0415 - needs gradio, an extra: said before a model is loaded
 
     check_port(args.port)
     settings = sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+    page_model: PageModel
     if has_processor(args.model_path):
-        page_model: PageModel = ProcessorModel(*load_with_processor(args))
+        page_model = ProcessorModel(*load_with_processor(args))
     else:
         page_model = LlavaModel(*load_from_arguments(args))
     page = Page.of(page_model, name=escape(Path(args.model_path).name), **settings)

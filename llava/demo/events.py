@@ -16,11 +16,11 @@ from typing import Any
 import gradio as gr
 import torch
 
-from llava.demo import show
+from llava.demo.conversation.talk import StoppedError, Talk
+from llava.demo.conversation.visitors import Visitors
+from llava.demo.drawing import words
 from llava.demo.examples import EXAMPLES, Example
 from llava.demo.handlers import Change, Handlers
-from llava.demo.talk import StoppedError, Talk
-from llava.demo.visitors import Visitors
 
 LINE = {"concurrency_id": "model", "concurrency_limit": 1}
 AT_ONCE = {"queue": False}
@@ -28,6 +28,7 @@ AT_ONCE = {"queue": False}
 # of these in a visitor's session.
 _CHANGES = {
     "add_images": ("uploads", "picture", "status"),
+    "add_videos": ("clips", "picture", "status"),
     "limits": ("budget",),
     "redraw": ("picture", "status"),
     "choose": ("picture", "status"),
@@ -44,18 +45,18 @@ _STOPPED = "stopped: the conversation is as it was before this question"
 
 # In the browser, at the click. A question's number; and the number of the last pick, which is to be seen before.
 _PICKED = "Number(document.querySelector('.vz-picture')?.dataset.picks ?? 0)"
-_ASKING = f"(number) => [number + 1, {_PICKED}, `{show.status('waiting for the model …', busy=True, waiting=True)}`]"
+_ASKING = f"(number) => [number + 1, {_PICKED}, `{words.status('waiting for the model …', busy=True, waiting=True)}`]"
 _SENDING = (
-    f"(status) => [status.includes('vz-busy') ? status : `{show.status('waiting for the model …', waiting=True)}`]"
+    f"(status) => [status.includes('vz-busy') ? status : `{words.status('waiting for the model …', waiting=True)}`]"
 )
 _LEAVING = "(number) => [number + 1, '', '', '', '']"
 _STOPPING = (
-    f"(status) => [status.includes('vz-busy vz-waiting') ? `{show.status(_STOPPED)}`"
-    f" : status.includes('vz-busy') ? `{show.status('stopping …', busy=True)}` : status]"
+    f"(status) => [status.includes('vz-busy vz-waiting') ? `{words.status(_STOPPED)}`"
+    f" : status.includes('vz-busy') ? `{words.status('stopping …', busy=True)}` : status]"
 )
 _PICKING = (
     "(status, conversation) => [status.includes('vz-busy') || !conversation.includes('vz-turn') ? status"
-    f" : `{show.status('ask again to see what it answers')}`]"
+    f" : `{words.status('ask again to see what it answers')}`]"
 )
 # Where an answer came, and nothing else was written meanwhile.
 _CLEAR = """(question, status, conversation) => {
@@ -94,6 +95,9 @@ class Events:
         controls = self._parts("method", "unit", "budget", "positions", "size_bias")
         self._in_browser(parts["uploads"].upload, _SENDING, ["status"], ["status"])
         self._on(parts["uploads"].upload, do.add_images, [parts["uploads"], *controls], **LINE)
+        if "clips" in parts:
+            self._in_browser(parts["clips"].upload, _SENDING, ["status"], ["status"])
+            self._on(parts["clips"].upload, do.add_videos, [parts["clips"], parts["frames"], *controls], **LINE)
         self._on(parts["unit"].input, do.limits, self._parts("unit", "budget"))
         changes = [parts[name].change for name in ("method", "budget", "positions", "size_bias")]
         self._on(changes, do.redraw, controls, trigger_mode="always_last", **LINE)
@@ -128,7 +132,7 @@ class Events:
             return self.handlers.example(talk, example, *values)
 
         parts, counted = self.parts, self._parts("number", "picked")
-        line = show.status("waiting for the model …", busy=True, waiting=True)
+        line = words.status("waiting for the model …", busy=True, waiting=True)
         asking = f"(number) => [number + 1, 0, {json.dumps(example.question)}, `{line}`]"
         clicked = self._in_browser(button.click, asking, ["number"], ["number", "picked", "question", "status"])
         self._then(clicked, self.handlers.leave, [parts["number"]], api_name=False, **AT_ONCE)
@@ -173,10 +177,12 @@ class Events:
 
         def failed(talk: Talk, error: Exception) -> Any:
             stopped = isinstance(error, StoppedError)
-            line = show.status(_STOPPED) if stopped else show.status(in_one_line(error), error=True)
+            line = words.status(_STOPPED) if stopped else words.status(in_one_line(error), error=True)
             if stopped and talk.leaving:  # the browser has cleared the page already
-                return row(talk, {"status": "", "conversation": show.conversation([])})
-            return row(talk, {"status": line, "conversation": show.conversation(talk.exchanges), "uploads": ""})
+                return row(talk, {"status": "", "conversation": words.conversation([])})
+            return row(
+                talk, {"status": line, "conversation": words.conversation(talk.exchanges), "uploads": "", "clips": ""}
+            )
 
         def once(request: gr.Request, *values: Any) -> Any:
             talk = Talk()  # of one that has ended

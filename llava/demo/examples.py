@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 
-from llava.demo.uploads import Upload
+from llava.demo.uploads.images import Upload
 
 
 @dataclass(frozen=True)

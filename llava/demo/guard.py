@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.demo.uploads import MAX_TOTAL
+from llava.demo.uploads.images import MAX_TOTAL
 
 MAX_BODY = MAX_TOTAL * 4 // 3 + 2**20  # base64, and room for the rest of a request
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import Talk
+from llava.demo.drawing import pictures, words
 from llava.demo.examples import Example
-from llava.demo.talk import Setting, Talk
-from llava.demo.uploads import read_uploads
+from llava.demo.uploads.images import Upload, read_uploads
+from llava.demo.uploads.videos import read_clips
 from visionzip.methods import METHODS
 
 TOKENS, SHARE = "tokens", "percent"
@@ -69,7 +71,7 @@ class Handlers:
         if not talk.pictures:
             return ""
         data = self.desk.picture(talk.pictures[talk.selected], setting, talk.pairs)
-        return show.picture(talk, data, view, layer)
+        return pictures.picture(talk, data, view, layer)
 
     def limits(self, talk: Talk, unit: str, budget: float) -> Change:
         """The slider goes on in other units, with what comes closest to its budget."""
@@ -85,9 +87,18 @@ class Handlers:
         if not text:
             return {}
         talk.add(read_uploads(text, [picture.upload for picture in talk.pictures]))
-        number = len(talk.waiting)
+        number = sum(isinstance(picture.upload, Upload) for picture in talk.waiting)
         line = f"{number} image{'s' if number > 1 else ''} for the next question"
-        return {"uploads": "", "picture": self._picture(talk, self.setting(*controls)), "status": show.status(line)}
+        return {"uploads": "", "picture": self._picture(talk, self.setting(*controls)), "status": words.status(line)}
+
+    def add_videos(self, talk: Talk, text: str, frames: float, *controls: Any) -> Change:
+        """Put uploaded videos to the next question, of each so many frames."""
+        if not text:
+            return {}
+        clips = read_clips(text, frames, [picture.upload for picture in talk.pictures])
+        talk.add(clips)
+        line = f"{frames:.0f} frames of {', '.join(clip.name for clip in clips)} for the next question"
+        return {"clips": "", "picture": self._picture(talk, self.setting(*controls)), "status": words.status(line)}
 
     def redraw(self, talk: Talk, *controls: Any) -> Change:
         """Another setting chooses anew; picks are dropped."""
@@ -96,7 +107,7 @@ class Handlers:
             return {}
         talk.drop_picks()
         line = f"{setting}: ask again to see what it answers" if talk.exchanges else ""
-        return {"picture": self._picture(talk, setting), "status": show.status(line)}
+        return {"picture": self._picture(talk, setting), "status": words.status(line)}
 
     def choose(self, talk: Talk, event: gr.EventData, *controls: Any) -> Change:
         """Show another image of the conversation, or also what its patches attend to."""
@@ -132,19 +143,19 @@ class Handlers:
         """Begin anew."""
         self.desk.leave(talk)
         talk.forget()
-        return {"picture": "", "conversation": show.conversation([]), "status": "", "strip": ""}
+        return {"picture": "", "conversation": words.conversation([]), "status": "", "strip": ""}
 
     def ask(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:
         """Ask the next question; ``more``: controls, number of the question, and of the last pick before it."""
         setting = self._begin(talk, *more)
         yield from self._grow(talk, self.desk.ask(talk, question, setting), list(talk.exchanges))
-        yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered")}
+        yield {"conversation": words.conversation(talk.exchanges), "status": words.status("answered")}
 
     def ask_again(self, talk: Talk, *more: Any) -> Iterator[Change]:
         """Ask the last question again under the present setting."""
         setting = self._begin(talk, *more)
         yield from self._grow(talk, self.desk.ask_again(talk, setting), talk.exchanges[:-1])
-        yield {"conversation": show.conversation(talk.exchanges), "status": show.status("answered again")}
+        yield {"conversation": words.conversation(talk.exchanges), "status": words.status("answered again")}
 
     def _begin(self, talk: Talk, *more: Any) -> Setting:
         *controls, number, picked = more
@@ -154,13 +165,13 @@ class Handlers:
 
     def _grow(self, talk: Talk, growing: Iterator[Any], before: list[Any]) -> Iterator[Change]:
         start = last = time.monotonic()
-        yield {"conversation": show.conversation(before), "status": show.status("answering …", busy=True)}
+        yield {"conversation": words.conversation(before), "status": words.status("answering …", busy=True)}
         for exchange in growing:
             if (now := time.monotonic()) - last < _EVERY:
                 continue
             last = now
-            change = {"status": show.status(f"answering, {now - start:.0f} s …", busy=True)}
-            yield change | ({"conversation": show.conversation([*before, exchange])} if exchange else {})
+            change = {"status": words.status(f"answering, {now - start:.0f} s …", busy=True)}
+            yield change | ({"conversation": words.conversation([*before, exchange])} if exchange else {})
 
     def example(self, talk: Talk, example: Example, *controls: Any) -> Change:
         """Begin anew with an example's image and question."""
@@ -169,17 +180,19 @@ class Handlers:
         talk.pairs = example.view == "pairs"
         talk.hint = example.hint
         if talk.pairs and not self.desk.page_model.pairable:
-            talk.hint = "Figure 14 is not to be had of this model, whose encoder merges patches; this is its attention."
+            talk.hint = (
+                "Figure 14 is not to be had of this model, whose encoder is read without it; this is its attention."
+            )
         return cleared | {
             "picture": self._picture(talk, self.setting(*controls), example.view, example.layer),
-            "status": show.status("reading …", busy=True),
+            "status": words.status("reading …", busy=True),
         }
 
     def compare(self, talk: Talk, question: str, *more: Any) -> Iterator[Change]:
         """Ask one question about the shown image under each method."""
         setting = self._begin(talk, *more)
         if not talk.pictures:
-            raise ValueError("there is no image to compare on: add one first")
+            raise ValueError("there is no image or video to compare on: add one first")
         question = question.strip() or (talk.exchanges[-1].question if talk.exchanges else "")
         shown, rows = talk.pictures[talk.selected], []
         for row in self.desk.compare(talk, shown, question, setting.keep, list(METHODS)):
@@ -187,4 +200,4 @@ class Handlers:
                 rows.append(row)
             line = f"{len(rows)} of {len(METHODS) + 1} methods: {question}"
             busy = len(rows) <= len(METHODS)
-            yield {"strip": show.strip(shown, rows), "status": show.status(line, busy=busy)}
+            yield {"strip": pictures.strip(shown, rows), "status": words.status(line, busy=busy)}

@@ -8,16 +8,18 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.visitors import Visitors
+from llava.demo.drawing import words
 from llava.demo.events import Events
 from llava.demo.examples import EXAMPLES
 from llava.demo.guard import Guard
 from llava.demo.handlers import LABELS, OWN, POSITIONS, SIZE_BIAS, Handlers
-from llava.demo.models import PageModel
-from llava.demo.uploads import MAX_BYTES
-from llava.demo.visitors import Visitors
+from llava.demo.models.page_model import PageModel
+from llava.demo.uploads import videos
+from llava.demo.uploads.images import MAX_BYTES
 from llava.serve.cli import describe
+from llava.video import FRAMES
 from visionzip.methods import METHODS
 
 # Served from here; of the theme's own weights the semi-bold one has letters missing.
@@ -92,13 +94,8 @@ class Page:
             parts[name] = gr.Number(0, visible=False)
         with gr.Row(elem_id="vz-main"):
             with gr.Column(scale=5, min_width=320):
-                parts["uploads"] = gr.HTML(
-                    "",
-                    html_template=asset("uploads.html"),
-                    js_on_load=asset("uploads.js"),
-                    apply_default_css=False,
-                    limit=MAX_BYTES,
-                )
+                with gr.Row(elem_id="vz-uploads"):
+                    self._lay_out_uploads(desk)
                 parts["picture"] = gr.HTML(
                     "", html_template=asset("picture.html"), js_on_load=asset("picture.js"), apply_default_css=False
                 )
@@ -117,6 +114,16 @@ class Page:
                         )
                         parts["compare"] = gr.Button("Compare all methods at this budget", variant="primary")
                         parts["strip"] = _html("")
+
+    def _lay_out_uploads(self, desk: Desk) -> None:
+        images = {"title": "Add images", "limits": "PNG, JPEG, WebP …, up to 10 MB each", "accept": "image/*"}
+        self.parts["uploads"] = _drop("images", MAX_BYTES, **images)
+        if desk.page_model.takes_videos:
+            limits = f"MP4, WebM, GIF, up to {videos.MAX_SECONDS} s and {videos.MAX_BYTES >> 20} MB"
+            accept = "video/mp4,video/webm,video/quicktime,image/gif"
+            self.parts["clips"] = _drop("videos", videos.MAX_BYTES, title="Add a video", limits=limits, accept=accept)
+            # Its limits are the handler's, whose error is a line of the page.
+            self.parts["frames"] = gr.Number(FRAMES, label="Frames", min_width=84, scale=0, elem_id="vz-number")
 
     def _lay_out_controls(self, desk: Desk) -> None:
         parts, own = self.parts, desk.default
@@ -143,10 +150,24 @@ class Page:
             parts["again"] = gr.Button("Ask again", min_width=112, scale=0)
             parts["stop"] = gr.Button("Stop", min_width=70, scale=0)
             parts["new"] = gr.Button("New", min_width=70, scale=0)
-        parts["conversation"] = _html(show.conversation([]), elem_id="vz-talk")
+        parts["conversation"] = _html(words.conversation([]), elem_id="vz-talk")
 
     def _leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
+
+
+def _drop(kind: str, limit: int, **words: str) -> Any:
+    template, code = asset("uploads.html"), asset("uploads.js")
+    return gr.HTML(
+        "",
+        html_template=template,
+        js_on_load=code,
+        apply_default_css=False,
+        kind=kind,
+        limit=limit,
+        min_width=150,
+        **words,
+    )
 
 
 def _html(value: str, **more: Any) -> Any:

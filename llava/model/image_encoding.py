@@ -51,8 +51,7 @@ class ImageEncoding:
             ValueError: a pixel is not finite, or the images' size is not the encoder's.
         """
         check_finite(images, [1] * len(images))
-        tower = self.get_vision_tower()
-        return self._project(tower.encode(images.to(tower.dtype), self._project).tokens)
+        return self._encode(images, self.get_vision_tower()).tokens
 
     def count_markers(self, images: Images) -> int:
         """How many ``<image>`` stand for these images in a prompt."""
@@ -83,9 +82,7 @@ class ImageEncoding:
         tower = self.get_vision_tower()
         if isinstance(images, Tensor) and images.ndim == 4:
             check_finite(images, [1] * len(images))
-            encoded = tower.encode(images.to(tower.dtype), self._project)
-            encoded = replace(encoded, tokens=self._project(encoded.tokens))
-            return [lay_out(image, tower) for image in encoded.split([1] * len(images))]
+            return [lay_out(image, tower) for image in self._encode(images, tower).split([1] * len(images))]
         images = list(images)  # holds them: an object's id is its own only while it lives
         encoded = [image for image in images if isinstance(image, EncodedImage)]
         if encoded and len(encoded) < len(images):
@@ -100,11 +97,11 @@ class ImageEncoding:
         used = [index for index, count in enumerate(counts) if count]
         if encoded:
             whole = EncodedImage.join([encoded[index] for index in used])
+            whole = replace(whole, tokens=self._project(whole.tokens))
         else:
             batch = torch.cat([tiles[index].to(tower.device) for index in used])
             check_finite(batch, counts)
-            whole = tower.encode(batch.to(tower.dtype), self._project)  # it returns the type that it is given
-        whole = replace(whole, tokens=self._project(whole.tokens))
+            whole = self._encode(batch, tower)
         unpads = getattr(self.config, "mm_patch_merge_type", "flat") == "spatial_unpad"
         newline = self.get_model().image_newline if unpads else None
         merged = {
@@ -125,6 +122,11 @@ class ImageEncoding:
             raise ValueError("mm_patch_merge_type='spatial_unpad' needs model.image_newline, which this model lacks")
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
         return tile_layouts(counts, image_sizes, pinpoints, self.get_vision_tower().config.image_size)
+
+    def _encode(self, pixels: Tensor, tower: VisionTower) -> EncodedImage:
+        """What a tower makes of pixels, in the language model's width."""
+        encoded = tower.encode(pixels.to(tower.dtype), self._project)  # it returns the type that it is given
+        return replace(encoded, tokens=self._project(encoded.tokens))
 
     def _project(self, tokens: Tensor) -> Tensor:
         projector = self.get_model().mm_projector

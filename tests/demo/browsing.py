@@ -41,7 +41,7 @@ class Browser:
 
     def open(self, query: str = "") -> None:
         self.driver.get(f"{self.page.address}/{query}")
-        self.wait(lambda: self.all(".vz-drop input:enabled"))
+        self.wait(lambda: self.all(".vz-drop-images input:enabled"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         """What a condition returns as soon as it is something; parts that are not there, or not any more, are none."""
@@ -81,8 +81,8 @@ class Browser:
         act()
         self.wait(lambda: not self.all("#vz-line p[data-old]") and self.status() == line)
 
-    def upload(self, *files: Path) -> None:
-        self.one(".vz-drop input").send_keys("\n".join(map(str, files)))
+    def upload(self, *files: Path, kind: str = "images") -> None:
+        self.one(f".vz-drop-{kind} input").send_keys("\n".join(map(str, files)))
 
     def field(self, label: str) -> Any:
         path = f"//label[.//span[normalize-space()='{label}']]//textarea | //input[@aria-label='{label}']"

@@ -18,14 +18,15 @@ from visionzip.methods import METHODS
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo import desk as desks
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation import desk as desks
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import StoppedError, Talk
+from llava.demo.conversation.visitors import MAX_VISITORS, Visitors
+from llava.demo.drawing import pictures
 from llava.demo.examples import EXAMPLES
 from llava.demo.handlers import Handlers
-from llava.demo.models import LlavaModel
-from llava.demo.talk import Setting, StoppedError, Talk
-from llava.demo.visitors import MAX_VISITORS, Visitors
+from llava.demo.models.llava_model import LlavaModel
 
 RING, LETTERS = EXAMPLES[0], EXAMPLES[1]
 
@@ -205,7 +206,7 @@ def test_compare_asks_every_method(desk: Desk, talk: Talk):
     assert by_name["vanilla"][1].visual_tokens == 144 and by_name["visionzip"][1].visual_tokens == 31
     assert by_name["visionzip"][1].turn.text == "yellow"
     assert by_name["pool"][0] is None and "31" in by_name["pool"][1]  # its line, beside the others' answers
-    strip = show.strip(talk.pictures[0], rows)
+    strip = pictures.strip(talk.pictures[0], rows)
     assert strip.count("<svg") == len(METHODS) and "31 visual tokens" in strip
 
 

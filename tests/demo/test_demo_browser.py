@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,13 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 from browsing import Browser, Keys
-from served_page import Served, served_page
+from data_video import write_video
+from served_page import Served
 
-from llava.demo.examples import EXAMPLES
 from playground.drawing import EDGE
 from visionzip.methods import METHODS
 
 SIDE = 12  # patches
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served_page(tmp_path_factory.mktemp("page"), "--max-new-tokens", "1900") as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def chromium(page: Served) -> Iterator[Browser]:
-    browser = Browser(page)
-    yield browser
-    browser.driver.quit()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    """A new visit: a reloaded page has another session."""
-    chromium.open()
-    return chromium
-
-
-@pytest.fixture
-def ring(tmp_path: Path) -> Path:
-    file = tmp_path / "ring.jpg"
-    file.write_bytes(EXAMPLES[0].upload().data)
-    return file
 
 
 def test_a_visit(browser: Browser, ring: Path):
@@ -75,6 +47,30 @@ def test_a_visit(browser: Browser, ring: Path):
     assert int(browser.figure("zipped", "cached tokens")) == 0
     assert not browser.elsewhere()
     assert not [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_a_video(browser: Browser, tmp_path: Path):
+    """A strip of its frames, one of them large; a broken file, or too many frames, is one line."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    browser.upload(tmp_path / "broken.mp4", kind="videos")
+    browser.wait(lambda: browser.status().startswith("broken.mp4 is no video of the formats MP4, WebM and GIF"))
+    write_video(str(tmp_path / "clip.mp4"), "libx264", [10 + 20 * at for at in range(9)])
+    number = browser.one("#vz-number input")
+    number.send_keys("8")  # behind the 8 that stands there
+    browser.upload(tmp_path / "clip.mp4", kind="videos")
+    browser.wait(lambda: browser.status() == "88 frames of each video are outside 1 to 32")
+    number.send_keys(Keys.BACKSPACE)
+    browser.upload(tmp_path / "clip.mp4", kind="videos")
+    browser.wait(lambda: len(browser.all(".vz-frames button")) == 8 and browser.kept() == 26)
+    assert browser.status() == "8 frames of clip.mp4 for the next question"
+    browser.click("css selector", ".vz-frames [data-frame='2']")
+    pressed = [each.get_attribute("data-frame") for each in browser.all(".vz-frames [aria-pressed=true]")]
+    assert pressed == ["2"] and browser.one(".vz-caption").text.startswith("Frame 3 of 8")
+    assert len(browser.all(".vz-frames [data-frame='7'] rect[fill-opacity='0']")) == browser.kept() == 26
+    browser.ask("What is shown?")
+    figures = [browser.figure(slot, name) for slot in ("vanilla", "zipped") for name in ("per frame", "visual tokens")]
+    assert figures == ["144", "1152", "32", "256"]
+    assert not browser.hurdles()
 
 
 def choose_method(browser: Browser, name: str) -> None:
@@ -250,7 +246,9 @@ def test_files_that_are_no_images(browser: Browser, ring: Path, tmp_path: Path):
     assert browser.one("#vz-line [role=alert]").is_displayed()
     (tmp_path / "fat.png").write_bytes(bytes(11 * 2**20))
     browser.upload(tmp_path / "fat.png")  # refused before it is sent
-    browser.wait(lambda: browser.one(".vz-drop + .vz-error").text.startswith("fat.png has 11.0 MB, more than 10"))
+    browser.wait(
+        lambda: browser.one(".vz-drop-images + .vz-error").text.startswith("fat.png has 11.0 MB, more than 10")
+    )
     browser.upload(ring)
     browser.wait(lambda: browser.kept() == 26 and browser.status() == "1 image for the next question")
 

@@ -14,9 +14,12 @@ from llava.cli import main
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import Talk
 from llava.demo.handlers import Handlers
-from llava.demo.talk import Setting, Talk
+from llava.demo.models.llava_model import LlavaModel
+from visionzip import unzip, visionzip
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,27 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureF
     with server:
         assert main(["demo", "--port", str(server.server_port)]) == 2
     assert "cannot be served on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "unit", "budget", "tokens", "said"),
+    [
+        ({"keep": 0.25, "max_tokens": 20}, "percent", 50, 20, "visionzip, 50% of the patches, at most 20 tokens"),
+        ({"keep": 0.25, "min_tokens": 60}, "percent", 10, 60, "visionzip, 10% of the patches, at least 60 tokens"),
+        ({"keep": 0.25, "max_tokens": 20}, "tokens", 30, 30, "visionzip, 30 tokens"),  # a number says all by itself
+    ],
+)
+def test_limits_of_a_checkpoints_own_setting_hold_wherever_the_slider_stands(
+    desk: Desk, talk: Talk, own: dict[str, Any], unit: str, budget: int, tokens: int, said: str
+):
+    begun = Desk(LlavaModel(*replaced(desk, **own)))
+    setting = Handlers(begun).setting("visionzip", unit, budget)
+    assert str(setting) == said
+    assert begun.picture(talk.pictures[0], setting)["tokens"] == [145, tokens]
+
+
+def replaced(desk: Desk, **own: Any) -> tuple[Any, ...]:
+    """The desk's model, with another setting of its own."""
+    page_model = desk.page_model
+    visionzip(unzip(page_model.model), **own)
+    return page_model.tokenizer, page_model.model, page_model.image_processor, page_model.conv_mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from dataclasses import replace
@@ -19,20 +20,22 @@ from checkpoints import picture
 from llava.cli import main
 from llava.commands.loading import load_with_processor
 from llava.serve.processor_chat import ProcessorSession
-from visionzip import unzip, visionzip
+from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip.integrations import family_of
 
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 import gradio
 
-from llava.demo import models as page_models
-from llava.demo import show
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import StoppedError, Talk
+from llava.demo.drawing import pictures
 from llava.demo.examples import EXAMPLES
 from llava.demo.handlers import Handlers
+from llava.demo.models import processor_model as page_models
 from llava.demo.page import Page
-from llava.demo.talk import Setting, StoppedError, Talk
-from llava.demo.uploads import Upload
+from llava.demo.uploads.images import Upload
 
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 3}
 OWN = "the method's own"
@@ -114,7 +117,9 @@ def test_the_picture(desk: Desk, talk: Talk):
     assert data["tokens"] == [pieces * rows * columns, pieces * kept]
     assert tile["rects"][-1][2:] == [90, 60] == data["size"]
     assert len(tile["attention"]) == data["layers"] > data["layer"]
-    assert (data["pairable"], data["pickable"]) == (False, pieces == 1)
+    assert (data["pairable"], data["pickable"]) == (True, pieces == 1)
+    (tile,) = desk.page_model.picture(talk.pictures[0].upload.open(), pairs=True)["tiles"]
+    assert len(base64.b64decode(tile["pairs"])) == (rows * columns) ** 2
 
 
 def test_patches_picked_by_hand(desk: Desk, talk: Talk):
@@ -131,15 +136,30 @@ def test_patches_picked_by_hand(desk: Desk, talk: Talk):
     shown = desk.picture(talk.pictures[0], HALF)["tiles"][0]["role"]
     assert [patch for patch, role in enumerate(shown) if role == "kept"] == [2, 5, 7]
     assert desk.picture(replace(talk.pictures[0], picks=None), HALF) == data  # the setting is back
-    talk.add([uploaded(1, (60, 90))])
-    with pytest.raises(ValueError, match="patches were picked, but the conversation has 2 images"):
-        ask(desk, talk, "And here?", HALF)
+
+
+def test_patches_picked_of_one_image_among_several(desk: Desk, talk: Talk):
+    """The others are left to the method; a later turn goes on from the cache."""
+    talk.add([uploaded(1, (60, 90)), uploaded(2, (90, 90))])
+    data = [desk.picture(each, HALF) for each in talk.pictures]
+    if not all(each["pickable"] for each in data):
+        assert "InternVL" in type(desk.model).__name__
+        return
+    talk.pictures[1].picks = ((2, 5, 7),)
+    for question in ("What is it?", "Why?"):
+        answers = ask(desk, talk, question, HALF)
+        kept = data[0]["tokens"][1] + 3 + data[2]["tokens"][1]
+        assert answers["zipped"].visual_tokens == kept < answers["vanilla"].visual_tokens / 2
+    assert answers["zipped"].turn.cached_tokens > kept
+    talk.pictures[0].picks = ((1,),)
+    list(desk.ask_again(talk, HALF))
+    assert talk.exchanges[-1].answers["zipped"].visual_tokens == 4 + data[2]["tokens"][1]
 
 
 def test_compare(desk: Desk, talk: Talk):
     rows = {row[0]: row for row in desk.compare(talk, talk.pictures[0], "What?", 0.5, ["visionzip", "divprune"]) if row}
     assert rows["vanilla"][2].visual_tokens == 2 * rows["visionzip"][2].visual_tokens
-    assert show.strip(talk.pictures[0], list(rows.values())).count("<svg") == 3
+    assert pictures.strip(talk.pictures[0], list(rows.values())).count("<svg") == 3
 
 
 def test_controls(desk: Desk):
@@ -152,15 +172,48 @@ def test_controls(desk: Desk):
     assert handlers.setting("visionzip", "percent", 25, OWN, OWN).keep == 0.25
     page = Page(desk, "a model")
     assert page.parts["unit"].value == handlers.units[0]
+    assert "clips" not in page.parts  # its processor gets images, also in chat
+
+
+@pytest.mark.parametrize("own", [{"keep": 0.5, "max_tokens": 3}, {"keep": 3}, {"dominant": 2, "contextual": 1}])
+def test_a_checkpoints_own_number_of_tokens_stays_a_limit(desk: Desk, talk: Talk, own: dict):
+    """Also where a budget is a share, as images have any size; and where the slider has been moved."""
+    visionzip(unzip(desk.model), **own)
+    begun = Desk(desk.page_model, **GENERATE)
+    assert ask(begun, talk, "What is it?", begun.default)["zipped"].visual_tokens % 3 == 0
+    if begun.patches is None:
+        moved = Handlers(begun).setting("divprune", "percent", 90)
+        assert ask(begun, talk, "And now?", moved)["zipped"].visual_tokens == 3
+        assert str(moved) == "divprune, 90% of the patches, at most 3 tokens"
+
+
+def test_a_checkpoints_own_budget_of_whole_videos_stays(desk: Desk):
+    if "video" not in family_of(desk.model).modalities:
+        assert "Gemma3" in type(desk.model).__name__ or "InternVL" in type(desk.model).__name__
+        return
+    visionzip(unzip(desk.model), keep=0.5, video_keep=0.1)
+    begun = Desk(desk.page_model, **GENERATE)
+    Handlers(begun).setting("uniform", "percent", 20).put_on(begun.model)
+    assert begun.model._visionzip.config == VisionZipConfig(
+        keep=0.2, method="uniform", layer=begun.default.layer, video_keep=0.1
+    )
 
 
 def test_an_example(desk: Desk, talk: Talk):
-    """Where a figure cannot be had of a model, its picture still can, and the line says so."""
+    """Each of the paper's figures; of Figure 14 what merged patches attend to."""
     for example in EXAMPLES:
         change = Handlers(desk).example(talk, example, "visionzip", "percent", 50)
         shown = json.loads(change["picture"])
         assert shown["data"]["method"] == "visionzip"
+    assert shown["hint"].startswith("Figure 14") and shown["data"]["tiles"][0]["pairs"]
+
+
+def test_a_figure_that_cannot_be_had(desk: Desk, talk: Talk, monkeypatch: pytest.MonkeyPatch):
+    """Of a family whose encoder is read without pairs, as one of the user's own; the line says so."""
+    monkeypatch.setattr(desk.page_model, "pairable", False)
+    shown = json.loads(Handlers(desk).example(talk, EXAMPLES[-1], "visionzip", "percent", 50)["picture"])
     assert shown["hint"].startswith("Figure 14 is not to be had of this model")
+    assert not shown["data"]["pairable"] and "pairs" not in shown["data"]["tiles"][0]
 
 
 def test_a_class_of_which_nothing_is_known_is_refused():

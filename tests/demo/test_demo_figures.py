@@ -13,10 +13,10 @@ from served_page import CONTROLS
 pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.talk import Talk
 from llava.demo.examples import EXAMPLES
 from llava.demo.handlers import Handlers
-from llava.demo.talk import Talk
 
 
 def test_the_papers_figures(desk: Desk):

@@ -12,11 +12,12 @@ pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 import gradio
 
-from llava.demo.desk import Desk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.talk import StoppedError, Talk
 from llava.demo.examples import EXAMPLES
 from llava.demo.handlers import Handlers
 from llava.demo.page import Page
-from llava.demo.talk import Setting, StoppedError, Talk
 
 RING, LETTERS = EXAMPLES[0], EXAMPLES[1]
 IN_LINE = (True, "model", 1)  # queue, and gradio's line with a limit of one at a time

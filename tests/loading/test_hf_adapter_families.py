@@ -33,10 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name) / "hf"
-            stock = hf_video_models.processor_for(name)
-            for part in (hf_video_models.build(name), stock.tokenizer, stock.image_processor):
-                part.save_pretrained(folders[name])
+            folders[name] = hf_video_models.save(name, tmp_path_factory.mktemp(name) / "hf")
         return folders[name]
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hf_models
@@ -16,7 +17,8 @@ from PIL import Image
 from transformers import LlavaImageProcessorPil
 
 from checkpoints import CLIP, NEXT, SIGLIP
-from llava.picture import encoder_inputs, picture_data
+from llava.model.builder import load_pretrained_model
+from llava.picture import _seen, encoder_inputs, picture_data
 from visionzip import visionzip
 from visionzip.drawing import placement
 from visionzip.drawing.placement import Rectangle
@@ -107,6 +109,23 @@ def test_mini_gemini(load_mgm: Any, size: tuple[int, int]):
     processor = model.get_vision_tower().image_processor
     rects = [tile["rects"] for tile in picture_data(model, Image.new("RGB", size), processor)["tiles"]]
     check_tiles(rects, size, lambda image: inspect_tokens(model, encoder_inputs(model, image, processor)))
+
+
+@sizes
+@pytest.mark.parametrize("case", ["llava", "video-llava", *hf_video_models.FAMILIES])
+def test_frames_of_videos(case: str, size: tuple[int, int], load: Any, make_video_checkpoint: Any, tmp_path: Path):
+    """A frame's patch is where its pixels are, whether the model pads, crops or squeezes, and whether it pools."""
+    if case == "llava":
+        _, model, processor, _ = load()
+    else:
+        folder = make_video_checkpoint() if case == "video-llava" else hf_video_models.save(case, tmp_path / case)
+        _, model, processor, _ = load_pretrained_model(str(folder), device="cpu")
+    black = Image.new("RGB", size)
+    rects = picture_data(model, [black, black], processor)["tiles"][1]["rects"]
+    frame = next(part for rectangle in rects[1:] if (part := part_in_image(rectangle, size)))
+    maps = _seen(model, [black, with_cell(size, frame)], processor).maps
+    assert not colored(maps[0].image).any()
+    check_cell(maps[1], (*rects[0][:2], *rects[-1][2:]), frame)
 
 
 EDGE = hf_models.EDGE

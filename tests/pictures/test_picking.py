@@ -238,3 +238,35 @@ def test_numbers_that_are_none_and_lists_that_do_not_fit(load: Any):
         pass
     with picked_tokens(model, [[1], [2], [3]]), pytest.raises(ValueError, match=r"of 3 encoder inputs, .* come as 2"):
         model.encode_images(pixels(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "gemma4", "mistral3", "idefics3"])
+def test_other_patches_of_each_of_several_images(name: str):
+    """Behind the seam as many as one likes of each; None leaves an image to the setting of before."""
+    family = seam_models.FAMILIES[name]
+    model = family.build()
+    images = [seam_models.Picture(seed, *size) for seed, size in enumerate([(4, 4), (4, 4), (4, 4)])]
+    inputs = seam_models.batch(family, [["a", images[0], "b", images[1], "c", images[2], "what"]])
+    visionzip(model, keep=0.5, method="uniform")
+    modality, base = family_of(model).modalities["image"], model.model
+
+    def tokens() -> list[list[float]]:
+        return [own.flatten().tolist() for own in modality.encode(base, model._visionzip.config, inputs).tokens]
+
+    before = tokens()
+    with picked_tokens(model, [[3, 1], None, [0, 5, 6]]):
+        mixed = tokens()
+        assert model(**inputs).logits.isfinite().all()
+    with picked_tokens(model, [3, 1]):
+        assert tokens()[0] == mixed[0]
+    with picked_tokens(model, [0, 5, 6]):
+        assert tokens()[2] == mixed[2]
+    assert mixed[1] == before[1] == tokens()[1]
+    with (
+        picked_tokens(model, [[3], [1]]),
+        pytest.raises(ValueError, match="of 2 encoder inputs, but the images come as 3"),
+    ):
+        model(**inputs)
+    with pytest.raises(ValueError, match="no patch is picked"), picked_tokens(model, [[3], [], [1]]):
+        pass

@@ -113,28 +113,51 @@ def test_frames_of_videos(make_video_checkpoint: Any):
     video = pixels(8).transpose(0, 1)[None]
     visionzip(model, dominant=5, contextual=2)
     compressed = model.get_video_tower().compress(video)
-    maps = inspect_tokens(model, video)
+    maps = inspect_tokens(model, video, videos=True)
     assert [[0] + [1 + patch for patch in kept_by(tokens)] for tokens in maps] == compressed.kept.tolist()
-    alone = inspect_tokens(model, video[:, :, :1])
+    alone = inspect_tokens(model, video[:, :, :1], videos=True)
     assert not torch.equal(alone[0].attention, maps[0].attention)
 
 
 @torch.no_grad()
 def test_frames_of_videos_in_models_of_transformers():
-    """Video-LLaVA's; other families pool a frame before they choose, so that no patch is one of their tokens."""
     model, processor = (make() for make in hf_video_models.STOCK["video_llava"])
     video = pixels(3)[None]
     visionzip(model, dominant=5, contextual=2)
     passed = model.model.get_video_features(video).last_hidden_state
     states = hidden_states(model.model.video_tower, video[0], CLIP["num_hidden_layers"] - 1)
-    maps = inspect_tokens(model, video, processor)
+    maps = inspect_tokens(model, video, processor, videos=True)
     for index, tokens in enumerate(maps):
         kept = [0] + [1 + patch for patch in tokens.roles.dominant.nonzero().flatten().tolist()]
         assert torch.equal(passed[index, :5], states[index, kept])
     assert len(maps) == 3
-    pooling, processor = (make() for make in hf_video_models.STOCK["onevision"])
-    with pytest.raises(ValueError, match=r"got \(1, 3, 3, 56, 56\).*only Video-LLaVA chooses among their patches"):
-        inspect_tokens(pooling, video, processor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "cls_token"), [("onevision", False), ("next_video", True)])
+def test_frames_that_are_pooled(family: str, cls_token: bool):
+    """Their patches are what 2 x 2 of the encoder's are pooled to; attention is pooled as the scores are."""
+    model, processor = (make() for make in hf_video_models.STOCK[family])
+    video = pixels(3)[None]
+    visionzip(model, dominant=2 + cls_token, contextual=1)
+    places = (
+        model._visionzip.family.modalities["video"]
+        .encode(model.model, model._visionzip.config, {"pixel_values_videos": video})
+        .places[0]
+    )
+    maps = inspect_tokens(model, video, processor, videos=True)
+    assert [tokens.grid for tokens in maps] == [(2, 2)] * 3
+    kept = [tokens.roles.dominant | (torch.arange(4) == tokens.roles.targets[0]) for tokens in maps]
+    of_frame = places[: len(places) // 3 * 3].view(3, -1)[:, int(cls_token) :] % 4
+    assert [own.nonzero().flatten().tolist() for own in kept] == of_frame.sort().values.tolist()
+    with pytest.raises(ValueError, match=r"got \(1, 3, 3, 56, 56\).* Of videos say videos=True"):
+        inspect_tokens(model, video, processor)  # they may be tiles
+
+
+def test_a_model_without_videos():
+    model, processor = (make() for make in hf_video_models.STOCK["llava"])
+    with pytest.raises(ValueError, match="this model has no encoder of videos: give their frames as images"):
+        inspect_tokens(model, pixels(3)[None], processor, videos=True)
 
 
 # --- sizes, and plain data ---
@@ -162,6 +185,7 @@ def test_plain_data(load: Any):
     assert json.loads(json.dumps(data)) == data
     assert {name: value for name, value in data.items() if name != "tiles"} == {
         "size": [112, 56],
+        "frames": None,
         "method": "visionzip",
         "setting": "dominant=5 + contextual=2",
         "patches": 16,

@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from documented import ROOT, blocks, commands, parse_command, prose
 
 import eval.__main__
 import llava.cli
 from eval.registry import BENCHMARKS
 from visionzip.integrations import REGISTRY
-from visionzip.methods import METHODS, EncoderRead, TokenCounts
+from visionzip.methods import METHODS
 
 PAGES_OUTSIDE = "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"
 PAGES = [
@@ -115,16 +114,9 @@ def test_architecture_names_functions_where_they_are():
     assert checked > 20
 
 
-def test_the_examples_of_contributing_work(tmp_path: Path):
-    method, benchmark = ({}, {})
-    for code, found in zip(blocks(ROOT / "CONTRIBUTING.md", "python"), (method, benchmark), strict=True):
-        exec(code, found)
-    scores = torch.tensor([[0.1, 0.4, 0.2, 0.4]])
-    chosen = method["METHOD"].choose(
-        EncoderRead(torch.randn(1, 5, 3), True, scores=scores), TokenCounts(2, 0, False), None
-    )
-    assert chosen.dominant_indices.tolist() == [[2, 4]]
-
+def test_the_benchmark_of_the_reference_works(tmp_path: Path):
+    (code,) = blocks(ROOT / "docs/reference/eval.md", "python")
+    exec(code, benchmark := {})
     lines = [
         {"question_id": "a", "image": "a.jpg", "text": "Is it?"},
         {"question_id": "b", "image": "b.jpg", "text": "?"},
@@ -196,15 +188,18 @@ def test_results_are_the_leaderboards():
 
 
 def test_results_have_the_small_qwens_figures():
-    rows = json.loads((ROOT / "docs/measured/qwen-mini.json").read_text(encoding="utf-8"))["rows"]
+    file = "docs/measured/qwen-mini/leaderboard.json"
+    scores = {
+        (name, f"{entry['visual_tokens']:.0f}"): entry
+        for name, method in json.loads((ROOT / file).read_text(encoding="utf-8"))["methods"].items()
+        for entry in method["scores"]["shipped"].values()
+    }
     for page in ("docs/results.md", "checkpoints/qwen-mini/README.md"):
-        shown = table_behind(page, "docs/measured/qwen-mini.json")
-        for label, *figures in shown:
-            method, tokens = label.split(", ")
-            (row,) = [row for row in rows if row["method"] == method and f"{row['visual_tokens']:.0f}" == tokens]
-            expected = [f"{value:.1f}" for value in row["parts"].values()]
-            assert figures == [*expected, f"{row['score']:.1f} ± {row['standard_error']:.1f}"], (page, label)
-    assert len(table_behind("docs/results.md", "docs/measured/qwen-mini.json")) == len(rows)
+        for label, *figures in table_behind(page, file):
+            entry = scores[tuple(label.split(", "))]
+            expected = [f"{value:.1f}" for value in entry["by_type"].values()]
+            assert figures == [*expected, f"{entry['accuracy']:.1f} ± {entry['standard_error']:.1f}"], (page, label)
+    assert len(table_behind("docs/results.md", file)) == len(scores)
 
 
 def test_readme_has_the_measured_speeds():

@@ -175,6 +175,8 @@ def test_what_means_the_same_is_spelt_the_same():
         (llava.cli.main, ["benchmark", "prefill", "fastv"], "visionzip benchmark prefill: fastv: nothing takes"),
         (llava.cli.main, ["benchmark", "prefill", "--rounds", "2.5"], "argument --rounds: '2.5' is no whole number"),
         (llava.cli.main, ["chat"], "visionzip chat: the following arguments are required: --model-path"),
+        (llava.cli.main, ["chat", "--model-pth", "m"], "unknown flag --model-pth: did you mean --model-path?\n"),
+        (llava.cli.main, ["chat", "--kep", "4"], "flag --kep: did you mean --keep? (missing: --model-path)"),
         (
             llava.cli.main,
             ["chat", "--model-path", "m", "--temperature", "nan"],

@@ -14,19 +14,9 @@ LINES_OF_FILE = 300
 LINES_OF_FUNCTION = 50  # without its docstring
 FILES_OF_FOLDER = 13  # a dozen, and an __init__.py or a README
 
-# Each is one benchmark with its parser's rules, word for word: cut in two, each half would need the other.
-WHOLE_FILES = {
-    "eval/benchmarks/llavabench.py",
-    "eval/benchmarks/mmbench.py",
-    "eval/benchmarks/mmmu.py",
-    "eval/benchmarks/mmvet.py",
-}
-# Field by field, in the order of the config that it writes.
-WHOLE_FUNCTIONS = {("llava/model/checkpoints/layouts.py", "native_config")}
 # A folder in which each file is one of a kind has as many as there are.
 ANY_NUMBER = {
     "eval/benchmarks": "a benchmark a file",
-    "llava/demo": "a part of the page each",
     "scripts": "a command a script, and DeepSpeed's settings",
     "scripts/eval": "a script a benchmark",
     "tests/golden": "recorded tensors",
@@ -45,7 +35,7 @@ def files() -> list[str]:
 def test_files_are_short(files: list[str]):
     code = [name for name in files if name.endswith(".py")]
     long = {name for name in code if len((ROOT / name).read_text().splitlines()) > LINES_OF_FILE}
-    assert long == WHOLE_FILES, "split by concept what is too long, and leave out what no longer is"
+    assert not long, "split by concept what is too long"
 
 
 def test_functions_are_short(files: list[str]):
@@ -55,7 +45,7 @@ def test_functions_are_short(files: list[str]):
             for node in ast.walk(ast.parse((ROOT / name).read_text())):
                 if isinstance(node, ast.FunctionDef) and code_lines(node) > LINES_OF_FUNCTION:
                     long.add((name, node.name))
-    assert long == WHOLE_FUNCTIONS, "give its steps names, and leave out what no longer is too long"
+    assert not long, "give its steps names"
 
 
 def code_lines(function: ast.FunctionDef) -> int:

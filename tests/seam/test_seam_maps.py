@@ -13,8 +13,9 @@ from checkpoints import picture
 from llava.cli import main as visionzip_command
 from llava.model.stock.processor_model import inputs_of, load_model, load_processor, prompt_of, user_turn
 from visionzip import unzip, visionzip
+from visionzip.attention import read_packed_attention
 from visionzip.integrations import family_of
-from visionzip.integrations.seam.maps import inspect_picture
+from visionzip.integrations.seam.maps import inspect_picture, token_pairs
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
@@ -65,6 +66,44 @@ def test_families_that_fill_pictures_up(name: str, method: str):
     kept = tokens.roles.dominant.clone()
     kept[tokens.roles.targets] = True
     assert kept.nonzero().flatten().tolist() == places.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "gemma3", "idefics3", "mistral3", "pixtral", "gemma4"],
+)
+def test_what_tokens_attend_to(name: str):
+    """The paper's Figure 14 for merged patches: what each token is paid on average is the attention of the map."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), batch(family, [["a", Picture(1, 4, 4)]])
+    visionzip(model, keep=0.5)
+    tokens, pairs = inspect_picture(model, inputs, picture(0, (40, 40))), token_pairs(model, inputs)
+    assert pairs.shape == (tokens.num_patches,) * 2 and not torch.equal(pairs, pairs.T)
+    if name == "internvl":  # its scores are what the CLS token pays, and some attention goes to that
+        assert pairs.sum(dim=1).min() > 0 and pairs.sum(dim=1).max() < 1
+        return
+    torch.testing.assert_close(pairs.sum(dim=1), torch.ones(len(pairs)))
+    torch.testing.assert_close(pairs.mean(dim=0), tokens.attention[tokens.layer])
+
+
+@torch.no_grad()
+def test_a_token_pays_what_its_patches_do():
+    """Of Qwen3-VL four patches in a row are a token."""
+    family = FAMILIES["qwen3_vl"]
+    model, inputs = family.build(), batch(family, [["a", Picture(1, 2, 4)]])
+    arguments = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    with read_packed_attention(model.model.visual.blocks[-1].attn, lambda *read: read) as found:
+        model.model.get_image_features(**arguments)
+    queries, keys, _, _, scale = found[0]
+    paid = (queries @ keys.mT * scale).softmax(dim=-1).mean(dim=0)
+    expected = [
+        [paid[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].sum(dim=1).mean().item() for j in range(8)] for i in range(8)
+    ]
+    torch.testing.assert_close(token_pairs(model, inputs), torch.tensor(expected))
+    two = batch(family, [["a", Picture(1, 2, 4), Picture(2, 2, 2)]])
+    with pytest.raises(ValueError, match="pairs are computed of one picture, but the inputs have 2: give one"):
+        token_pairs(model, two)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -135,6 +135,18 @@ def test_other_rows_are_refused(name: str):
     assert not ran
 
 
+def test_pictures_of_too_few_tokens_are_refused():
+    """Where transformers' own forward fails in words about its tensors; with a second picture one token is enough."""
+    family = FAMILIES["mistral3"]
+    model, one = visionzip(family.build(), keep=1), batch(family, [["a", Picture(1, 1, 1), "b"]])
+    with pytest.raises(ValueError, match=r"8 x 8 pixels, which is one token of 8 x 8, .* at least 16 pixels"):
+        model(**one)
+    small = one | {"pixel_values": one["pixel_values"][..., :4, :], "image_sizes": torch.tensor([[4, 8]])}
+    with pytest.raises(ValueError, match=r"4 x 8 pixels, but a token of this model is 8 x 8: .* at least 8 pixels"):
+        model(**small)
+    model(**batch(family, [["a", Picture(1, 1, 1), Picture(2, 1, 1), "b"]]))
+
+
 @torch.no_grad()
 def test_pictures_of_the_stock_image_processor():
     """Filled up to the largest, whose shape changes no choice: ``random`` draws by a picture's own pixels."""

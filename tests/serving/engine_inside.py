@@ -44,7 +44,7 @@ def compare(path: str, say: Callable[..., None]) -> None:
     """Compare answers, and the visual tokens of each method, few at a time and all together."""
     reference = visionzip(AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval())
     processor = AutoProcessor.from_pretrained(path)
-    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=4)
+    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=4, gpu_memory_utilization=0.3)
     for images in ([pictures()[0]], pictures()):
         text = "<image>" * len(images) + " what?"
         inputs = processor(images=images, text=text, return_tensors="pt")
@@ -75,7 +75,7 @@ def compare(path: str, say: Callable[..., None]) -> None:
 
 def count_encodings(path: str, say: Callable[..., None]) -> None:
     """Ask three questions about one image, one after the other, and count how often the encoder runs."""
-    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=4)
+    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=4, gpu_memory_utilization=0.3)
     runs: list[int] = []
 
     def watch(model: Any) -> None:

@@ -45,6 +45,7 @@ class Recipe(NamedTuple):
 
 
 _QWEN_IMAGES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+_QWEN_IMAGES |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.4]}  # vLLM does not normalise without
 _SQUARE_IMAGES = {"size": {"height": 32, "width": 32}, "do_resize": True}
 
 RECIPES = {
@@ -96,6 +97,9 @@ RECIPES = {
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
     ),
 }
+RECIPES["qwen2_vl"] = RECIPES["qwen2_5_vl"]._replace(
+    images=RECIPES["qwen2_5_vl"].images | {"processor_class": "Qwen2VLProcessor"}
+)
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -111,10 +115,10 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def save_checkpoint(name: str, folder: Path) -> Path:
-    """Write a tiny checkpoint of one of :data:`RECIPES`; its vocabulary has a token for each byte."""
+def save_checkpoint(name: str, folder: Path, model: Any = None) -> Path:
+    """Write a tiny checkpoint of one of :data:`RECIPES`, or a model; its vocabulary has a token for each byte."""
     recipe, family = RECIPES[name], FAMILIES[name]
-    family.build(vocab_size=263).save_pretrained(folder)
+    (model or family.build(vocab_size=263)).save_pretrained(folder)
     _tokenizer(recipe).save_pretrained(folder)
     files = {"preprocessor_config": recipe.images, "chat_template": {"chat_template": recipe.template}}
     files |= {"processor_config": recipe.processor} if recipe.processor else {}

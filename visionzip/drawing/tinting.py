@@ -8,24 +8,24 @@ from colorsys import hsv_to_rgb
 import torch
 from torch import Tensor
 
-from visionzip.token_map import PatchRoles, TokenMap
+from visionzip.token_map import TokenMap
 
 
 def dominant_pixels(tokens: TokenMap) -> Tensor:
     """All patches whitened but the dominant ones."""
-    return torch.where(_per_pixel(tokens, known_roles(tokens).dominant), tokens.image, _whitened(tokens))
+    return torch.where(_per_pixel(tokens, tokens.zipped_roles.dominant), tokens.image, _whitened(tokens))
 
 
 def group_pixels(tokens: TokenMap) -> Tensor:
     """All patches in the colours of their groups, one for each contextual token, but the dominant ones, in grey."""
     grey = 0.62 + 0.16 * tokens.image.mean(dim=-1, keepdim=True)
-    return torch.where(_per_pixel(tokens, known_roles(tokens).dominant), grey, _tinted(tokens))
+    return torch.where(_per_pixel(tokens, tokens.zipped_roles.dominant), grey, _tinted(tokens))
 
 
 def overlay_pixels(tokens: TokenMap) -> Tensor:
     """The dominant patches as they are among the others in pale colours of their groups."""
     pale = 0.5 * _tinted(tokens) + 0.5  # or the dominant patches would be lost among the colours
-    return torch.where(_per_pixel(tokens, known_roles(tokens).dominant), tokens.image, pale)
+    return torch.where(_per_pixel(tokens, tokens.zipped_roles.dominant), tokens.image, pale)
 
 
 def _whitened(tokens: TokenMap) -> Tensor:
@@ -34,7 +34,7 @@ def _whitened(tokens: TokenMap) -> Tensor:
 
 def _tinted(tokens: TokenMap) -> Tensor:
     """All patches in the colours of their groups; whitened without one, as those that are dropped with M = 0."""
-    role = known_roles(tokens)
+    role = tokens.zipped_roles
     colors = torch.cat([_group_colors(len(role.targets)), torch.zeros(1, 3)])  # the last one, -1, is of no group
     tint = 0.35 * tokens.image.mean(dim=-1, keepdim=True) + 0.65 * _per_pixel(tokens, colors[role.groups])
     return torch.where(_per_pixel(tokens, role.groups >= 0), tint, _whitened(tokens))
@@ -57,17 +57,3 @@ def _per_pixel(tokens: TokenMap, values: Tensor) -> Tensor:
     height, width = tokens.image.shape[0] // rows, tokens.image.shape[1] // columns
     grid = values.reshape(rows, columns, -1)
     return grid.repeat_interleave(height, dim=0).repeat_interleave(width, dim=1)
-
-
-def known_roles(tokens: TokenMap) -> PatchRoles:
-    """What happens to each patch.
-
-    Raises:
-        ValueError: the model was not zipped.
-    """
-    if tokens.roles is None:
-        raise ValueError(
-            "this model was not zipped, so no patch is kept or merged: call visionzip(model, dominant=54, "
-            "contextual=10) before inspect_tokens, or draw attention_map, attention_histogram or layer_panel"
-        )
-    return tokens.roles

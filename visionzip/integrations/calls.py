@@ -236,6 +236,8 @@ def _outputs(family: Family, encoded: Chosen, short: Shortened) -> dict[str, Any
         # A prompt's images are joined to one piece: for beams, GLM-4V's generate repeats each piece right after itself.
         counts = [sum(edit.modality == name and edit in new for edit in row) for row in short.edits]
         modality = family.modalities[name]
+        if modality.stacks(own) and sum(map(bool, counts)) > 1 and len({len(tokens) for tokens in own.tokens}) > 1:
+            raise ValueError("different numbers of patches are picked, which this model takes in one prompt at a time")
         outputs[name] = modality.output(own if modality.stacks(own) else own.in_pieces(counts))
     if any(own.sizes for _, own in encoded.values()):
         sizes = {key: sizes for key, (_, sizes) in _by_run(encoded).items() if sizes is not None}

@@ -8,7 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a family pools the N patches of a frame to n before tokens are chosen among these.
+
+    Attributes:
+        patches: ``(base)`` to n.
+        pool: ``(base, values)``, which pools values of patches (F, N, C), such as scores, to (F, n, C).
+        choose: ``(base, frames, config)``, which chooses the tokens of frames (F, 3, h, w); it returns the projected
+            tokens, and the same tokens before the projector with where they come from.
+    """
+
+    patches: Callable[[nn.Module], int]
+    pool: Callable[[nn.Module, Tensor], Tensor]
+    choose: Callable[[nn.Module, Tensor, VisionZipConfig], tuple[Tensor, CompressedTokens]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,7 @@ class Encoder:
         processor: returns the model's image processor; None if the model does not have it.
         inputs: converts a batch of the model's pixels to the encoder's input (B, 3, h, w) and the arguments by name
             that each layer gets. It raises ValueError if the shape is wrong.
+        pooling: how patches are pooled before tokens are chosen, with the base model; None if they are not.
     """
 
     vision_model: nn.Module
@@ -31,3 +49,4 @@ class Encoder:
     trained: int
     processor: Callable[[], Any] | None = None
     inputs: Callable[[Tensor], tuple[Tensor, dict[str, Any]]] = field(default=lambda pixels: (pixels, {}))
+    pooling: tuple[nn.Module, Pooling] | None = None

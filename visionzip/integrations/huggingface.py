@@ -53,7 +53,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionzip.config import VisionZipConfig
-from visionzip.integrations.encoders import Encoder
+from visionzip.integrations.encoders import Encoder, Pooling
 from visionzip.integrations.prompts.held import Held
 from visionzip.integrations.prompts.runs import Run
 from visionzip.methods import positions_of
@@ -122,7 +122,7 @@ class Modality:
             as its ``short``.
         stacked: whether the model takes ``pooler_output`` as one tensor (runs, T, hidden_size), and not as a list.
         former_pixels: an older name of the argument, which the stock processor still uses.
-        pooled_patches: ``(base) -> int``, the patches of a frame that is pooled before its tokens are chosen.
+        pooling: how a frame is pooled before its tokens are chosen; None if it is not.
     """
 
     pixels: str
@@ -130,7 +130,7 @@ class Modality:
     encode: Callable[[nn.Module, VisionZipConfig, Arguments], Encoded]
     stacked: bool = False
     former_pixels: str | None = None
-    pooled_patches: Callable[[nn.Module], int] | None = None
+    pooling: Pooling | None = None
 
     def stacks(self, encoded: Encoded) -> bool:
         """Say whether the model takes these tokens as one tensor."""
@@ -138,7 +138,10 @@ class Modality:
 
     def output(self, encoded: Encoded) -> BaseModelOutputWithPooling:
         """Make the output that the base model's own ``get_image_features`` would have with these tokens."""
-        tokens = torch.stack(encoded.tokens) if self.stacked and encoded.tokens else encoded.tokens
+        tokens: Any = encoded.tokens
+        if self.stacked and tokens:  # of images of which different numbers of patches are picked, one after the other
+            same = len({len(own) for own in tokens}) == 1
+            tokens = torch.stack(tokens) if same else torch.cat(tokens)[None]
         if encoded.deepstack is None:
             return BaseModelOutputWithPooling(last_hidden_state=encoded.hidden, pooler_output=tokens)
         return DeepstackOutput(

@@ -132,6 +132,7 @@ class Method:
         size_bias: whether its tokens' attention grows with their size, unless the setting says it.
         check: ``(tokens, grid)``, which raises ValueError if it cannot make T tokens from a grid (rows, columns) of
             patches.
+        parts: the setting of each encoder input of a call, where these differ; ``choose`` is then not called.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Method:
     positions: Positions = "consecutive"
     size_bias: bool = False
     check: Callable[[int, tuple[int, int]], object] = lambda tokens, grid: None
+    parts: tuple[VisionZipConfig, ...] = ()
 
     def counts(self, config: VisionZipConfig, patches: int, cls_token: bool) -> TokenCounts:
         """Compute K and M of one encoder input; if the budget covers all of its tokens, all are kept.

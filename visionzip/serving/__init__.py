@@ -8,8 +8,11 @@ Without a setting, vLLM's models are unchanged. docs/serving.md says how to star
 from __future__ import annotations
 
 MODELS = {
-    "LlavaForConditionalGeneration": "visionzip.serving.vllm:ZippedLlava",
-    "LlavaNextForConditionalGeneration": "visionzip.serving.vllm:ZippedLlavaNext",
+    "LlavaForConditionalGeneration": "visionzip.serving.vllm_llava:ZippedLlava",
+    "LlavaNextForConditionalGeneration": "visionzip.serving.vllm_llava:ZippedLlavaNext",
+    "Qwen2VLForConditionalGeneration": "visionzip.serving.vllm_qwen:ZippedQwen2",
+    "Qwen2_5_VLForConditionalGeneration": "visionzip.serving.vllm_qwen:ZippedQwen25",
+    "Qwen3VLForConditionalGeneration": "visionzip.serving.vllm_qwen:ZippedQwen3",
 }
 
 

@@ -9,7 +9,7 @@ let shown = null; // what the server sent
 let data = null;
 
 const escape = (text) => String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
-const tile = () => data.tiles[state.tile];
+const tile = (at = state.tile) => data.tiles[at];
 const place = (patch) => `row ${Math.floor(patch / tile().grid[1]) + 1}, column ${(patch % tile().grid[1]) + 1}`;
 
 function heat(share) {
@@ -43,9 +43,9 @@ function startPicking() {
   });
 }
 
-function isKept(patch) {
-  const role = tile().role;
-  return state.picks ? state.picks[state.tile].has(patch) : !role || role[patch] === 'kept';
+function isKept(patch, at = state.tile) {
+  const role = tile(at).role;
+  return state.picks ? state.picks[at].has(patch) : !role || role[patch] === 'kept';
 }
 
 // The patch whose attention is shown: the one under the pointer, at first the one in the middle.
@@ -53,19 +53,18 @@ const source = () => state.cursor ?? Math.floor(tile().grid[0] / 2) * tile().gri
 const fromPatch = () => state.view === 'pairs' && tile().pairs;
 
 // What is shown of each patch: attention in a layer; or that of one patch, as a share of the most it pays to any.
-function values() {
-  if (!fromPatch()) { return tile().attention[state.layer]; }
-  if (tile().unpacked?.from !== tile().pairs) {
-    tile().unpacked = { from: tile().pairs, bytes: Uint8Array.from(atob(tile().pairs), (sign) => sign.charCodeAt(0)) };
-  }
-  const count = tile().rects.length;
-  return Array.from(tile().unpacked.bytes.subarray(source() * count, (source() + 1) * count), (root) => (root / 255) ** 2);
+function values(at = state.tile) {
+  const own = tile(at);
+  if (!fromPatch()) { return own.attention[state.layer]; }
+  own.unpacked ??= Uint8Array.from(atob(own.pairs), (sign) => sign.charCodeAt(0));
+  const count = own.rects.length;
+  return Array.from(own.unpacked.subarray(source() * count, (source() + 1) * count), (root) => (root / 255) ** 2);
 }
 
-function paint(patch, shares, top, groupOf) {
-  const role = tile().role ? tile().role[patch] : 'kept';
+function paint(patch, shares, top, groupOf, at) {
+  const role = tile(at).role ? tile(at).role[patch] : 'kept';
   if (state.view === 'attention' || fromPatch()) {
-    const edge = fromPatch() && tile().role && isKept(patch) ? ' class="dominant"' : '';
+    const edge = fromPatch() && tile(at).role && isKept(patch, at) ? ' class="dominant"' : '';
     return `fill="${heat(shares[patch] / top)}" fill-opacity="0.68"${edge}`;
   }
   if (state.view === 'groups' && !state.picks) {
@@ -73,25 +72,46 @@ function paint(patch, shares, top, groupOf) {
     const edge = role === 'target' ? ' class="target"' : '';
     return `fill="${hue(groupOf.get(patch))}" fill-opacity="${edge ? 0.55 : 0.78}"${edge}`;
   }
-  if (isKept(patch)) { return `fill="#fff" fill-opacity="0"${state.view === 'pick' ? ' class="picked"' : ''}`; }
+  if (isKept(patch, at)) { return `fill="#fff" fill-opacity="0"${state.view === 'pick' ? ' class="picked"' : ''}`; }
   if (!state.picks && role === 'target') { return 'fill="#101418" fill-opacity="0.35" class="target"'; }
   return 'fill="#101418" fill-opacity="0.8"';
 }
 
-function drawPatches() {
-  const { region, rects, groups } = tile();
-  const [width, height] = data.size;
-  const box = [Math.min(0, region[0]), Math.min(0, region[1]), Math.max(width, region[2]), Math.max(height, region[3])];
-  svg.setAttribute('viewBox', [box[0], box[1], box[2] - box[0], box[3] - box[1]].join(' '));
-  const shares = values();
+// The pixels of an image, tile or frame, and its patches on them.
+function painted(at) {
+  const { rects, groups } = tile(at);
+  const shares = values(at);
   const top = Math.max(...shares);
   const groupOf = new Map();
   (groups ?? []).forEach((group, index) => group.patches.forEach((patch) => groupOf.set(patch, index)));
-  const drawn = rects.map(([left, upper, right, lower], patch) =>
-    `<rect data-patch="${patch}" x="${left}" y="${upper}" width="${right - left}" height="${lower - upper}" ${paint(patch, shares, top, groupOf)}/>`);
-  svg.innerHTML = `<image href="${escape(shown.url)}" width="${width}" height="${height}" preserveAspectRatio="none"/>` +
-    drawn.join('') + '<rect class="cursor" fill="none"/>';
+  const url = shown.urls[data.frames ? at : 0];
+  return `<image href="${escape(url)}" width="${data.size[0]}" height="${data.size[1]}" preserveAspectRatio="none"/>` +
+    rects.map(([left, upper, right, lower], patch) =>
+      `<rect data-patch="${patch}" x="${left}" y="${upper}" width="${right - left}" height="${lower - upper}" ${paint(patch, shares, top, groupOf, at)}/>`).join('');
+}
+
+function drawPatches() {
+  const { region } = tile();
+  const [width, height] = data.size;
+  const box = [Math.min(0, region[0]), Math.min(0, region[1]), Math.max(width, region[2]), Math.max(height, region[3])];
+  svg.setAttribute('viewBox', [box[0], box[1], box[2] - box[0], box[3] - box[1]].join(' '));
+  svg.innerHTML = painted(state.tile) + '<rect class="cursor" fill="none"/>';
   drawCursor();
+}
+
+function drawFrames() {
+  const strip = find('.vz-frames');
+  strip.hidden = find('.vz-caption').hidden = !data?.frames;
+  strip.innerHTML = '';
+  if (!data?.frames) { return; }
+  strip.innerHTML = data.tiles.map(({ rects }, at) => {
+    const kept = `${rects.filter((_, patch) => isKept(patch, at)).length} of ${rects.length} patches kept`;
+    return `<button type="button" data-frame="${at}" aria-pressed="${at === state.tile}" aria-label="Frame ${at + 1}: ${kept}" title="Frame ${at + 1}: ${kept}">` +
+      `<svg viewBox="0 0 ${data.size[0]} ${data.size[1]}">${painted(at)}</svg></button>`;
+  }).join('');
+  const all = data.tokens[1];
+  find('.vz-caption').textContent = `Frame ${state.tile + 1} of ${data.frames}, below. ` +
+    `Visual tokens: ${all / data.frames} per frame, ${all} in all.`;
 }
 
 function mark(cursor, patch) {
@@ -183,10 +203,11 @@ function draw() {
   find('.vz-hand').hidden = !data || state.view !== 'pick';
   find('.vz-hint').textContent = shown?.hint ?? '';
   find('.vz-hint').hidden = !shown?.hint;
+  drawFrames();
   if (!data) { return; }
   find('.vz-views').innerHTML = views.map(([name, label]) =>
     `<label><input type="radio" name="vz-view" value="${name}" ${name === state.view ? 'checked' : ''}><span>${label}</span></label>`).join('');
-  find('.vz-tiles').hidden = data.tiles.length < 2;
+  find('.vz-tiles').hidden = data.frames || data.tiles.length < 2;
   find('.vz-tiles select').innerHTML = data.tiles.map((_, index) =>
     `<option value="${index}" ${index === state.tile ? 'selected' : ''}>${index ? index : 'whole image'}</option>`).join('');
   const slider = find('.vz-layer');
@@ -227,7 +248,7 @@ function receive() {
   shown = props.value ? JSON.parse(props.value) : null;
   data = shown?.data ?? null;
   if (data) {
-    const other = !before?.data || before.url !== shown.url;
+    const other = !before?.data || String(before.urls) !== String(shown.urls);
     if (shown.view) { state.view = shown.view; }
     if (other) { state.cursor = null; state.tile = 0; }
     if (other || state.layer >= data.layers) { state.layer = shown.layer ?? data.layer; }
@@ -242,9 +263,15 @@ function receive() {
 
 element.addEventListener('click', (event) => {
   const image = event.target.closest('[data-image]');
+  const frame = event.target.closest('[data-frame]');
   const action = event.target.closest('[data-do]');
-  const patch = event.target.closest('[data-patch]');
+  const patch = frame ? null : event.target.closest('[data-patch]');
   if (image) { trigger('select', { image: Number(image.dataset.image), pairs: state.view === 'pairs' }); }
+  if (frame) {
+    state.tile = Number(frame.dataset.frame);
+    draw();
+    find(`[data-frame="${state.tile}"]`).focus();
+  }
   if (patch) { state.cursor = Number(patch.dataset.patch); toggle(state.cursor); moved(); }
   if (action) {
     const name = action.dataset.do;

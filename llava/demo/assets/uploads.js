@@ -43,7 +43,8 @@ drop.addEventListener('drop', (event) => {
   send([...event.dataTransfer.files]);
 });
 document.addEventListener('paste', (event) => {
-  const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith('image/'));
+  const kind = props.kind === 'images' ? 'image/' : 'video/';
+  const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith(kind));
   if (files.length && element.isConnected) { send(files); }
 });
 input.disabled = false; // now that its files are listened to

@@ -98,34 +98,9 @@ def native_config(config: Any, tower: VisionTower, path: str) -> PretrainedConfi
     Raises:
         ValueError: transformers has no such model.
     """
-    merge_type = getattr(config, "mm_patch_merge_type", "flat")
-    aspect_ratio = str(getattr(config, "image_aspect_ratio", None))
-    kind = getattr(config, "mm_projector_type", "linear")
-    is_next = merge_type != "flat"
+    is_next = getattr(config, "mm_patch_merge_type", "flat") != "flat"
     keeps_cls = tower.cls_token and tower.select_feature == "cls_patch"
-    _refuse(
-        path,
-        "transformers",
-        (
-            kind != "mlp2x_gelu",
-            f"its projector is {kind!r} (mm_projector_type), and transformers has 'mlp2x_gelu' only",
-        ),
-        (
-            getattr(config, "mm_use_im_start_end", False),
-            "it puts start and end tokens around images (mm_use_im_start_end), which transformers does not",
-        ),
-        (
-            merge_type not in ("flat", "spatial_unpad"),
-            f"it joins tiles by mm_patch_merge_type={merge_type!r}, transformers' LLaVA-NeXT by 'spatial_unpad' only",
-        ),
-        (
-            is_next != (aspect_ratio == "anyres"),
-            f"mm_patch_merge_type={merge_type!r} with image_aspect_ratio={aspect_ratio!r}: transformers cuts images "
-            "into tiles in LLaVA-NeXT ('spatial_unpad' with 'anyres') and never in LLaVA-1.5 ('flat' with 'pad')",
-        ),
-        (is_next and keeps_cls, "its tiles keep the CLS token (mm_vision_select_feature='cls_patch')"),
-        (getattr(config, "quantization_config", None) is not None, "its weights are quantised"),
-    )
+    _check_original(config, is_next and keeps_cls, path)
     backbone = type(config).__mro__[1]  # LlamaConfig of LlavaConfig, …
     fields = backbone().to_dict().keys()
     values = config.to_diff_dict()
@@ -151,6 +126,36 @@ def native_config(config: Any, tower: VisionTower, path: str) -> PretrainedConfi
     )
     native.architectures = [next(name for name, kind in NATIVE.items() if kind is type(native))]
     return native
+
+
+def _check_original(config: Any, tiles_keep_cls: bool, path: str) -> None:
+    """Refuse what transformers' LLaVAs cannot be."""
+    merge_type = getattr(config, "mm_patch_merge_type", "flat")
+    aspect_ratio = str(getattr(config, "image_aspect_ratio", None))
+    kind = getattr(config, "mm_projector_type", "linear")
+    _refuse(
+        path,
+        "transformers",
+        (
+            kind != "mlp2x_gelu",
+            f"its projector is {kind!r} (mm_projector_type), and transformers has 'mlp2x_gelu' only",
+        ),
+        (
+            getattr(config, "mm_use_im_start_end", False),
+            "it puts start and end tokens around images (mm_use_im_start_end), which transformers does not",
+        ),
+        (
+            merge_type not in ("flat", "spatial_unpad"),
+            f"it joins tiles by mm_patch_merge_type={merge_type!r}, transformers' LLaVA-NeXT by 'spatial_unpad' only",
+        ),
+        (
+            (merge_type != "flat") != (aspect_ratio == "anyres"),
+            f"mm_patch_merge_type={merge_type!r} with image_aspect_ratio={aspect_ratio!r}: transformers cuts images "
+            "into tiles in LLaVA-NeXT ('spatial_unpad' with 'anyres') and never in LLaVA-1.5 ('flat' with 'pad')",
+        ),
+        (tiles_keep_cls, "its tiles keep the CLS token (mm_vision_select_feature='cls_patch')"),
+        (getattr(config, "quantization_config", None) is not None, "its weights are quantised"),
+    )
 
 
 def original_config(native: Any, path: str) -> Any:

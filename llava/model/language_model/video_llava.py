@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,8 +69,7 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             ValueError: a pixel is not finite, or the videos' size is not the encoder's.
         """
         check_finite(videos, [1] * len(videos))
-        tower = self.get_video_tower()
-        return self._project(tower.encode(videos.to(tower.dtype), self._project).tokens)
+        return self._encode(videos, self.get_video_tower()).tokens
 
     def placed_tokens(self, images: Images, image_sizes: Sizes | None = None) -> list[VisualTokens]:
         """What the language model sees for each ``<image>``: an image, or a video's frame.
@@ -100,8 +98,7 @@ class VideoLlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             batch = torch.stack([images[index].to(tower.device) for index in members])
             # 0 for the others, so that the messages count all of them
             check_finite(batch, [int(index in members) for index in range(len(images))])
-            encoded = tower.encode(batch.to(tower.dtype), self._project)
-            encoded = replace(encoded, tokens=self._project(encoded.tokens))
+            encoded = self._encode(batch, tower)
             for index, own in zip(members, encoded.split([1] * len(members)), strict=True):
                 frames = own if len(shape) == 3 else own.flatten()
                 found[index] = [lay_out(frame, tower) for frame in frames.split([1] * len(frames.tokens))]

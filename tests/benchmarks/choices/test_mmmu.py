@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmarks.mmmu import BENCHMARK, Gold, is_right, letter, open_candidates, score, subject_of
+from eval.benchmarks.mmmu import BENCHMARK, Gold, score, subject_of
 from eval.reading.tables import Tables
 from eval.records import Answer
+from eval.scoring.mmmu_parser import is_right, letter, open_candidates
 
 properties = settings(max_examples=60, deadline=None)
 OPTIONS = {"A": "cat", "B": "big dog", "C": "dog", "D": "hen"}

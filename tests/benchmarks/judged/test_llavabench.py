@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer
 
-from eval.benchmarks.llavabench import BENCHMARK, RULE, graded, rating_of
+from eval.benchmarks.llavabench import BENCHMARK, graded
 from eval.reading.tables import Tables
 from eval.records import Answer
 from eval.scoring.judge import Judge, api_judge, exact_judge
+from eval.scoring.llavabench_judge import RULE, rating_of
 
 TEXTS = ["It is red .", "A big red field", "Paint", "There are no people to be seen in this picture"]
 

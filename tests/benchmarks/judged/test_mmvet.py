@@ -13,10 +13,11 @@ import data_mmvet
 import pytest
 from judge_server import JudgeServer
 
-from eval.benchmarks.mmvet import BENCHMARK, PROMPT, Item, asked_again, grade_of, matches, request_of
+from eval.benchmarks.mmvet import BENCHMARK
 from eval.reading.tables import Tables
 from eval.records import Answer
 from eval.scoring.judge import Judge, api_judge, exact_judge
+from eval.scoring.mmvet_judge import PROMPT, Item, asked_again, grade_of, matches, request_of
 
 TEXTS = ["x = -1 or x = -5", "It is lime.", "the core", "This is a red field."]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import data_vizwiz
 import pytest
 
-from eval.benchmarks.vizwiz import BENCHMARK, Truth
+from eval.benchmarks.vizwiz import BENCHMARK
 from eval.reading.tables import Tables
 from eval.records import Answer, ScoredByServerError
+from eval.scoring.vqa_server import Truth
 
 IDS = [f"VizWiz_val_{number:08d}" for number in range(3)]
 ANSWERS = ["Unsuitable", "the Beatles", "Yes"]  # 0.6, 0.9, 0.3

@@ -7,6 +7,7 @@ transformers' video processors need torchvision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hf_models
@@ -99,6 +100,14 @@ def processor_for(family: str, *, edge: int = 56, padding_side: str = "left", **
 
     parts = {"image_processor": image_processor, "video_processor": Frames(edge), "tokenizer": tokenizer(padding_side)}
     return Processor(**parts, **{**counting, **settings})
+
+
+def save(family: str, folder: Path) -> Path:
+    """Write a tiny checkpoint of a family, as transformers saves it."""
+    stock = processor_for(family)
+    for part in (build(family), stock.tokenizer, stock.image_processor):
+        part.save_pretrained(folder)
+    return folder
 
 
 def video(seed: int, frames: int = 3) -> np.ndarray:

@@ -194,7 +194,7 @@ def _encode(base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> E
             "not truncate prompts, give images in the order of the prompts, and use the model's own processor"
         )
     seen = _pixels(arguments["pixel_values"], lengths)
-    chosen = choose_in_frames(layers, [(1, length) for length in lengths], None, None, seen, config)
+    chosen = choose_in_frames(layers, [(1, length) for length in lengths], None, None, seen, [config] * len(lengths))
     tokens, *deepstack = chosen.layers
     return Encoded(tokens, chosen.places, None, None, deepstack or None, output)
 

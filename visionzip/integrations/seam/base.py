@@ -28,11 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from visionzip.config import VisionZipConfig
+from visionzip.encoder import reads_of
 from visionzip.integrations.huggingface import Arguments, Encoded, Family, Modality, check_attributes, stock_features
 from visionzip.integrations.prompts.held import Held
 from visionzip.integrations.prompts.runs import Run
-from visionzip.integrations.seam.choice import Size, choose_in_frames, flat_tokens, is_whole, real_pixels
-from visionzip.methods import check_setting, has_size_bias, method_of, token_counts
+from visionzip.integrations.seam.choice import (
+    Size,
+    choose_in_frames,
+    flat_tokens,
+    is_whole,
+    real_pixels,
+    settings_of,
+)
+from visionzip.methods import check_setting, has_size_bias, token_counts
 
 
 class Frames(NamedTuple):
@@ -58,6 +66,8 @@ class Encoder:
         layers: ``(base)`` to the layers whose attention compares all patches of an image, in ascending order.
         pixels: ``(base, arguments, name)`` to the pixels in the argument of that name, without padding: those of all
             frames one after the other, or a list of them.
+        pairs: as ``read``, of one picture, but what is yielded returns what each token pays to each: see
+            :func:`visionzip.integrations.seam.maps.token_pairs`. None if that cannot be read.
     """
 
     read: Callable[[nn.Module, int, Arguments], AbstractContextManager[Scored]]
@@ -65,6 +75,7 @@ class Encoder:
     pixels: Callable[[nn.Module, Arguments, str], Tensor | list[Tensor]] = lambda base, arguments, name: real_pixels(
         arguments[name]
     )
+    pairs: Callable[[nn.Module, int, Arguments], AbstractContextManager[Callable[[], Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,9 +216,14 @@ def _pieces(frames: Frames, whole: bool) -> list[Size]:
 def _runs(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Arguments) -> list[Run]:
     runs: list[Run] = []
     own, whole = kind.setting(config)
-    for frames in kind.frames(base, arguments):
+    seen = kind.frames(base, arguments)
+    settings = iter(settings_of(own, sum(len(_pieces(frames, whole)) for frames in seen)))
+    for frames in seen:
         count, (rows, columns) = frames
-        short = sum(token_counts(own, y * x, False).total for y, x in _pieces(frames, whole))
+        shorts = [token_counts(next(settings), y * x, False).total for y, x in _pieces(frames, whole)]
+        short = sum(shorts)
+        if kind.apart and len({*shorts}) > 1:
+            raise ValueError(f"{min(shorts)} to {max(shorts)} patches are picked of frames: choose as many of each")
         if kind.apart:
             runs += [Run(rows * columns, None if whole else short // count)] * count
         elif kind.row_ends:
@@ -222,14 +238,15 @@ def _encode(kind: _Kind, base: nn.Module, config: VisionZipConfig, arguments: Ar
     taken = {key: arguments[key] for key in names if arguments.get(key) is not None}
     seen, (own, whole) = kind.frames(base, arguments), kind.setting(config)
     sizes = [size for frames in seen for size in _pieces(frames, whole)]
-    reads = method_of(own).reads | ({"keys"} if has_size_bias(own) else set())
-    scored = reads & {"scores", "keys"} and not all(is_whole(own, size) for size in sizes)
+    settings = settings_of(own, len(sizes))
+    reads = frozenset().union(*map(reads_of, settings))
+    scored = reads & {"scores", "keys"} and not all(map(is_whole, settings, sizes))
     with kind.encoder.read(base, own.layer, arguments) if scored else nullcontext() as read:
         output = stock_features(base, kind.name, taken | {"return_dict": True})
     scores, keys = (None, None) if read is None else read()
     layers = [flat_tokens(output.pooler_output), *map(flat_tokens, getattr(output, "deepstack_features", None) or ())]
     pixels = kind.encoder.pixels(base, arguments, kind.pixels)
-    chosen = choose_in_frames(layers, sizes, scores, keys, pixels, own)
+    chosen = choose_in_frames(layers, sizes, scores, keys, pixels, settings)
     counts = [1 if whole else frames.number for frames in seen]
     tokens = [rows * columns for _, (rows, columns) in seen]
     starts = [at * size for count, size in zip(counts, tokens, strict=True) for at in range(count)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from visionzip.compress import CompressedTokens, compress_alike
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens
-from visionzip.methods import EncoderRead, token_counts
+from visionzip.methods import EncoderRead, method_of, token_counts
 
 Size = tuple[int, int]
 """Rows and columns of a frame's tokens."""
@@ -41,6 +41,21 @@ def is_whole(config: VisionZipConfig, size: Size) -> bool:
     return token_counts(config, size[0] * size[1], False).total == size[0] * size[1]
 
 
+def settings_of(config: VisionZipConfig, frames: int) -> Sequence[VisionZipConfig]:
+    """List the setting of each frame, which are one unless patches are picked of some pictures.
+
+    Raises:
+        ValueError: they are picked of another number of pictures.
+    """
+    parts = method_of(config).parts or (config,) * frames
+    if len(parts) != frames:
+        raise ValueError(
+            f"patches are picked of {len(parts)} encoder inputs, but the images come as {frames}: give one list, or "
+            "None, for each"
+        )
+    return parts
+
+
 class Chosen(NamedTuple):
     """Each frame's tokens in each layer, their places in the frame, and how many tokens each of them stands for."""
 
@@ -55,9 +70,9 @@ def choose_in_frames(
     scores: Tensor | None,
     keys: Tensor | None,
     pixels: Tensor | list[Tensor],
-    config: VisionZipConfig,
+    settings: Sequence[VisionZipConfig],
 ) -> Chosen:
-    """Choose among the tokens of each frame; frames of equal size are chosen from in one batch.
+    """Choose among the tokens of each frame; frames of equal size and setting are chosen from in one batch.
 
     Args:
         layers: (n, D), the tokens of all frames in order, for the language model's input and then for each of its
@@ -66,7 +81,7 @@ def choose_in_frames(
         scores: (n,), the scores of the tokens; None if the method does not read them.
         keys: (n, Dk), the keys of the tokens; None if nothing reads them.
         pixels: the pixels of all frames one after the other, or a list of them.
-        config: the setting.
+        settings: the setting of each frame.
     """
     lengths = [rows * columns for rows, columns in sizes]
     per_token = len(pixels) // sum(lengths) if isinstance(pixels, Tensor) and pixels.ndim == 2 else 0
@@ -80,8 +95,9 @@ def choose_in_frames(
 
     empty = layers[0].new_empty(0)
     found = Chosen([[empty] * len(sizes) for _ in layers], [empty] * len(sizes), [empty] * len(sizes))
-    for size in dict.fromkeys(sizes):
-        which = [frame for frame, own in enumerate(sizes) if own == size]
+    kinds = list(zip(sizes, settings, strict=True))
+    for size, config in dict.fromkeys(kinds):
+        which = [frame for frame, own in enumerate(kinds) if own == (size, config)]
         tokens = [batch(layer, which) for layer in layers]
         kept = torch.arange(size[0] * size[1], device=tokens[0].device).expand(len(which), -1)
         group = torch.ones_like(kept, dtype=torch.float32)

@@ -5,7 +5,7 @@ A new family that is built like one of these takes one line at the end of this f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -19,32 +19,58 @@ from transformers.vision_utils import get_vision_window_index
 from visionzip.attention import (
     QueriesKeys,
     merge_keys,
+    patch_attention,
     patch_scores,
     read_attention,
     read_packed_attention,
 )
 from visionzip.integrations.huggingface import Arguments
-from visionzip.integrations.seam.base import Encoder, Frames, Scored, SeamFamily, all_layers, modality
+from visionzip.integrations.seam.base import (
+    Encoder,
+    Frames,
+    Scored,
+    SeamFamily,
+    all_layers,
+    modality,
+)
 from visionzip.integrations.seam.choice import shown
+from visionzip.integrations.seam.pairs import of_tokens, packed_attention
 
 # --- encoders for pictures of any size, whose patches lie in one packed sequence: Qwen-VL's and GLM-V's ---
 
 
+def merged_tokens(encoder: nn.Module, grid: Tensor, values: Tensor) -> Tensor:
+    """Average values of packed patches, such as scores or keys, over the patches of each token.
+
+    Args:
+        encoder: Qwen-VL's or GLM-V's, of transformers or of vLLM.
+        grid: (n, 3), the (frames, rows, columns) of patches of each image or video.
+        values: (S, ...) of the patches, in the order in which the encoder has them.
+
+    Returns:
+        (N, ...) of the tokens in raster order.
+    """
+    merged = values.unflatten(0, (-1, encoder.spatial_merge_size**2)).mean(dim=1)
+    if not hasattr(encoder, "window_size"):
+        return merged
+    # The encoder's sequence is in the order of its windows.
+    shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
+    order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
+    return merged[order]
+
+
 @contextmanager
 def _read_packed(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]:
-    encoder, grid = base.visual, arguments[name]
-    unit = encoder.spatial_merge_size**2
+    merge = partial(merged_tokens, base.visual, arguments[name])
+    with read_packed_attention(base.visual.blocks[layer].attn) as found:
+        yield lambda: (merge(found[0][0]), merge(found[0][1]))
 
-    def tokens() -> tuple[Tensor, Tensor]:
-        scores, keys = (values.unflatten(0, (-1, unit)).mean(dim=1) for values in found[0])
-        if hasattr(encoder, "window_size"):  # the encoder's sequence is in the order of its windows
-            shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
-            order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
-            scores, keys = scores[order], keys[order]
-        return scores, keys
 
-    with read_packed_attention(encoder.blocks[layer].attn) as found:
-        yield tokens
+@contextmanager
+def _packed_pairs(base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Callable[[], Tensor]]:
+    merge = partial(merged_tokens, base.visual, arguments["image_grid_thw"])
+    with read_packed_attention(base.visual.blocks[layer].attn, packed_attention) as found:
+        yield lambda: of_tokens(merge, found[0], base.visual.spatial_merge_size**2)
 
 
 def _packed_layers(base: nn.Module) -> list[int]:
@@ -85,7 +111,7 @@ def grid_family(timestamps: bool = False, videos: bool = True) -> SeamFamily:
         encoder = Encoder(partial(_read_packed, grid), _packed_layers)
         apart = timestamps and name == "video"
         modalities[name] = modality(name, pixels, partial(_grid_frames, grid, pixels), encoder, apart)
-    images = Encoder(partial(_read_packed, "image_grid_thw"), _packed_layers)
+    images = Encoder(partial(_read_packed, "image_grid_thw"), _packed_layers, pairs=_packed_pairs)
     frames = partial(_grid_frames, "image_grid_thw", "pixel_values")
     return SeamFamily(modalities, encoder=images, frames=frames, rotary=True)
 
@@ -102,12 +128,32 @@ def _read_square(
 
     def tokens() -> tuple[Tensor, Tensor]:
         scores, keys = reader.result()
-        patches, side = int(scores.shape[1] ** 0.5), _side(base)
-        fields = torch.cat([scores[..., None], keys], dim=-1).mT.unflatten(-1, (patches, patches))
-        pooled = F.avg_pool2d(fields, patches // side).flatten(2).mT.flatten(0, 1)
+        pooled = _square_pool(base, torch.cat([scores[..., None], keys], dim=-1)).flatten(0, 1)
         return pooled[:, 0], pooled[:, 1:]
 
     with read_attention(getattr(attrgetter(blocks)(base)[layer], attention), summarize) as reader:
+        yield tokens
+
+
+def _square_pool(base: nn.Module, values: Tensor) -> Tensor:
+    """Average values (B, S, C) of the patches of pictures over those of each token: (B, N, C)."""
+    patches = int(values.shape[1] ** 0.5)
+    return F.avg_pool2d(values.mT.unflatten(-1, (patches, patches)), patches // _side(base)).flatten(2).mT
+
+
+@contextmanager
+def _square_pairs(
+    blocks: str, attention: str, cls_token: bool, base: nn.Module, layer: int, arguments: Arguments
+) -> Iterator[Callable[[], Tensor]]:
+    """Of tiles that of the last one, which shows the whole picture."""
+
+    def tokens() -> Tensor:
+        pairs = reader.result()
+        patches = pairs.shape[-1] // _side(base) ** 2
+        return of_tokens(partial(_square_pool, base), pairs[-1:], patches)[0]
+
+    on_patches = partial(patch_attention, cls_token=cls_token)
+    with read_attention(getattr(attrgetter(blocks)(base)[layer], attention), on_patches) as reader:
         yield tokens
 
 
@@ -155,7 +201,8 @@ def square_family(
         stacked: whether the model takes the tokens as one tensor, as in :class:`Modality`.
         **options: other attributes of :class:`SeamFamily`.
     """
-    encoder = Encoder(partial(_read_square, blocks, attention, cls_token), partial(all_layers, blocks))
+    place = (blocks, attention, cls_token)
+    encoder = Encoder(partial(_read_square, *place), partial(all_layers, blocks), pairs=partial(_square_pairs, *place))
     image = modality("image", "pixel_values", _square_frames, encoder, stacked=stacked)
     return SeamFamily({"image": image}, encoder=encoder, frames=_square_frames, side=_side, **options)
 

@@ -7,7 +7,7 @@ here. Each frame of a video has a run of placeholders, between timestamps. Sound
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,32 +18,49 @@ from torch import Tensor, nn
 from visionzip.attention import packed_scores, read_parts
 from visionzip.integrations.huggingface import Arguments
 from visionzip.integrations.seam.base import Encoder, Frames, Scored, SeamFamily, all_layers, modality
+from visionzip.integrations.seam.pairs import of_tokens, packed_attention
+
+Pool = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def _read(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]:
+def _reading(
+    reduce: Callable[..., Any], name: str, base: nn.Module, layer: int, arguments: Arguments
+) -> Iterator[tuple[list[Any], Pool]]:
+    """Yield what ``reduce`` makes of all patches, and what averages values (S, ...) over those of each token."""
     attention = base.vision_tower.encoder.layers[layer].self_attn
     rotate = sys.modules[type(attention).__module__].apply_multidimensional_rope
     places = arguments[f"{name}_position_ids"]
     real = _real(places)
 
-    def score(outputs: dict[str, Tensor], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def reduced(outputs: dict[str, Tensor], given: dict[str, Any]) -> Any:
         queries, keys = outputs["q_norm"], outputs["k_norm"]  # (B, S, H, Dh); fewer heads of keys
         turned = [rotate(values, *given["position_embeddings"], given["position_ids"]) for values in (queries, keys)]
         turned[1] = turned[1].repeat_interleave(attention.num_key_value_groups, dim=2)
         queries, rotated, keys = (values[real].transpose(0, 1) for values in (*turned, keys))
-        return packed_scores(queries, rotated, keys, real.sum(dim=1).tolist(), attention.scaling)
+        return reduce(queries, rotated, keys, real.sum(dim=1).tolist(), attention.scaling)
 
-    def tokens() -> tuple[Tensor, Tensor]:
-        scores, keys = found[0]
+    def pool(values: Tensor) -> Tensor:
         edge, picture = _edge(base), torch.arange(len(real), device=real.device)[:, None].expand_as(real)[real]
         x, y = (places[real] // edge).unbind(dim=-1)
         # Sorted by picture, row of tokens and column of tokens, the patches of a token lie side by side.
         order = ((picture * (y.max() + 1) + y) * (x.max() + 1) + x).argsort(stable=True)
-        return tuple(values[order].unflatten(0, (-1, edge**2)).mean(dim=1) for values in (scores, keys))
+        return values[order].unflatten(0, (-1, edge**2)).mean(dim=1)
 
-    with read_parts(attention, ("q_norm", "k_norm"), score) as found:
-        yield tokens
+    with read_parts(attention, ("q_norm", "k_norm"), reduced) as found:
+        yield found, pool
+
+
+@contextmanager
+def _read(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]:
+    with _reading(packed_scores, name, base, layer, arguments) as (found, pool):
+        yield lambda: (pool(found[0][0]), pool(found[0][1]))
+
+
+@contextmanager
+def _pairs(base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Callable[[], Tensor]]:
+    with _reading(packed_attention, "image", base, layer, arguments) as (found, pool):
+        yield lambda: of_tokens(pool, found[0], _edge(base) ** 2)
 
 
 def _real(places: Tensor) -> Tensor:
@@ -109,7 +126,10 @@ def _layers(base: nn.Module) -> list[int]:
     return all_layers("vision_tower.encoder.layers", base)
 
 
-_ENCODERS = {name: Encoder(partial(_read, name), _layers, partial(_pixels, name)) for name in ("image", "video")}
+_ENCODERS = {
+    name: Encoder(partial(_read, name), _layers, partial(_pixels, name), _pairs if name == "image" else None)
+    for name in ("image", "video")
+}
 _FRAMES = {
     name: partial(_frames, name, pixels)
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos"))

@@ -46,7 +46,7 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     base, zipped = target.model, getattr(target, "_visionzip", None)
     config: VisionZipConfig = zipped.config if zipped else family.default_config(target)
     layers = family.encoder.layers(base)
-    given = {name: inputs[name] for name in _OF_IMAGES if name in inputs}
+    given = _given(inputs)
     rows, columns = family.frames(base, given)[-1].size
     count = rows * columns
     with ExitStack() as stack:
@@ -84,8 +84,48 @@ def inspect_picture(model: nn.Module, inputs: Mapping[str, Any], picture: Image.
     )
 
 
+@torch.inference_mode()
+def token_pairs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Run a model's encoder, and record what its merged tokens attend to in the scored layer.
+
+    A token stands for several patches: it pays what these pay on average, and is paid what they are paid in all.
+
+    Args:
+        model: a model of the seam's families, zipped or not.
+        inputs: as :func:`inspect_picture` takes them.
+
+    Returns:
+        (N, N) float32 on the CPU, the attention that token i pays to token j, mean over heads. What patches pay to a
+        CLS token, or to patches that are part of no token, is left out, so that rows sum to 1 or less.
+
+    Raises:
+        TypeError: the model's family is another one.
+        ValueError: its encoder is read without pairs.
+    """
+    target = unwrap(model)
+    family, base = _seam_family(target), target.model
+    if family.encoder.pairs is None:
+        raise ValueError(f"the encoder of {type(target).__name__} is read without what its patches pay to each other")
+    zipped = getattr(target, "_visionzip", None)
+    layer = (zipped.config if zipped else family.default_config(target)).layer
+    given = _given(inputs)
+    with family.encoder.pairs(base, layer, given) as found:
+        stock_features(base, "image", given | {"return_dict": True})
+        return found().cpu()
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what an encoder takes of what a processor returned for a prompt with a picture."""
+    return {name: inputs[name] for name in _OF_IMAGES if name in inputs}
+
+
 def _seam_family(model: nn.Module) -> SeamFamily:
-    """Return the family of a model, if VisionZip can read its encoder here."""
+    """Return the family of a model, if VisionZip can read its encoder here.
+
+    Raises:
+        TypeError: it is a family of towers, or none.
+        ValueError: VisionZip does not know its encoder.
+    """
     family = family_of(model)
     if isinstance(family, SeamFamily):
         return family

@@ -57,18 +57,17 @@ class TowerFamily(Family):
         return dataclasses.replace(self.default, layer=layer if layer < 0 else layer - 1)
 
     def encoders(self, model: nn.Module) -> dict[str, Encoder]:
-        """Return the encoder of images, and that of videos unless their frames are pooled before tokens are chosen."""
+        """Return the encoders of images and of videos."""
         stored = getattr(model.config, "visionzip", None)
         setting = VisionZipConfig.from_dict(stored) if stored and hasattr(model, "_visionzip") else None
-        names = {"image": self.towers[0]}
-        if "video" in self.modalities and self.modalities["video"].pooled_patches is None:
-            names["video"] = self.towers[-1]
         found = {}
-        for name, attribute in names.items():
-            tower = getattr(model.model, attribute)
+        for name, modality in self.modalities.items():
+            tower = getattr(model.model, self.towers[0 if name == "image" else -1])
             inputs = partial(_encoder_inputs, tower, name == "video")
             layers = tower.config.num_hidden_layers
-            found[name] = Encoder(tower, setting, model.model.multi_modal_projector, layers, inputs=inputs)
+            pooling = (model.model, modality.pooling) if modality.pooling else None
+            project = model.model.multi_modal_projector
+            found[name] = Encoder(tower, setting, project, layers, pooling=pooling, inputs=inputs)
         return found
 
     def _warn(self, model: nn.Module, config: VisionZipConfig) -> None:
@@ -87,7 +86,7 @@ class TowerFamily(Family):
                     "tuned."
                 )
         for name, modality in self.modalities.items():
-            patches = modality.pooled_patches(model.model) if modality.pooled_patches else None
+            patches = modality.pooling.patches(model.model) if modality.pooling else None
             cls_token = has_cls_token(getattr(model.model, self.towers[-1]))
             if patches is not None and (wide := uncompressed(config, patches, cls_token)):
                 _say(

@@ -8,6 +8,7 @@ has no CLS token in videos.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens, compress_images, has_cls_token, read_encoder, side_length
+from visionzip.integrations.encoders import Pooling
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
 from visionzip.integrations.prompts.runs import Run
 from visionzip.integrations.towers.base import (
@@ -225,27 +227,29 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
     read: EncoderRead = read_encoder(tower, frames, config)
     first = int(read.cls_token)
 
-    def average(values: Tensor) -> Tensor:
-        field = values.mT.unflatten(-1, (side_length(tower), side_length(tower)))
-        return F.avg_pool2d(field, base.config.spatial_pool_stride).flatten(2).mT
-
     def beside_cls(values: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([values[:, :first], pool(values[:, first:])], dim=1)
 
     pooled = read.replace(
         hidden_states=beside_cls(read.hidden_states, base.vision_resampler),
-        scores=average(read.scores[..., None])[..., 0] if read.has("scores") else None,
-        keys=beside_cls(read.keys, average) if read.has("keys") else None,
+        scores=average(base, read.scores[..., None])[..., 0] if read.has("scores") else None,
+        keys=beside_cls(read.keys, partial(average, base)) if read.has("keys") else None,
         grid=(side_length(tower) // base.config.spatial_pool_stride,) * 2,
     )
     compressed = choose_tokens(pooled, config, base.multi_modal_projector)
     return base.multi_modal_projector(compressed.tokens), compressed
 
 
+def average(base: nn.Module, values: Tensor) -> Tensor:
+    """Average values of patches (F, N, C) over those that the model pools to one: (F, n, C)."""
+    side = side_length(base.vision_tower)
+    return F.avg_pool2d(values.mT.unflatten(-1, (side, side)), base.config.spatial_pool_stride).flatten(2).mT
+
+
 IMAGES = Modality("pixel_values", image_runs, encode_images)
 LLAVA_NEXT = TowerFamily({"image": IMAGES}, needs=("config.image_grid_pinpoints",), tiles=True)
 LLAVA_NEXT_VIDEO = TowerFamily(
-    {"image": IMAGES, "video": pooled_videos(pooled_patches, choose_pooled)},
+    {"image": IMAGES, "video": pooled_videos(Pooling(pooled_patches, average, choose_pooled))},
     needs=("config.image_grid_pinpoints", "config.spatial_pool_stride", "vision_resampler"),
     tiles=True,
 )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens, read_encoder, side_length
+from visionzip.integrations.encoders import Pooling
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
 from visionzip.integrations.prompts.runs import Run
 from visionzip.integrations.towers.base import TowerFamily, check_layer, full_length, short_counts
@@ -116,11 +117,11 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
 
     def pool(tokens: Tensor) -> Tensor:
         first = int(read.cls_token)
-        return torch.cat([tokens[:, :first], base.apply_pooling(tokens[:, first:])], dim=1)
+        return torch.cat([tokens[:, :first], _pool(base, tokens[:, first:])], dim=1)
 
     pooled = read.replace(
         hidden_states=pool(base.multi_modal_projector(read.hidden_states)),
-        scores=base.apply_pooling(read.scores[..., None])[..., 0] if read.has("scores") else None,
+        scores=_pool(base, read.scores[..., None])[..., 0] if read.has("scores") else None,
         keys=pool(read.keys) if read.has("keys") else None,
         grid=(math.isqrt(pooled_patches(base)),) * 2,
     )
@@ -128,10 +129,14 @@ def choose_pooled(base: nn.Module, frames: Tensor, config: VisionZipConfig) -> t
     return compressed.tokens, compressed
 
 
+def _pool(base: nn.Module, values: Tensor) -> Tensor:
+    return base.apply_pooling(values)
+
+
 LLAVA_ONEVISION = TowerFamily(
     {
         "image": Modality("pixel_values", image_runs, encode_images),
-        "video": pooled_videos(pooled_patches, choose_pooled, newline=True),
+        "video": pooled_videos(Pooling(pooled_patches, _pool, choose_pooled), newline=True),
     },
     needs=(
         "config.image_grid_pinpoints",

@@ -2,66 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import has_cls_token
+from visionzip.integrations.encoders import Pooling
 from visionzip.integrations.huggingface import Arguments, Encoded, Modality
 from visionzip.integrations.prompts.runs import Run
 from visionzip.integrations.towers.base import check_layer, check_pixels, joined
 from visionzip.methods import token_counts
 
-PooledRead = Callable[[nn.Module, Tensor, VisionZipConfig], tuple[Tensor, CompressedTokens]]
 
-
-def pooled_videos(patches: Callable[[nn.Module], int], choose: PooledRead, newline: bool = False) -> Modality:
+def pooled_videos(pooling: Pooling, newline: bool = False) -> Modality:
     """Define videos whose frames the model pools before tokens are chosen.
 
     Args:
-        patches: ``(base) -> int``, the patches of a frame after pooling.
-        choose: ``(base, frames, config)``, which chooses the tokens of frames (F, 3, h, w); it returns the projected
-            tokens, and the same tokens before the projector with where they come from.
+        pooling: how it does.
         newline: whether the base model's ``image_newline`` ends a video.
     """
-    shape: dict[str, Any] = {"patches": patches, "newline": newline}
-    return Modality(
-        "pixel_values_videos",
-        partial(_pooled_runs, **shape),
-        partial(_pooled_encode, choose=choose, **shape),
-        stacked=True,
-        pooled_patches=patches,
-    )
+    shape: dict[str, Any] = {"pooling": pooling, "newline": newline}
+    runs, encode = partial(_pooled_runs, **shape), partial(_pooled_encode, **shape)
+    return Modality("pixel_values_videos", runs, encode, stacked=True, pooling=pooling)
 
 
 def _pooled_runs(
     base: nn.Module,
     config: VisionZipConfig,
     arguments: Arguments,
-    patches: Callable[[nn.Module], int],
+    pooling: Pooling,
     newline: bool,
 ) -> list[Run]:
     pixels, tower = arguments["pixel_values_videos"], base.vision_tower
     check_layer(base, arguments)
     check_pixels(pixels, "pixel_values_videos", tower, "N, frames")
-    frames, full = pixels.shape[1], patches(base)
+    frames, full = pixels.shape[1], pooling.patches(base)
     short = token_counts(config, full, has_cls_token(tower)).total
     return [Run(frames * full + newline, frames * short + newline)] * len(pixels)
 
 
 def _pooled_encode(
-    base: nn.Module, config: VisionZipConfig, arguments: Arguments, choose: PooledRead, **shape: Any
+    base: nn.Module, config: VisionZipConfig, arguments: Arguments, pooling: Pooling, newline: bool
 ) -> Encoded:
-    runs = _pooled_runs(base, config, arguments, **shape)
+    runs = _pooled_runs(base, config, arguments, pooling, newline)
     pixels, tower = arguments["pixel_values_videos"], base.vision_tower
-    tokens, compressed = choose(base, pixels.flatten(0, 1), config)
-    encoded = joined(tokens, compressed, pixels.shape[1], shape["patches"](base), int(has_cls_token(tower)))
-    if not shape["newline"]:
+    tokens, compressed = pooling.choose(base, pixels.flatten(0, 1), config)
+    encoded = joined(tokens, compressed, pixels.shape[1], pooling.patches(base), int(has_cls_token(tower)))
+    if not newline:
         return encoded
     return with_newlines(encoded, base.image_newline, [run.full - 1 for run in runs])
 

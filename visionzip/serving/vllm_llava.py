@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
-import vllm
 from torch import Tensor, nn
 from transformers import PixtralVisionConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -40,14 +37,8 @@ from visionzip.compress import CompressedTokens
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import choose_tokens, has_cls_token, read_encoder, side_length
 from visionzip.methods import token_counts
-from visionzip.serving.setting import (
-    cache_key,
-    check_parallel,
-    served_setting,
-    tile_tokens,
-    tiles_at_once,
-    warn_untested,
-)
+from visionzip.serving.setting import served_setting, tile_tokens, tiles_at_once
+from visionzip.serving.vllm_shared import KeyedProcessor, ZippedInfo, ZippedModel
 from visionzip.tiles import join_tiles
 
 # transformers 5 saves a tower that it has built itself without "vision_model.", which vLLM's loader needs.
@@ -60,13 +51,8 @@ _LONG_NAMES = WeightsMapper(
 )
 
 
-class _ZippedInfo(BaseLlavaProcessingInfo):
+class _LlavaInfo(ZippedInfo, BaseLlavaProcessingInfo):
     """Count the placeholders of an image."""
-
-    @cached_property
-    def setting(self) -> VisionZipConfig | None:
-        """The model's setting, or None."""
-        return served_setting(self.get_hf_config())
 
     def tiles(self, width: int, height: int) -> int:
         """Count the encoder inputs into which an image is cut."""
@@ -79,11 +65,11 @@ class _ZippedInfo(BaseLlavaProcessingInfo):
         return self.tiles(image_width, image_height) * tile_tokens(self.setting, self.get_hf_config().vision_config)
 
 
-class ZippedLlavaInfo(_ZippedInfo, LlavaProcessingInfo):
+class ZippedLlavaInfo(_LlavaInfo, LlavaProcessingInfo):
     """LLaVA-1.5's."""
 
 
-class ZippedLlavaNextInfo(_ZippedInfo, LlavaNextProcessingInfo):
+class ZippedLlavaNextInfo(_LlavaInfo, LlavaNextProcessingInfo):
     """LLaVA-NeXT's."""
 
     def tiles(self, width: int, height: int) -> int:
@@ -92,39 +78,22 @@ class ZippedLlavaNextInfo(_ZippedInfo, LlavaNextProcessingInfo):
         return 1 + rows * columns
 
 
-class _KeyedProcessor:
-    """Adds the setting to the hash under which an image's tokens are cached."""
-
-    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
-        hashes = super()._get_mm_hashes(inputs)
-        if (setting := self.info.setting) is None:
-            return hashes
-        return {modality: [f"{each}-{cache_key(setting)}" for each in all_] for modality, all_ in hashes.items()}
-
-
-class ZippedLlavaProcessor(_KeyedProcessor, LlavaMultiModalProcessor):
+class ZippedLlavaProcessor(KeyedProcessor, LlavaMultiModalProcessor):
     """LLaVA-1.5's."""
 
 
-class ZippedLlavaNextProcessor(_KeyedProcessor, LlavaNextMultiModalProcessor):
+class ZippedLlavaNextProcessor(KeyedProcessor, LlavaNextMultiModalProcessor):
     """LLaVA-NeXT's."""
 
 
-class _ZippedModel:
+class _ZippedTower(ZippedModel):
     """Visual tokens of a model with ``vision_tower`` and ``multi_modal_projector``."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.setting = served_setting(self.config)
-        if self.setting is None:
-            return
-        warn_untested(vllm=vllm.__version__, transformers=transformers.__version__)
-        parallel = vllm_config.parallel_config.tensor_parallel_size
-        check_parallel(self.setting, parallel, vllm_config.model_config.multimodal_config.mm_encoder_tp_mode)
+    def prepare(self, vllm_config: VllmConfig) -> None:
+        """Compute how many images may go through the tower at once."""
         tower = self.vision_tower.vision_model
         length = side_length(tower) ** 2 + has_cls_token(tower)
         self._at_once = tiles_at_once(vllm_config.scheduler_config.max_num_encoder_input_tokens, length)
-        self.supports_tower_connector_lora = False  # vLLM counts the tokens that are left, not those of the tower
 
     def _compressed(self, pixel_values: Tensor, setting: VisionZipConfig) -> Iterator[CompressedTokens]:
         """Choose the visual tokens of images or tiles (N, 3, h, w), a few at a time, before the projector."""
@@ -137,7 +106,7 @@ class _ZippedModel:
             yield choose_tokens(read_encoder(tower, pixels, setting, run), setting, self.multi_modal_projector)
 
 
-class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
+class ZippedLlava(_ZippedTower, LlavaForConditionalGeneration):
     """LLaVA-1.5, and Pixtral's models of that class, which cannot be zipped."""
 
     hf_to_vllm_mapper = _LONG_NAMES | LlavaForConditionalGeneration.hf_to_vllm_mapper
@@ -148,7 +117,7 @@ class ZippedLlava(_ZippedModel, LlavaForConditionalGeneration):
         return torch.cat([each.tokens for each in self._compressed(pixel_values, self.setting)])
 
 
-class ZippedLlavaNext(_ZippedModel, LlavaNextForConditionalGeneration):
+class ZippedLlavaNext(_ZippedTower, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT: each tile is compressed alone, in the order of :func:`visionzip.tiles.tile_order`."""
 
     hf_to_vllm_mapper = _LONG_NAMES | LlavaNextForConditionalGeneration.hf_to_vllm_mapper

@@ -12,12 +12,13 @@ from typing import Any
 
 from PIL import Image
 
-from llava.demo.models import PageModel, Side
-from llava.demo.streaming import Put, Stop, Words, stream
-from llava.demo.talk import Answer, Exchange, Picture, Setting, StoppedError, Talk
-from llava.demo.uploads import Upload
+from llava.demo.conversation.setting import Setting
+from llava.demo.conversation.streaming import Put, Stop, Words, stream
+from llava.demo.conversation.talk import Answer, Exchange, Picture, StoppedError, Talk
+from llava.demo.models.page_model import PageModel, Side
+from llava.demo.uploads.images import Upload
+from llava.video import Visual
 
-_SHARE = 0.25  # of the patches
 KEPT_CACHES = 16  # conversations whose KV caches stay; of older ones the next turn fills it anew
 SIDES = ("vanilla", "zipped")
 
@@ -44,9 +45,11 @@ class Desk:
             return Setting(max(1, round(self.patches * 2 / 9)))
         split = (own.dominant, own.contextual) if own.keep is None else None
         rest = {"layer": own.layer, "merge": own.merge, "seed": own.seed, "split": split}
+        rest |= {"max_tokens": own.max_tokens, "min_tokens": own.min_tokens, "video_keep": own.video_keep}
         keep = own.tokens(self.patches) if self.patches else own.keep
-        if type(keep) is not float and not self.patches:  # a number is a cap there; the page's slider has shares
-            keep, rest["split"] = _SHARE, None
+        if not self.patches and not isinstance(keep, float):
+            # Images have any size there, and the page's slider has shares: the model's number is the most of each.
+            keep, rest["max_tokens"] = 1.0, own.tokens(1)
         return Setting(keep, own.method, own.positions, own.size_bias, **rest)
 
     def _side(self, is_stopped: Callable[[], bool]) -> Side:
@@ -63,11 +66,11 @@ class Desk:
         self.leave(talk)
 
     def picture(self, picture: Picture, setting: Setting, pairs: bool = False) -> dict[str, Any]:
-        """What :func:`llava.picture.picture_data` says of an image under a setting, or under its picks."""
-        image = picture.upload.open()
+        """What :func:`llava.picture.picture_data` says of a picture under a setting, or under its picks."""
+        visual = picture.upload.open()
         with self._lock:
             setting.put_on(self.model)
-            return self.page_model.picture(image, picture.picks, pairs)
+            return self.page_model.picture(visual, picture.picks, pairs)
 
     def ask(self, talk: Talk, question: str, setting: Setting) -> Iterator[Exchange]:
         """Ask both sides the next question; yields the exchange as it grows, and then stands in ``talk.exchanges``.
@@ -95,7 +98,7 @@ class Desk:
             raise ValueError("nothing was asked yet: ask a question first")
         last = talk.exchanges[-1]
         exchange = Exchange(last.number, last.question, last.pictures, str(setting))
-        exchange.answers["vanilla"] = last.answers["vanilla"]
+        exchange.take_over(last, "vanilla")
         yield from self._run(talk, exchange, talk.exchanges[:-1], setting, SIDES[1:])
         talk.exchanges[-1] = exchange
 
@@ -105,7 +108,14 @@ class Desk:
         def work(put: Put, is_stopped: Callable[[], bool]) -> None:
             with self._lock:
                 for slot in slots:
-                    self._answer(talk, exchange, before, setting, slot, is_stopped, put)
+                    try:
+                        if refused := [turn.refused[slot] for turn in before if slot in turn.refused]:
+                            raise ValueError(refused[-1])
+                        self._answer(talk, exchange, before, setting, slot, is_stopped, put)
+                    except ValueError as error:
+                        if slot == slots[-1]:
+                            raise
+                        exchange.refused[slot] = str(error)  # too long for it, say, which zipped is not
                 self._remember(talk)
 
         for _ in _stoppable(talk, work):
@@ -146,7 +156,7 @@ class Desk:
             seen = [picks.get(id(picture)) for turn in turns for picture in turn.pictures]
             return [turn.number for turn in turns], [setting, seen] if zipped else None
 
-        def opened(turn: Exchange) -> list[Image.Image]:
+        def opened(turn: Exchange) -> list[Visual]:
             return [picture.upload.open() for picture in turn.pictures]
 
         side.picks = [picks.get(id(picture)) for turn in (*before, exchange) for picture in turn.pictures]
@@ -178,7 +188,7 @@ class Desk:
     def compare(
         self, talk: Talk, picture: Picture, question: str, keep: int | float, methods: Sequence[str]
     ) -> Iterator[tuple[str, dict[str, Any] | None, Answer | str]]:
-        """Ask one question about one image under each method.
+        """Ask one question about one image or video under each method.
 
         Yields:
             The method (``"vanilla"`` first), its picture and its answer; or None and the line that says why there is
@@ -189,19 +199,19 @@ class Desk:
         """
         if not question.strip():
             raise ValueError("the question is empty: write one")
-        image = picture.upload.open()
+        visual = picture.upload.open()
 
         def work(put: Put, is_stopped: Callable[[], bool]) -> None:
             for method in ("vanilla", *methods):
                 with self._lock:  # others get their turns in between
                     if is_stopped():
                         raise StoppedError
-                    put(self._compared(method, image, question, keep, is_stopped))
+                    put(self._compared(method, visual, question, keep, is_stopped))
 
         yield from _stoppable(talk, work)
 
     def _compared(
-        self, method: str, image: Image.Image, question: str, keep: int | float, is_stopped: Callable[[], bool]
+        self, method: str, visual: Visual, question: str, keep: int | float, is_stopped: Callable[[], bool]
     ) -> tuple[str, dict[str, Any] | None, Answer | str]:
         try:
             if method == "vanilla":
@@ -210,8 +220,8 @@ class Desk:
                 own = {"positions": None, "size_bias": None}  # each method's
                 replace(self.default, keep=keep, method=method, **own).put_on(self.model)
             side = self._side(is_stopped)
-            turn = side.ask(question, [image])
-            shown = self.page_model.picture(image)
+            turn = side.ask(question, [visual])
+            shown = self.page_model.picture(visual)
             return method, shown, Answer(turn, side.visual_tokens, turn.vision_seconds + turn.prefill_seconds)
         except (ValueError, TypeError) as error:
             return method, None, str(error)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from llava.demo.desk import Desk
-from llava.demo.talk import Talk
+from llava.demo.conversation.desk import Desk
+from llava.demo.conversation.talk import Talk
 
 _REMEMBERED = 10_000  # ended ones, so that who comes back is told and not answered without its images
 MAX_VISITORS = 64  # conversations that are kept; of more, the one that was idle longest ends

@@ -1,18 +1,17 @@
-"""Conversations of the page: what was asked under which setting, and what the two sides answered at what cost."""
+"""A conversation of the page: what was asked under which setting, and what the two sides answered at what cost."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.demo.uploads import Upload
+from llava.demo.conversation.setting import Setting
+from llava.demo.uploads.images import Visual
+from llava.demo.uploads.videos import Clip
 from llava.serve.turns import Turn
-from visionzip import unzip, visionzip
-from visionzip.config import MergeRule, Positions
 
 Picks = tuple[tuple[int, ...], ...]
 """Patches picked by hand: of each tile of an image its numbers, row by row from 0."""
@@ -23,71 +22,16 @@ class StoppedError(Exception):
     """The user has stopped the answer."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What VisionZip is set to.
-
-    Attributes:
-        keep: tokens of each image, tile or frame, or their share of the patches.
-        method: as in :func:`visionzip.visionzip`, like the next two.
-        positions: None is the method's own.
-        size_bias: None is the method's own.
-        layer: None is the family's default, like the next two.
-        merge: of VisionZip.
-        seed: of methods that draw at random.
-        split: (dominant, contextual), which holds where VisionZip keeps as many; None is VisionZip's usual split.
-    """
-
-    keep: int | float
-    method: str = "visionzip"
-    positions: Positions | None = None
-    size_bias: bool | None = None
-    layer: int | None = None
-    merge: MergeRule | None = None
-    seed: int | None = None
-    split: tuple[int, int] | None = None
-
-    def put_on(self, model: Any) -> None:
-        """Zip a model with it.
-
-        Raises:
-            ValueError: they do not go together.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the page shows that nothing is compressed
-            visionzip(
-                unzip(model),
-                **self._budget(),
-                method=self.method,
-                positions=self.positions,
-                size_bias=self.size_bias,
-                layer=self.layer,
-                merge=self.merge,
-                seed=self.seed,
-            )
-
-    def _budget(self) -> dict[str, Any]:
-        if self.split and self.method == "visionzip" and self.keep == sum(self.split):
-            return {"dominant": self.split[0], "contextual": self.split[1]}
-        return {"keep": self.keep}
-
-    def __str__(self) -> str:
-        budget = f"{self.keep} tokens" if isinstance(self.keep, int) else f"{self.keep:.0%} of the patches"
-        positions = f", {self.positions} positions" if self.positions else ""
-        bias = "" if self.size_bias is None else f", size bias {'on' if self.size_bias else 'off'}"
-        return f"{self.method}, {budget}{positions}{bias}"
-
-
 @dataclass
 class Picture:
-    """An image of a conversation.
+    """An image or a video of a conversation.
 
     Attributes:
-        upload: the image.
+        upload: what it is.
         picks: for each tile the patches that were picked by hand; None leaves them to the method.
     """
 
-    upload: Upload
+    upload: Visual
     picks: Picks | None = None
 
 
@@ -114,7 +58,7 @@ class Answer:
 
 @dataclass
 class Exchange:
-    """A question and its answers, which are there one after the other."""
+    """A question and its answers, which are there one after the other; or why a side has none."""
 
     number: int
     question: str
@@ -122,6 +66,19 @@ class Exchange:
     setting: str
     partial: dict[str, str] = field(default_factory=dict)  # text so far
     answers: dict[str, Answer] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> int | None:
+        """Of all its videos; None without one, or with images beside them."""
+        counts = [len(picture.upload.files) for picture in self.pictures if isinstance(picture.upload, Clip)]
+        return sum(counts) if counts and len(counts) == len(self.pictures) else None
+
+    def take_over(self, other: Exchange, slot: str) -> None:
+        """What a side has said to the same question before."""
+        for own, theirs in ((self.answers, other.answers), (self.refused, other.refused)):
+            if slot in theirs:
+                own[slot] = theirs[slot]
 
 
 class Talk:
@@ -182,8 +139,8 @@ class Talk:
         for picture in self.pictures:
             picture.picks = None
 
-    def add(self, uploads: Sequence[Upload]) -> None:
-        """Put images to the next question."""
+    def add(self, uploads: Sequence[Visual]) -> None:
+        """Put images and videos to the next question."""
         new = [Picture(upload) for upload in uploads]
         self.pictures += new
         self.waiting += new

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import StoppingCriteria, TextStreamer
 
-from llava.demo.talk import StoppedError
+from llava.demo.conversation.talk import StoppedError
 
 Put = Callable[[Any], None]
 _TICK = 1.0  # seconds without news, after which the page says that it is still at work

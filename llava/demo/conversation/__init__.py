@@ -1,0 +1,1 @@
+"""Conversations of the page, and the one model that they take turns at."""

@@ -1,0 +1,1 @@
+"""Models of the page: what it asks of each family."""
