@@ -11,8 +11,6 @@ from hf_models import IMAGES, PAD, TEXTS, answers, llava_batch, llava_processor
 from torch import Tensor
 from transformers import DynamicCache
 
-K, M = 4, 2
-
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("image", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from visionzip import CompressedTokens, compress_tokens
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 properties = settings(max_examples=60, deadline=None)
 
 

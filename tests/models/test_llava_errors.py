@@ -19,16 +19,6 @@ IMG = IMAGE_TOKEN_INDEX
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
-def ids(*rows: list[int], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded with 0 on one side, and their mask."""
-    length = max(map(len, rows))
-    pad = [[0] * (length - len(row)) for row in rows]
-    both = zip(rows, pad, strict=True)
-    padded = torch.tensor([p + row if side == "left" else row + p for row, p in both])
-    ones = zip([[1] * len(row) for row in rows], pad, strict=True)
-    return padded, torch.tensor([p + row if side == "left" else row + p for row, p in ones])
-
-
 ONE = [1, IMG, 7]
 
 
