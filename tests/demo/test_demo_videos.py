@@ -226,7 +226,7 @@ def test_a_visit_with_an_image_beside_the_video(desk: Desk, film: Talk):
 def test_a_visitors_video_is_that_visitors_and_goes_with_it(desk: Desk):
     visitors, handlers = Visitors(desk), Handlers(desk)
     one, other = visitors.talk("one"), visitors.talk("other")
-    handlers.add_videos(one, sent(("clip.mp4", clip_file())), 8, *CONTROLS)
+    handlers.add_videos(one, sent(("clip.mp4", clip_file())), 2, *CONTROLS)
     list(handlers.ask(one, "What is it?", *CONTROLS, 1, 0))
     assert not other.pictures and handlers.add_videos(other, "", 8, *CONTROLS) == {}
     clip = weakref.ref(one.pictures[0].upload)

@@ -91,13 +91,32 @@ def count_encodings(path: str, say: Callable[..., None]) -> None:
     say("encoded once in three turns", runs == [1] and lengths == sorted(set(lengths)), runs)
 
 
+def load_stock(path: str, say: Callable[..., None]) -> None:
+    """Load a checkpoint in vLLM without the plugin; its answers are those of transformers' uncompressed model."""
+    os.environ["VLLM_PLUGINS"] = ""
+    reference = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    llm = LLM(path, dtype="float32", enforce_eager=True, max_model_len=2048, gpu_memory_utilization=0.3)
+    say("stock class", llm.apply_model(lambda model: type(model).__module__)[0].startswith("vllm."), path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (144, 144, 3)).astype(np.uint8))
+    text = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}[
+        "qwen" if "Qwen" in type(processor).__name__ else "llava"
+    ] + " what?"
+    inputs = processor(images=[image], text=text, return_tensors="pt")
+    with torch.no_grad():
+        out = reference.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    served = llm.generate([{"prompt": text, "multi_modal_data": {"image": image}}], GREEDY)[0]
+    own = out[0, inputs["input_ids"].shape[1] :].tolist()
+    say("stock answer", own == list(served.outputs[0].token_ids), own)
+
+
 def main(kind: str, path: str) -> None:
-    """Run one of the two and write its findings as JSON lines."""
+    """Run one of the three and write its findings as JSON lines."""
 
     def say(what: str, right: bool, value: Any) -> None:
         print(json.dumps({"what": what, "right": bool(right), "value": value}), flush=True)
 
-    {"compare": compare, "count": count_encodings}[kind](path, say)
+    {"compare": compare, "count": count_encodings, "stock": load_stock}[kind](path, say)
 
 
 if __name__ == "__main__":

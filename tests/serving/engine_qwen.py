@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from visionzip import visionzip
 from visionzip.methods import METHODS
@@ -135,10 +136,18 @@ def cut(path: str, say: Say) -> None:
     compare(reference, processor, again, say)
     say("prefix cache", any(each.num_cached_tokens > 0 for each in again), [each.num_cached_tokens for each in again])
     clip = (np.zeros((4, 16, 16, 3), np.uint8), {"fps": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]})
+    refused(llm, ("<|vision_start|><|video_pad|><|vision_end|>", "video", [clip]), "At most 0 video(s)", say)
+    lines = [Image.new("RGB", (512, 8))] * 90  # each has 64 columns and keeps 26 tokens
+    refused(llm, (ONE * 90, "image", lines), "90 images have 3420 positions more than kept tokens, and 3072", say)
+
+
+def refused(llm: LLM, asked: tuple[str, str, Any], said: str, say: Say) -> None:
+    """Check that a request is refused as the client's fault."""
+    prompt, kind, media = asked
     try:
-        llm.generate({"prompt": "<|vision_start|><|video_pad|><|vision_end|>", "multi_modal_data": {"video": [clip]}})
-    except ValueError as error:
-        say("video refused", "At most 0 video(s)" in str(error), str(error))
+        llm.generate({"prompt": prompt, "multi_modal_data": {kind: media}})
+    except VLLMValidationError as error:
+        say(f"{kind} refused", said in str(error), str(error))
 
 
 def main(kind: str, path: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
@@ -68,9 +69,41 @@ class _QwenInfo(ZippedInfo):
         tokens = super().get_num_image_tokens(**size)
         return tokens if self.setting is None else _kept(self.setting, tokens)
 
+    def check_positions(self, inputs: Any, setting: VisionZipConfig) -> None:
+        """Refuse a request with more positions than the model is made ready for.
+
+        An image has as many positions as rows or columns, and these may be more than its kept tokens.
+
+        Raises:
+            VLLMValidationError: the images have too many, which the client gets as an error 400.
+        """
+        vision, given = self.get_hf_config().vision_config, inputs.hf_processor_mm_kwargs
+        images, beyond = inputs.mm_data_items.get("image", ()), 0
+        for index in range(len(images)):
+            if images.get(index) is None:  # known to the cache by its name alone
+                continue
+            width, height = images.get_image_size(index)
+            processor = self.get_image_processor(**given)
+            size = {"image_width": width, "image_height": height, "image_processor": processor, "mm_kwargs": given}
+            resized, tokens = self._get_vision_info(**size, modality="image")
+            side = max(resized) // (vision.patch_size * vision.spatial_merge_size)
+            beyond += max(0, side - _kept(setting, tokens))
+        if beyond > (most := (_LONGER - 1) * self.ctx.model_config.max_model_len):
+            raise VLLMValidationError(
+                f"{len(images)} images have {beyond} positions more than kept tokens, and {most} are possible: ask "
+                "about fewer or smaller images"
+            )
+
 
 class _QwenProcessor(KeyedProcessor):
     """Gives images fewer placeholders."""
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        if (setting := self.info.setting) is not None:
+            self.info.check_positions(
+                inputs, setting
+            )  # here, as this sees all images of a request, whether cached or not
+        return super()._get_mm_hashes(inputs)
 
     def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
         updates = super()._get_prompt_updates(*args, **kwargs)
@@ -97,9 +130,11 @@ class _ZippedQwen(ZippedModel):
         scheduler = vllm_config.scheduler_config
         self._budget = scheduler.max_num_encoder_input_tokens
         self._places = torch.zeros(scheduler.max_num_batched_tokens + 1, 2, dtype=torch.int64)
-        for module in self.language_model.modules():
-            if isinstance(module, MRotaryEmbedding):
-                _lengthen(module, _LONGER * vllm_config.model_config.max_model_len)
+        rotary = [each for each in self.language_model.modules() if isinstance(each, MRotaryEmbedding)]
+        if not rotary:
+            raise ValueError(f"{type(self.language_model).__name__} has no rotary positions of three axes")
+        for each in rotary:
+            _lengthen(each, _LONGER * vllm_config.model_config.max_model_len)
 
     def get_encoder_cudagraph_config(self) -> Any:
         """Return vLLM's own, but for no kind of input, as hooks do not run in a replayed graph."""
