@@ -25,6 +25,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .sharing import shared
+
 _FLAGS = {"DOMINANT": "--dominant", "CONTEXTUAL": "--contextual", "DATA_ROOT": "--data-root"}
 
 _VIDEO = ("activitynet", "msrvtt", "msvd", "tgif")
@@ -57,12 +59,6 @@ def processes(environment: Mapping[str, str]) -> int:
     if not wanted.isdecimal() or int(wanted) < 1:
         raise ValueError(f"PROCESSES={wanted}: it must be a number of processes, at least 1")
     return int(wanted)
-
-
-def shared(number: int, command: Sequence[str]) -> list[str]:
-    """Make the command line by which torchrun lets ``number`` processes share ``python -m eval COMMAND``."""
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m", __package__]
-    return [sys.executable, "-m", *launch, *command]
 
 
 def main(argv: Sequence[str]) -> int:

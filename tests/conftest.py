@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -10,44 +9,32 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from interpreter import quick_environment
 from judge_server import JudgeServer, Reply
 from mini_gemini import write_mini_gemini
-from training import TRAINER, command, turns
 from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from checkpoints import (
-    CLIP,
-    LANGUAGE_MODEL,
     edit_config,
-    picture,
-    scale_up,
     write_checkpoint,
     write_tokenizer,
-    write_tower,
     write_video_checkpoint,
 )
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.tokenizer import load_tokenizer
-from llava.train.data import InstructionData, read_records
 from playground.scenes import make_test_set, write_parquet
 from recorded import write_recorded_checkpoint
 
+pytest_plugins = ["training_fixtures"]
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="visionzip-tests-")  # not among the user's data sets
 
 
@@ -170,7 +157,16 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A virtual environment for scripts, whose Python starts at once."""
-    with quick_environment(tmp_path_factory.mktemp("venv")) as folder:
+    with quick_environment(tmp_path_factory.mktemp("venv"), "eval.__main__") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def quick_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same for scripts that train, by torchrun too."""
+    modules = ["torch.distributed.run", "llava.train.train", "llava.train.contrastive", "playground.llava_mini"]
+    modules += ["deepspeed"] * (find_spec("deepspeed") is not None)
+    with quick_environment(tmp_path_factory.mktemp("venv"), *modules) as folder:
         yield folder
 
 
@@ -213,72 +209,6 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What training starts from: a language model in ``base``, a vision tower in ``tower``, ``images``, ``data.json``.
-
-    Records 0 to 7 have an image, 8 and 9 are text only.
-    """
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    own = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
-    LlamaForCausalLM(LlamaConfig(**own)).save_pretrained(folder / "base")
-    write_tokenizer(folder / "base")
-    encoder = CLIPVisionModel(CLIPVisionConfig(**CLIP))
-    scale_up(encoder)
-    weights = {f"vision_model.{key}": value for key, value in encoder.state_dict().items()}
-    write_tower(folder / "tower", CLIP, weights)
-    (folder / "images").mkdir()
-    records = []
-    for index in range(8):
-        picture(index).save(folder / "images" / f"{index}.png")
-        said = turns("<image>\nWhat is it?", f"the {index}", "And then?", "nothing")
-        records.append({"id": f"seen-{index}", "image": f"{index}.png", "conversations": said})
-    records += [{"id": f"read-{index}", "conversations": turns("What is left?", f"{index}")} for index in (8, 9)]
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def llava(world: Path) -> Callable[..., int]:
-    """``python -m llava.train.train`` on the world's data, for four steps unless told otherwise."""
-    from llava.train import train as llava_training  # noqa: PLC0415 - takes seconds, which other tests do not need
-
-    def run(out: Path, **flags: Any) -> int:
-        own = {"output_dir": out, "data_path": world / "data.json", "image_folder": world / "images", "max_steps": 4}
-        return command(llava_training.main, **{**TRAINER, **own, **flags})
-
-    return run
-
-
-@pytest.fixture
-def dataset(world: Path, tokenizers, tmp_path: Path) -> Callable[..., InstructionData]:
-    """``InstructionData`` of the world's records or of others."""
-
-    def make(
-        records: Any = None,
-        data_path: Path = world / "data.json",
-        image_folder: Path | None = world / "images",
-        processor: Any = True,
-        aspect_ratio: str = "pad",
-        version: str = "v1",
-        skipped: Path | None = None,
-        **options: Any,
-    ) -> InstructionData:
-        if records is not None:
-            data_path = tmp_path / "other.json"
-            data_path.write_text(json.dumps(records))
-        folder = image_folder and str(image_folder)
-        options |= {"has_tower": processor is not None, "skip_bad": skipped is not None}
-        kept = read_records(str(data_path), folder, version, **options).kept
-        if processor is True:
-            processor = CLIPImageProcessorPil.from_pretrained(world / "tower")
-        config = SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=[[56, 112], [112, 56]])
-        return InstructionData(kept, folder, tokenizers[False], version, processor, config, skipped=skipped)
-
-    return make
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ from llava.storage.files import write_atomically
 
 from ..benchmarks import scenes
 from ..config import RunConfig
-from ..launch import shared
 from ..models import kind_of
 from ..running.data import CLONE
 from ..running.methods import plan
 from ..running.runner import run
 from ..running.setting import config_of
+from ..sharing import shared
 from .leaderboard_plot import draw
 from .table import markdown, with_error
 

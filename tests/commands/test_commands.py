@@ -131,9 +131,9 @@ print(tuple(model.encode_images(torch.randn(1, 3, 112, 112)).shape))
 """
 
 
-def test_the_snippet_of_the_released_package(make_checkpoint, image_file: Path):
+def test_the_snippet_of_the_released_package(make_checkpoint, quick_python: Path, image_file: Path):
     folder = make_checkpoint(vision={**CLIP, "image_size": 112})  # 65 tokens
-    done = run("-c", SNIPPET.format(folder=folder, image=image_file))
+    done = run("-c", SNIPPET.format(folder=folder, image=image_file), python=str(quick_python / "bin/python"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "(1, 64, 32)"
 
@@ -149,6 +149,7 @@ def test_the_benchmark_compares_the_same_method():
     assert results["zipped"].shape == (2, 12, 64)
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_benchmark_tower(tmp_path: Path, capsys):
     output = tmp_path / "results" / "tower.json"
     command = ["benchmark", "tower", "--shape", "tiny", "--batch-size", "2", "--rounds", "2", "--output", str(output)]

@@ -23,7 +23,6 @@ from llava.serve.processor_chat import ProcessorSession
 from visionzip import visionzip
 
 GENERATE = {"max_new_tokens": 6, "min_new_tokens": 3}
-SIZES = {"keep": 0.4}
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])

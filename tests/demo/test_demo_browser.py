@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,40 +13,12 @@ pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
 
 from browsing import Browser, Keys
 from data_video import write_video
-from served_page import Served, served_page
+from served_page import Served
 
-from llava.demo.examples import EXAMPLES
 from playground.drawing import EDGE
 from visionzip.methods import METHODS
 
 SIDE = 12  # patches
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served_page(tmp_path_factory.mktemp("page"), "--max-new-tokens", "1900") as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def chromium(page: Served) -> Iterator[Browser]:
-    browser = Browser(page)
-    yield browser
-    browser.driver.quit()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Browser:
-    """A new visit: a reloaded page has another session."""
-    chromium.open()
-    return chromium
-
-
-@pytest.fixture
-def ring(tmp_path: Path) -> Path:
-    file = tmp_path / "ring.jpg"
-    file.write_bytes(EXAMPLES[0].upload().data)
-    return file
 
 
 def test_a_visit(browser: Browser, ring: Path):

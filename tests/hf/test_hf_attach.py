@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from attaching import classes_of, same, snapshot
 from hf_models import (
     EDGE,
     FAMILIES,
@@ -53,19 +54,6 @@ def outputs(model: Any, inputs: Any) -> list[Tensor]:
     return [model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that hangs on the model: attributes, hooks, parameters, the class of each module, and the config."""
-    modules = {
-        name: (type(module), {key: dict(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
-        for name, module in model.named_modules()
-    }
-    return {"modules": modules, "config": copy.deepcopy(vars(model.config))}
-
-
 def load_and_run(pickled: bytes, inputs: Any) -> list[list[Any]]:
     """For another process, which sends back plain lists."""
     return [tensor.tolist() for tensor in outputs(pickle.loads(pickled), inputs)]
@@ -98,11 +86,10 @@ def test_calling_again_configures_anew(family: str):
 @both
 def test_no_class_is_modified(family: str):
     model = FAMILIES[family][0]()
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    assert {CLIPVisionModel, nn.Module} < classes
-    before = {cls: dict(vars(cls)) for cls in classes}
+    before = classes_of(model)
+    assert {CLIPVisionModel, nn.Module} < before.keys()
     outputs(visionzip(model, K, M), inputs_of(family))
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
     assert not any("forward" in vars(module) for module in model.modules())
 
 

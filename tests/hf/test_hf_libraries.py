@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attaching import same
 from hf_models import (
     FAMILIES,
     IMAGE,
@@ -63,10 +64,6 @@ def with_labels(inputs: Any) -> dict[str, Tensor]:
 def outputs(model: Any, inputs: Any) -> list[Tensor]:
     found = model(**with_labels(inputs))
     return [found.loss, found.logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from torch import Tensor
 from slow_llama import slow_fastv, slow_forward, slow_sparsevlm
 from visionzip import unzip, visionzip
 from visionzip.language import fastv, fastv_keep, remove_pruning, sparsevlm
-from visionzip.language.selection import keep_top
 from visionzip.language.stages import seen_of_prompt
 
 TEXTS = ([1, 7, -200, 20, 21, 22, 23, 24], [1, -200, 30, 31], [1, 9, 8, 7, 6, -200, 40, 41, 42])
@@ -247,25 +246,6 @@ def test_a_cache_that_is_used_again(model):
             mine = model(input_ids=torch.tensor([token]), past_key_values=cache).logits
         expected = remove_pruning(model)(input_ids=torch.tensor([[1, 30, 31, 40]])).logits[:, -1:]
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
-
-
-def random_rows(count: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(count):
-        length = int(torch.randint(1, 40, (), generator=generator))
-        scores = torch.randint(0, 6, (length,), generator=generator).float()  # many are equal
-        candidates = torch.rand(length, generator=generator) < 0.6
-        yield scores, candidates, int(torch.randint(0, length + 2, (), generator=generator))
-
-
-def test_selection():
-    """As many candidates as asked for or there are; none that is left out beats one that is kept, ties to the lower."""
-    for scores, candidates, number in random_rows(200):
-        kept = keep_top(scores, candidates, number)
-        assert kept.sum() == min(number, int(candidates.sum())) and not (kept & ~candidates).any()
-        inside, outside = ([(-scores[i].item(), i) for i in m.nonzero().flatten()] for m in (kept, candidates & ~kept))
-        assert not inside or not outside or max(inside) < min(outside)
-        assert torch.equal(kept, keep_top(2 * scores + 1, candidates, number))
 
 
 def test_budgets():

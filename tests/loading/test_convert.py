@@ -20,7 +20,6 @@ from transformers import (
 
 import llava.commands.convert
 from checkpoints import (
-    LANGUAGE_MODEL,
     NEXT,
     SIGLIP,
     edit_config,
@@ -44,7 +43,6 @@ MODELS = {
     "cls_patch": {"mm_vision_select_feature": "cls_patch"},
     "rope": {"rope_theta": 1e6, "mm_vision_select_layer": -3},
 }
-TEXT = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 

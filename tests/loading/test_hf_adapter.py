@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from data_video import write_folder
-from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoints import NEXT, edit_config, picture
+from checkpoints import NEXT, picture
 from eval.__main__ import main as eval_command
-from layouts import convert, write_part
 from llava.cli import main
 from llava.eval.run_llava import main as run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -34,31 +31,6 @@ QUESTIONS = [
     "USER: Hello ASSISTANT:",
 ]
 PICTURES = [picture(0), picture(1, (60, 60)), picture(2, (30, 100))]
-
-
-@pytest.fixture(scope="session")
-def converted(make_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The checkpoint of ``make_checkpoint`` in transformers' layout, with its processor; saved by transformers."""
-    folders: dict[str, Path] = {}
-
-    def make(**options: Any) -> Path:
-        source = make_checkpoint(**options)
-        if str(source) not in folders:
-            folders[str(source)] = tmp_path_factory.mktemp("converted") / "llava-1.5-tiny-hf"
-            assert convert(source, folders[str(source)], "transformers") == 0
-        return folders[str(source)]
-
-    return make
-
-
-@pytest.fixture
-def both(load, converted) -> Callable[..., list[tuple[Any, Any, Any]]]:
-    """Tokenizer, model and image processor of the same weights in LLaVA's layout and in transformers'."""
-
-    def make(**options: Any) -> list[tuple[Any, Any, Any]]:
-        return [load(**options)[:3], load_pretrained_model(str(converted(**options)), device="cpu")[:3]]
-
-    return make
 
 
 def ask(tokenizer: Any, model: Any, processor: Any, **kwargs: Any) -> list[list[int]]:
@@ -179,6 +151,7 @@ def test_chat_keeps_the_cache(both, options: dict[str, Any], setting: dict[str, 
     assert turns[1][1][3] > turns[1][0][1] > turns[1][1][1] == 0  # the image is in the cache
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_commands(converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """``visionzip chat``, ``visualize`` and ``benchmark``, and LLaVA's own run_llava."""
     file, output = tmp_path / "cube.png", tmp_path / "times.json"
@@ -248,6 +221,7 @@ def test_eval_gives_the_answers_of_llavas_layout(
 
 
 @pytest.mark.parametrize("options", LAYOUTS)
+@pytest.mark.usefixtures("brief_msvd")
 def test_eval_on_videos(make_checkpoint, converted, tmp_path: Path, options: dict[str, Any]):
     """Frames are images to these models: the numbers of tokens are those of LLaVA's layout."""
     folder, tokens = write_folder(tmp_path, "msvd"), []
@@ -303,75 +277,3 @@ def test_pruned_answers_are_those_of_llavas_layout(both, options: dict[str, Any]
     torch.testing.assert_close(logits[1][: len(logits[0])], logits[0], atol=1e-4, rtol=1e-4)
     remove_pruning(own)
     assert not is_pruned(own.native) and ask(*loaded[1]) == plain
-
-
-@pytest.fixture
-def broken(converted, tmp_path: Path) -> Path:
-    """A checkpoint for this test alone, which may change it."""
-    return Path(shutil.copytree(converted(), tmp_path / "llava-1.5-tiny-hf"))
-
-
-def test_weights_that_are_missing_or_damaged(broken: Path):
-    file = broken / "model.safetensors"
-    weights = load_file(file)
-    name = next(name for name in weights if name.endswith("linear_1.weight"))
-    kept = {key: value.clone() for key, value in weights.items() if key != name}
-    other = "language_model.model.layers.2.mlp.up_proj.weight"
-    for wrong, change in (
-        (name, {}),
-        (name, {name: weights[name][:-1].clone()}),
-        (other, {name: weights[name], other: torch.ones(64, 32)}),
-    ):
-        save_file(kept | change, file, metadata={"format": "pt"})
-        last = wrong.rpartition("layers.")[2]
-        with pytest.raises(ValueError, match=rf"do not fit LlavaForConditionalGeneration: 1 are missing.*{last}"):
-            load_pretrained_model(str(broken), device="cpu")
-    save_file(weights | {"vision_tower.embeddings.position_ids": torch.arange(17)[None]}, file, {"format": "pt"})
-    load_pretrained_model(str(broken), device="cpu")  # of older versions, which saved buffers too
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(OSError, match=r"cannot read the weights in .*model\.safetensors \(1000 bytes\)"):
-        load_pretrained_model(str(broken), device="cpu")
-
-
-def test_a_part_of_a_llava_is_not_put_on_transformers_layout(broken: Path, make_checkpoint, tmp_path: Path):
-    """The names of the weights are others there; said by that, not by a list of them."""
-    write_part(make_checkpoint(), tmp_path / "tuned")
-    (tmp_path / "tuned/mm_projector.bin").touch()
-    with pytest.raises(ValueError, match=r"in transformers' layout: .*visionzip convert SRC DST --to original"):
-        load_pretrained_model(str(tmp_path / "tuned"), model_base=str(broken), device="cpu")
-
-
-def test_the_processor_is_looked_for_before_the_weights_are_read(broken: Path, monkeypatch: pytest.MonkeyPatch):
-    for file in broken.glob("*processor_config.json"):
-        file.unlink()
-    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", None)
-    with pytest.raises(OSError, match="has no image processor that can be read"):
-        load_pretrained_model(str(broken), device="cpu")
-
-
-def test_other_families_and_parts_are_refused(broken: Path):
-    with pytest.raises(ValueError, match="leave model_base out"):
-        load_pretrained_model(str(broken), model_base="lmsys/vicuna-7b-v1.5", device="cpu")
-    edit_config(broken, model_type="llava", vision_config={"model_type": "pixtral"})
-    with pytest.raises(ValueError, match="type 'llava' with a vision tower of type 'pixtral': supported are"):
-        load_pretrained_model(str(broken), device="cpu")
-    edit_config(broken, model_type="mllama")
-    with pytest.raises(ValueError, match="of type 'mllama'"):
-        load_pretrained_model(str(broken), device="cpu")
-
-
-def test_images_that_are_not_the_models(both):
-    _, model, processor = both()[1]
-    _, anyres, _ = both(**NEXT)[1]
-    image = process_images([picture(0)], processor, model.config)[0]
-    tiles = process_images([picture(0)], processor, anyres.config)[0]
-    for call, message in (
-        (lambda: model.visual_tokens([tiles]), r"come as \[5\] tiles, but this model reads each as one tile"),
-        (lambda: anyres.visual_tokens([image], [(90, 60)]), r"come as \[1\] tiles, .* the whole image and a grid"),
-        (lambda: anyres.visual_tokens([tiles]), "give image_sizes"),
-        (lambda: anyres.visual_tokens([tiles], [(30, 100)]), r"makes a grid of 1 x"),
-        (lambda: model.visual_tokens([image, image, image.log()]), r"images\[2\] has \d+ pixels that are NaN"),
-        (lambda: model.visual_tokens([image, image], [(90, 60)]), "image_sizes has 1 entries for 2 images"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()

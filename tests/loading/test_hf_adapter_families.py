@@ -157,6 +157,7 @@ def test_eval_on_images(name: str, saved, scenes_data: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("brief_msvd")
 def test_eval_on_videos(name: str, saved, tmp_path: Path):
     """All tokens of a frame are what the family makes of it: all patches, or fewer that it pools."""
     folder = write_folder(tmp_path, "msvd")

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from checkpoints import (
@@ -28,20 +26,24 @@ from checkpoints import (
     write_hub_tower,
     write_tokenizer,
 )
-from layouts import FILE, LAYOUTS, assert_same, load, save_safetensors, weights_of, without, write_lora, write_part
+from layouts import (
+    FILE,
+    LAYOUTS,
+    assert_same,
+    generate,
+    load,
+    save_safetensors,
+    weights_of,
+    without,
+    write_lora,
+    write_part,
+)
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints.loading import no_load_report
-from visionzip import VisionZipConfig, unzip, visionzip
+from visionzip import visionzip
 
 ENCODER = TOWER_PREFIX + "vision_model."
-PROMPT = torch.tensor([[1, 5, 6, -200, 7, 8]])
-
-
-def generate(model: Any) -> Tensor:
-    edge = model.get_vision_tower().config.image_size
-    pixels = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
-    return model.generate(PROMPT, images=pixels.to(model.dtype), max_new_tokens=4, min_new_tokens=4, do_sample=False)
 
 
 # Full checkpoints
@@ -198,112 +200,6 @@ def test_lora_needs_peft(make_checkpoint, tmp_path: Path, unread, monkeypatch: p
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         load(tmp_path / "lora", make_checkpoint())
-
-
-# How it is loaded
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("option", ["torch_dtype", "dtype"])
-def test_dtype(option: str, dtype: torch.dtype, make_checkpoint):
-    """It holds for the tower too, also where its weights come from another folder."""
-    for tower_inside in (True, False):
-        model = load(make_checkpoint(tower_inside=tower_inside), **{option: dtype})
-        assert {value.dtype for value in model.parameters()} == {dtype}
-
-
-def test_dtype_of_the_file(make_checkpoint):
-    model = LlavaLlamaForCausalLM.from_pretrained(make_checkpoint(), dtype="auto")
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention(attention: str, make_checkpoint):
-    model = load(make_checkpoint(), attn_implementation=attention)
-    assert model.config._attn_implementation == model.get_vision_tower().config._attn_implementation == attention
-
-
-@pytest.mark.parametrize(
-    "options", [{"device_map": "auto"}, {"device": torch.device("cpu")}, {"device_map": {"": "cpu"}}]
-)
-def test_devices(options: dict[str, Any], make_checkpoint):
-    model = load_pretrained_model(str(make_checkpoint()), **options)[1]
-    automatic = torch.cuda.is_available() and options == {"device_map": "auto"}
-    assert {value.device.type for value in model.parameters()} == {"cuda" if automatic else "cpu"}
-
-
-@pytest.mark.parametrize("room", [0.2, 0.5, 0.7, 0.9])
-def test_what_does_not_fit_is_the_end_of_the_language_model(room: float, make_checkpoint):
-    config = AutoConfig.from_pretrained(make_checkpoint(), num_hidden_layers=30)
-    with torch.device("meta"):
-        model = LlavaLlamaForCausalLM(config)
-    size = sum(value.nbytes for value in model.parameters())
-    memory = {"cpu": int(room * size), "disk": size}
-    device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
-    assert "model.vision_tower" in device_map  # in one piece
-    offloaded = {name.split(".")[1] for name, device in device_map.items() if device == "disk" and name != "lm_head"}
-    assert offloaded and (room < 0.5 or offloaded <= {"layers", "norm", "rotary_emb"})
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantisation(bits: int, tmp_path: Path, copied):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    folder = copied(hidden_size=64, mm_hidden_size=32)
-    model = load(folder, **{f"load_{bits}bit": True})
-    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name for name, module in linears.items() if isinstance(module, kind)} == {
-        name for name in linears if name.startswith("model.layers.")
-    }
-    answer = generate(model)
-    assert answer.shape == (1, 4)
-    assert generate(visionzip(model, dominant=4, contextual=2)).shape == (1, 4)
-    assert torch.equal(generate(unzip(model)), answer)
-
-
-def test_quantisation_needs_bitsandbytes(make_checkpoint, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        load(make_checkpoint(), load_4bit=True)
-
-
-# Saving
-
-
-@pytest.mark.parametrize("tower_inside", [True, False])
-@pytest.mark.parametrize("vision", [CLIP, SIGLIP], ids=["clip", "siglip"])
-def test_saved_folder_stands_alone(vision: dict[str, Any], tower_inside: bool, make_checkpoint, copied, tmp_path: Path):
-    folder = copied(vision=vision, tower_inside=tower_inside)
-    edit_config(folder.parent / "tower", hidden_act="relu")  # not a default, so that it has to be stored
-    processor = json.loads((folder.parent / "tower" / "preprocessor_config.json").read_text())
-    (folder.parent / "tower" / "preprocessor_config.json").write_text(
-        json.dumps({**processor, "image_mean": [0.1, 0.2, 0.3]})
-    )
-    tokenizer, model, image_processor, _ = load_pretrained_model(str(folder), device="cpu")
-    assert image_processor is model.get_vision_tower().image_processor
-    visionzip(model, dominant=4, contextual=2)
-    answer = generate(model)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "saved")
-    assert_same(weights_of(tmp_path / "saved"), weights_of(make_checkpoint(vision=vision)))
-
-    shutil.rmtree(tmp_path / "tower")
-    _, again, processor_again, _ = load_pretrained_model(str(tmp_path / "saved"), device="cpu")
-    assert again.get_vision_tower().visionzip == VisionZipConfig(4, 2)
-    assert torch.equal(generate(again), answer)
-    assert processor_again.to_dict() == image_processor.to_dict()
-    assert list(processor_again.image_mean) == [0.1, 0.2, 0.3]
-
-
-def test_saving_without_an_image_processor(copied, tmp_path: Path, offline, log):
-    """The tower is known by its hub name only, and there is no connection; its weights are in the checkpoint."""
-    folder = copied()
-    edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336", mm_vision_config=CLIP)
-    model = LlavaLlamaForCausalLM.from_pretrained(folder)
-    assert not log.messages
-    model.save_pretrained(tmp_path / "saved")
-    assert_same(weights_of(tmp_path / "saved"), weights_of(folder))
-    assert "saved without the image processor" in log.messages[-1]
 
 
 # transformers' own entrances

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,11 +185,11 @@ def test_cuda_graph(method: str):
     assert all(row["same_choice"] for row in measure_choosers(576, 64, [16], "cuda", 2))
 
 
-def test_the_script(tmp_path: Path):
+def test_the_script(quick_python: Path, tmp_path: Path):
     """With an interpreter of the user's own; the page stays as it is."""
     page = (ROOT / "docs" / "efficiency.md").read_bytes()
     command = ["bash", str(ROOT / "scripts" / "gpu_report.sh"), "--scaled", "--device", "cpu", "--sections", "graphs"]
-    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "gpu.json")}
+    environment = {**os.environ, "PYTHON": str(quick_python / "bin/python"), "OUTPUT": str(tmp_path / "gpu.json")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "flash-attn" in done.stdout

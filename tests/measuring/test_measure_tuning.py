@@ -58,6 +58,7 @@ def test_the_shapes():
     assert 0.5 < shares[1] / shares[0] < 2
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_the_memory_is_of_a_process_of_its_own(args: argparse.Namespace):
     names = ("shape", "device", "dtype", "batch_size", "text_tokens", "dominant", "contextual")
     request = {"way": "zipped, cached", **{name: getattr(args, name) for name in names}}

@@ -2,108 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_compress import assert_same, problems, reference, tensors
 from torch import Tensor
 
 from visionzip import CompressedTokens, compress_tokens
-from visionzip.compress import group_sizes
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 properties = settings(max_examples=60, deadline=None)
-
-
-def tensors(
-    batch: int = 2, length: int = 17, *, cls_token: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> dict[str, Tensor]:
-    """Random hidden states, scores and keys; in float64 two scores or similarities are never equal by rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"hidden_states": (batch, length, 6), "scores": (batch, length - cls_token), "keys": (batch, length, 4)}
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-
-
-@st.composite
-def problems(draw: st.DrawFn, scores: tuple[str, ...] = ("distinct", "quantised", "constant")) -> dict[str, Any]:
-    """Arguments of compress_tokens: any sizes and budgets, also beyond the sequence, and scores with ties."""
-    cls_token = draw(st.booleans())
-    length = draw(st.integers(1 + cls_token, 24))
-    problem = tensors(draw(st.integers(1, 3)), length, cls_token=cls_token, seed=draw(st.integers(0, 2**31)))
-    kind = draw(st.sampled_from(scores))
-    if kind == "quantised":
-        problem["scores"] = problem["scores"].round()
-    elif kind == "constant":
-        problem["scores"] = torch.full_like(problem["scores"], 0.5)
-    return {
-        **problem,
-        "dominant": draw(st.integers(1, length + 2)),
-        "contextual": draw(st.integers(0, length + 2)),
-        "cls_token": cls_token,
-        "merge": draw(st.sampled_from(["released", "average"])),
-    }
-
-
-def reference(hidden_states: Tensor, scores: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> CompressedTokens:
-    """The method as documented, one image after the other and one token after the other."""
-    images = [
-        reference_image(*image, *args, **kwargs)
-        for image in zip(hidden_states, scores.tolist(), keys.tolist(), strict=True)
-    ]
-    tokens, *indices = zip(*images, strict=True)
-    return CompressedTokens(torch.stack(tokens), *(torch.tensor(rows, dtype=torch.int64) for rows in indices))
-
-
-def reference_image(
-    tokens: Tensor,
-    scores: list[float],
-    keys: list[list[float]],
-    dominant: int,
-    contextual: int,
-    *,
-    cls_token: bool = True,
-    merge: str = "released",
-) -> tuple[Tensor, list[int], list[int], list[int]]:
-    length = len(tokens)
-    assignment = [-1] * length
-    if dominant + contextual >= length:
-        return tokens, list(range(length)), [], assignment
-
-    ranked = sorted(range(len(scores)), key=lambda patch: (-scores[patch], patch))
-    kept = [0] * cls_token + [patch + cls_token for patch in ranked[: dominant - cls_token]]
-    rest = [position for position in range(length) if position not in kept]
-    step = max(1, len(rest) // max(1, contextual))
-    targets = [rest[slot * step] for slot in range(contextual)]
-    for position in rest if targets else []:
-        similarities = [cosine(keys[position], keys[target]) for target in targets]
-        assignment[position] = similarities.index(max(similarities))  # the first of equals
-    for slot, target in enumerate(targets):
-        assignment[target] = slot
-
-    merged = []
-    for slot, target in enumerate(targets):
-        assigned = [tokens[position] for position in rest if assignment[position] == slot and position != target]
-        if merge == "average":
-            merged.append(sum(assigned, tokens[target]) / (len(assigned) + 1))
-        else:
-            merged.append(tokens[target] + (sum(assigned) / len(assigned) if assigned else 0))
-    return torch.stack([*tokens[sorted(kept)], *merged]), sorted(kept), targets, assignment
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True)) / ((math.hypot(*a) * math.hypot(*b)) or 1)
-
-
-def assert_same(result: CompressedTokens, expected: CompressedTokens) -> None:
-    """Equal indices, and tokens that are equal up to rounding."""
-    torch.testing.assert_close(result.tokens, expected.tokens)
-    for name in ("dominant_indices", "target_indices", "assignment"):
-        assert torch.equal(getattr(result, name), getattr(expected, name)), name
 
 
 # --- compress_tokens: what it returns ---
@@ -379,44 +290,3 @@ WRONG_ARGUMENTS = [
 def test_errors_name_the_value(arguments: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         compress_tokens(**{**tensors(), "dominant": 4, "contextual": 3, **arguments})
-
-
-# --- sizes ---
-
-
-def slow_sizes(keys: list[list[float]], kept: list[int], cls_token: bool) -> list[float]:
-    """Patches that each kept token of one image stands for, one patch after the other."""
-    patches = [slot for slot, position in enumerate(kept) if not (cls_token and position == 0)]
-    sizes = [1.0] * len(kept)
-    for position in range(int(cls_token), len(keys)):
-        if position not in kept:
-            nearest = max(patches or [0], key=lambda slot: (cosine(keys[position], keys[kept[slot]]), -slot))
-            sizes[nearest] += 1
-    return sizes
-
-
-@properties
-@given(cls_token=st.booleans(), length=st.integers(2, 20), seed=st.integers(0, 2**31), data=st.data())
-def test_sizes_equal_the_slow_reference(cls_token: bool, length: int, seed: int, data: st.DataObject):
-    keys = tensors(2, length, cls_token=cls_token, seed=seed)["keys"]
-    kept = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=length, unique=True))
-    sizes = group_sizes(keys, torch.tensor([kept, kept]), cls_token)
-    assert sizes.dtype == torch.float32
-    assert sizes.tolist() == [slow_sizes(row, kept, cls_token) for row in keys.tolist()]
-    patches = length - cls_token
-    assert sizes.sum(dim=1).tolist() == [patches + (cls_token and 0 in kept)] * 2 and (sizes >= 1).all()
-
-
-def test_sizes_of_hard_keys():
-    """Equal keys and keys of norm zero count for the first kept patch; every kept one counts for itself."""
-    kept = torch.tensor([[1, 4, 6]])
-    for keys in (torch.ones(1, 8, 4), torch.zeros(1, 8, 4)):
-        assert group_sizes(keys, kept, True).tolist() == [[5.0, 1.0, 1.0]]
-    assert group_sizes(torch.ones(1, 8, 4), torch.tensor([[0, 5]]), True).tolist() == [[1.0, 7.0]]  # CLS counts none
-    assert group_sizes(torch.ones(1, 8, 4), torch.tensor([[0]]), True).tolist() == [[8.0]]  # but is all there is
-
-
-def test_sizes_compile_to_one_graph():
-    keys, kept = tensors()["keys"], torch.tensor([[1, 4, 6], [2, 3, 5]])
-    sizes = torch.compile(group_sizes, fullgraph=True, backend="eager")(keys, kept, True)
-    assert torch.equal(sizes, group_sizes(keys, kept, True))

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from attaching import classes_of, same, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
+from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
 
-from checkpoints import CLIP, LANGUAGE_MODEL, SIGLIP, write_tokenizer
+from checkpoints import CLIP, SIGLIP, write_tokenizer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionTower
 from visionzip import VisionZipConfig, unzip, visionzip
@@ -70,19 +70,6 @@ def load_and_run(pickled: bytes) -> list[list[Any]]:
     return [tensor.tolist() for tensor in outputs(pickle.loads(pickled))]
 
 
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that hangs on the model: attributes, hooks, parameters, the class of each module, and the config."""
-    modules = {
-        name: (type(module), {key: dict(v) if isinstance(v, dict) else v for key, v in vars(module).items()})
-        for name, module in model.named_modules()
-    }
-    return {"modules": modules, "config": copy.deepcopy(vars(model.config))}
-
-
 # --- on, again, off ---
 
 
@@ -119,14 +106,13 @@ def test_unzip_restores_outputs_and_every_attribute(model: LlavaLlamaForCausalLM
 
 
 def test_no_class_is_modified(model: LlavaLlamaForCausalLM):
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    assert {LlavaLlamaForCausalLM, LlamaForCausalLM, CLIPVisionModel, CLIPVisionTower, nn.Module} < classes
-    before = {cls: dict(vars(cls)) for cls in classes}
+    before = classes_of(model)
+    assert {LlavaLlamaForCausalLM, LlamaForCausalLM, CLIPVisionModel, CLIPVisionTower, nn.Module} < before.keys()
     visionzip(model, dominant=16, contextual=4)
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
     outputs(model)
     unzip(model)
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
 
 
 @pytest.mark.parametrize("setting", [{"merge": "average"}, {"layer": -3}, {"dominant": 17}, {"contextual": 5}])
@@ -261,73 +247,6 @@ def test_the_last_encoder_layer_never_runs(
     else:
         torch.testing.assert_close(tower(pixels()), expected[:, -PATCHES:])
     assert ran == [0, 1, 2]  # of four
-
-
-# --- warnings and errors ---
-
-
-@pytest.mark.parametrize("dominant, contextual", [(65, 0), (60, 5), (55, 10), (100, 0), (10, 100)], ids=str)
-def test_a_budget_of_the_whole_sequence_warns_and_compresses_nothing(
-    dominant: int, contextual: int, model: LlavaLlamaForCausalLM
-):
-    """All 65 tokens, the CLS token included, as they were; and no further warning when the model runs."""
-    features = model.get_vision_tower()(pixels())
-    message = f"dominant={dominant} .* contextual={contextual} is {dominant + contextual} tokens, .* has 65: nothing"
-    with pytest.warns(UserWarning, match=message) as caught:
-        visionzip(model, dominant=dominant, contextual=contextual)
-        assert outputs(model)[0].shape[1] == 4 + 65
-    assert [warning.filename for warning in caught] == [__file__]
-    assert torch.equal(model.get_vision_tower()(pixels())[:, 1:], features)
-
-
-def test_a_layer_that_the_projector_was_not_trained_on_warns(model: LlavaLlamaForCausalLM):
-    message = r"reads encoder layer -3, but .* layer -2 \(mm_vision_select_layer\)"
-    with pytest.warns(UserWarning, match=message) as caught:
-        visionzip(model, dominant=16, contextual=4, layer=-3)
-    assert [warning.filename for warning in caught] == [__file__]
-
-
-WRONG_SETTINGS = [
-    ({"dominant": 0}, ValueError, "dominant=0 is below 1"),
-    ({"dominant": 16, "contextual": -1}, ValueError, "contextual=-1 is below 0"),
-    ({"dominant": 16.0}, TypeError, r"dominant=16\.0 must be an integer"),
-    ({"contextual": True}, TypeError, "contextual=True must be an integer"),
-    ({"merge": "mean"}, ValueError, "merge='mean' is unknown"),
-    ({"layer": 4}, ValueError, r"layer=4 is outside the vision tower's 4 layers \(-4 to 3\)"),
-    ({"layer": -5}, ValueError, r"layer=-5 is outside"),
-]
-
-
-@pytest.mark.parametrize("setting, error, message", WRONG_SETTINGS, ids=[str(row[0]) for row in WRONG_SETTINGS])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_wrong_setting_changes_nothing(
-    setting: dict[str, Any], error: type[Exception], message: str, zipped: bool, model: LlavaLlamaForCausalLM
-):
-    if zipped:
-        visionzip(model, dominant=8, contextual=2)
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        visionzip(model, **setting)
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("function", [visionzip, unzip])
-def test_an_unsupported_model(function: Any):
-    text_only = LlamaForCausalLM(LlamaConfig(**{**LANGUAGE_MODEL, "num_hidden_layers": 1}))
-    message = "does not support LlamaForCausalLM. Supported are .*LlavaMetaForCausalLM.*VisionTower"
-    with pytest.raises(TypeError, match=message):
-        function(text_only)
-
-
-@pytest.mark.parametrize("function", [visionzip, unzip])
-def test_a_model_without_vision_tower(function: Any):
-    with pytest.raises(ValueError, match=r"this LlavaLlamaForCausalLM has no vision tower .* no mm_vision_tower"):
-        function(LlavaLlamaForCausalLM(LlavaConfig(**LANGUAGE_MODEL)))
-
-
-def test_an_unzipped_tower_has_nothing_to_compress(model: LlavaLlamaForCausalLM):
-    with pytest.raises(RuntimeError, match="not zipped"):
-        model.get_vision_tower().compress(pixels())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

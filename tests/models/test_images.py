@@ -20,7 +20,6 @@ from llava.mm_utils import process_images
 from llava.video import process_visuals
 
 GREY = np.arange(48 * 32, dtype=np.uint32).reshape(32, 48) % 256
-TURNS = {1: 0, 3: 180, 6: 270, 8: 90}  # counter-clockwise
 
 
 def turned(orientation: int) -> Image.Exif:

@@ -279,3 +279,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def pixels(count: int, seed: int = 0, edge: int = 56) -> torch.Tensor:
     """Images of noise as a model takes them: (count, 3, edge, edge)."""
     return torch.randn(count, 3, edge, edge, generator=torch.Generator().manual_seed(seed))
+
+
+def spoilt_pixels(value: float) -> torch.Tensor:
+    """Two such images, of which the second has one pixel of this value."""
+    images = pixels(2)
+    images[1, 0, 0, 0] = value
+    return images

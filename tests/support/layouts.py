@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import infer_auto_device_map
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import Tensor
@@ -174,3 +175,21 @@ def _make_old(folder: Path, is_next: bool) -> None:
     settings["added_tokens_decoder"] = {str(index): {"content": name, **flags} for index, name in names.items()}
     settings |= {"processor_class": "LlavaProcessor", "clean_up_tokenization_spaces": False, "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def generate(model: Any) -> Tensor:
+    """A greedy answer of four tokens about an image of noise."""
+    edge = model.get_vision_tower().config.image_size
+    image = torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    prompt = torch.tensor([[1, 5, 6, -200, 7, 8]])
+    return model.generate(prompt, images=image, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+def device_map_for(model_class: type, config: Any, room: float) -> tuple[dict[str, Any], set[str]]:
+    """Where accelerate puts a model's parts if this share of it has room, and what of its inner model is left out."""
+    with torch.device("meta"):
+        model = model_class(config)
+    size = sum(value.nbytes for value in model.parameters())
+    memory = {"cpu": int(room * size), "disk": size}
+    places = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    return places, {name.split(".")[1] for name, place in places.items() if place == "disk" and name != "lm_head"}

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, ConvNextConfig, ConvNextModel
 
 from checkpoints import CLIP, edit_config, edit_weights, scale_up, write_checkpoint
+from llava.constants import IMAGE_TOKEN_INDEX
 
 AUX_SIZE = 128  # 32 x 32 positions in the first map: 8 x 8 for each of the 4 x 4 patches of CLIP
 PATCHES = 16
@@ -154,3 +155,11 @@ def plain_tokens(folder: Path, image: Tensor) -> Tensor:
     high = plain_map(image[None])[0]
     mined = [plain_mining(weights, features[i], square(high, i // 4 * 8, i % 4 * 8, 8)) for i in range(PATCHES)]
     return plain_projector(weights, features + torch.stack(mined))
+
+
+def prompt(*ids: int) -> Tensor:
+    """A batch of one."""
+    return torch.tensor([ids])
+
+
+ASKED = prompt(1, 30, IMAGE_TOKEN_INDEX, 40, 50)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
+from llava.storage.lock import locked_folder
 
 TRAINER = {
     "per_device_train_batch_size": 2,
@@ -58,6 +59,13 @@ def learnt(input_ids: Tensor, labels: Tensor, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(list(group)) for is_learnt, group in groups if is_learnt]
 
 
-def assert_same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert weights.keys() == expected.keys()
-    assert not [key for key, value in weights.items() if not torch.equal(value, expected[key])]
+def wait_for_the_end(run: Path) -> None:
+    """Return when no process writes to a run's folder any more, as its lock tells."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with locked_folder(run, "--output_dir"):
+                return
+        except BlockingIOError:
+            assert time.monotonic() < end
+            time.sleep(0.02)

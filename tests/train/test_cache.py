@@ -7,101 +7,22 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from training import TRAINER
+from visual_cache import SIZES, ZIPPED, lines, stored
 
-from checkpoints import LANGUAGE_MODEL, NEXT, TOWER_PREFIX, edit_weights, picture, write_tokenizer
+from checkpoints import NEXT, TOWER_PREFIX, edit_weights, picture
 from llava.mm_utils import process_images
 from llava.model.multimodal_encoder.encoded_image import EncodedImage
-from llava.train import train as llava_training
-from llava.train.cache import cache_visual_tokens
 from llava.train.token_store import CachedImages, Index, Writer, stamp_of
 from visionzip import visionzip
 
-SIZES = [(90, 60), (60, 90), (70, 70), (130, 40), (56, 56), (64, 100)]
-ZIPPED = {"visionzip_dominant": 3, "visionzip_contextual": 2}
 PLACED = {"dominant": 3, "contextual": 2, "positions": "original", "size_bias": True}  # in a checkpoint's config
-TRAINER = {
-    "tune_mm_mlp_adapter": True,
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``data.json``: six records with images of several shapes, one of them again, and two of text only."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    records = []
-    for index, size in enumerate(SIZES):
-        picture(index, size).save(folder / "images" / f"{index}.png")
-        asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"the {index}"}]
-        records.append({"id": f"seen-{index}", "image": f"{index}.png", "conversations": asked})
-    records.append({**records[0], "id": "seen-again"})
-    for index in (8, 9):
-        asked = [{"from": "human", "value": "What is left?"}, {"from": "gpt", "value": f"{index}"}]
-        records.append({"id": f"read-{index}", "conversations": asked})
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder
-
-
-@pytest.fixture
-def tune(data: Path, make_checkpoint, tmp_path: Path) -> Callable[..., Any]:
-    """``python -m llava.train.train``, projector only, for four steps; what it leaves, or its exit status if not 0."""
-
-    def run(name: str, folder: Path = data, model: Path | None = None, **flags: Any) -> Any:
-        own = {
-            **TRAINER,
-            "model_name_or_path": model or make_checkpoint(),
-            "output_dir": tmp_path / name,
-            "data_path": folder / "data.json",
-            "image_folder": folder / "images",
-        }
-        words = [str(word) for flag, value in {**own, **flags}.items() for word in (f"--{flag}", value)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["command", *words])
-            status = llava_training.main()
-        if status:
-            return status
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        logged = [entry for entry in record["losses"] if "loss" in entry]
-        weights = {}
-        for file in (tmp_path / name).glob("*.safetensors"):
-            weights |= load_file(file)
-        return SimpleNamespace(
-            losses=[entry["loss"] for entry in logged],
-            tokens=[entry.get("visual_tokens_per_image") for entry in logged],
-            weights=weights,
-            record=record,
-        )
-
-    return run
-
-
-def stored(cache: Path) -> dict[str, bytes]:
-    """The files with tokens, of all settings."""
-    return {file.name: file.read_bytes() for file in cache.glob("*/tokens-*.bin")}
-
-
-def lines(cache: Path) -> list[str]:
-    return [line for file in sorted(cache.glob("*/index-*.jsonl")) for line in file.read_text().splitlines()]
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -169,12 +90,6 @@ def test_what_tokens_depend_on_has_a_folder_of_its_own(tune, make_checkpoint, co
     assert recipe["visionzip"]["contextual"] == 3
 
 
-@pytest.fixture
-def own_data(data: Path, tmp_path: Path) -> Path:
-    """``data`` for a test that changes it."""
-    return shutil.copytree(data, tmp_path / "data")
-
-
 def test_a_run_that_was_killed_goes_on(tune, tmp_path: Path):
     """What is whole of the cache is used: here, three images, the index cut inside the fourth line."""
     cache = tmp_path / "cache"
@@ -192,13 +107,13 @@ def test_a_run_that_was_killed_goes_on(tune, tmp_path: Path):
     assert sorted(map(len, stored(cache).values())) == [size / 6, size / 3, size / 2]
 
 
-def test_images_that_change_are_encoded_anew(tune, own_data: Path, tmp_path: Path):
+def test_images_that_change_are_encoded_anew(tune, own_shapes: Path, tmp_path: Path):
     """And only these: files that were copied, moved or touched are read, but known by their content."""
-    cache, images = tmp_path / "cache", own_data / "images"
-    flags = {"folder": own_data, **ZIPPED}
+    cache, images = tmp_path / "cache", own_shapes / "images"
+    flags = {"folder": own_shapes, **ZIPPED}
     before = tune("before", cache_visual_tokens=cache, **flags)
     size = sum(map(len, stored(cache).values()))
-    moved = shutil.copytree(own_data, tmp_path / "moved")
+    moved = shutil.copytree(own_shapes, tmp_path / "moved")
     os.utime(moved / "images/1.png")
     assert tune("moved", cache_visual_tokens=cache, **{**flags, "folder": moved}).losses == before.losses
     assert sum(map(len, stored(cache).values())) == size
@@ -216,76 +131,11 @@ def test_images_that_change_are_encoded_anew(tune, own_data: Path, tmp_path: Pat
     assert tune("swapped", cache_visual_tokens=cache, **flags).losses == uncached.losses
 
 
-def test_a_damaged_cache_is_said_and_mended(tune, tmp_path: Path, capsys):
-    cache = tmp_path / "cache"
-    whole = tune("whole", cache_visual_tokens=cache, **ZIPPED)
-    tokens = next(cache.glob("*/tokens-*"))
-    data = bytearray(tokens.read_bytes())
-    data[20::40] = bytes(byte ^ 1 for byte in data[20::40])  # a bit, here and there
-    tokens.write_bytes(data)
-    for skip in (False, True):
-        assert tune("damaged", cache_visual_tokens=cache, skip_bad_samples=skip, **ZIPPED) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert f"are damaged: delete {tokens} and start again" in message
-    tokens.unlink()
-    assert tune("mended", cache_visual_tokens=cache, **ZIPPED).losses == whole.losses
-
-
-def test_images_that_cannot_be_read(tune, own_data: Path, tmp_path: Path, capsys):
-    """An error that names the record, when the others are encoded; or a skip, as without a cache."""
-    cache, flags = tmp_path / "cache", {"folder": own_data, **ZIPPED}
-    for index in (1, 4):
-        (own_data / f"images/{index}.png").write_bytes(b"no image")
-    assert tune("refused", cache_visual_tokens=cache, **flags) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "record 'seen-1' cannot be used" in message
-    assert "1.png is not a readable image" in message
-    assert "(1 more images cannot be read)" in message
-    assert len(lines(cache)) == len(SIZES) - 2
-    flags |= {"skip_bad_samples": True, "max_steps": 5}  # the whole epoch
-    runs = [tune("uncached", **flags), tune("cached", cache_visual_tokens=cache, **flags)]
-    assert runs[0].losses == runs[1].losses
-    left_out = [sorted(bad["id"] for bad in run.record["left_out"]) for run in runs]
-    assert left_out == [["seen-1", "seen-4"]] * 2
-
-
-def test_images_that_are_too_large(tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """Pillow has an error of its own for them."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # more than twice that is refused
-    assert tune("refused", cache_visual_tokens=tmp_path / "cache", **ZIPPED) == 2
-    message = capsys.readouterr().err
-    assert "record 'seen-5' cannot be used: " in message and "5.png is too large to be read (Image size" in message
-    run = tune("skipped", cache_visual_tokens=tmp_path / "cache", skip_bad_samples=True, max_steps=5, **ZIPPED)
-    assert [bad["id"] for bad in run.record["left_out"]] == ["seen-5"]
-
-
-def test_text_only(tune, own_data: Path, tmp_path: Path):
-    path = own_data / "data.json"
+def test_text_only(tune, own_shapes: Path, tmp_path: Path):
+    path = own_shapes / "data.json"
     path.write_text(json.dumps([record for record in json.loads(path.read_text()) if "image" not in record]))
-    flags = {"folder": own_data, **ZIPPED, "tune_mm_mlp_adapter": False}
+    flags = {"folder": own_shapes, **ZIPPED, "tune_mm_mlp_adapter": False}
     assert tune("cached", cache_visual_tokens=tmp_path / "cache", **flags).losses == tune("uncached", **flags).losses
-
-
-def test_no_room(tune, full_disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """It is said before the work if that can be known, else when the disk is full."""
-    file = tmp_path / "file"
-    file.write_text("")
-    assert tune("run", cache_visual_tokens=file / "cache", **ZIPPED) == 2
-    assert f"{file} is a file, not a folder" in capsys.readouterr().err
-    usage = shutil.disk_usage
-    here = tmp_path / "cache"
-    here.mkdir()
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: usage(path)._replace(free=3000) if path == here else usage(path)
-    )
-    assert tune("run", cache_visual_tokens=here, **ZIPPED) == 2
-    assert "has 0.0 GB free, but the tokens of 6 images take at least 0.0 GB" in capsys.readouterr().err
-    monkeypatch.undo()
-    with full_disk(3000):  # four images
-        assert tune("run", cache_visual_tokens=here, **ZIPPED) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "cannot write " in message and "tokens-" in message and "The images that are encoded stay so" in message
-    assert tune("run", cache_visual_tokens=here, **ZIPPED).losses == tune("uncached", **ZIPPED).losses
 
 
 def test_processes_do_not_disturb_each_other(tmp_path: Path):
@@ -308,29 +158,20 @@ def test_processes_do_not_disturb_each_other(tmp_path: Path):
     assert torch.equal(pickle.loads(pickle.dumps(images)).sample("one2")[0].tokens, tokens + 2)
 
 
-def test_a_language_model_has_no_visual_tokens(tune, tmp_path: Path, capsys):
-    base = tmp_path / "base"
-    own = {key: value for key, value in LANGUAGE_MODEL.items() if not key.startswith(("mm_", "image_"))}
-    LlamaForCausalLM(LlamaConfig(**own)).save_pretrained(base)
-    write_tokenizer(base)
-    assert tune("run", model=base, tune_mm_mlp_adapter=False, cache_visual_tokens=tmp_path / "cache") == 2
-    assert "cache_visual_tokens needs a vision tower" in capsys.readouterr().err
-
-
-def test_two_processes_under_zero3(data: Path, tune, make_checkpoint, tmp_path: Path):
+def test_two_processes_under_zero3(quick_trainer: Path, shapes: Path, tune, make_checkpoint, tmp_path: Path):
     """Each encodes half of the images, from a tower of which it holds a part; the losses are those of one process."""
     pytest.importorskip("deepspeed")
     flags = {
         "model_name_or_path": make_checkpoint(),
         "output_dir": tmp_path / "two",
-        "data_path": data / "data.json",
-        "image_folder": data / "images",
+        "data_path": shapes / "data.json",
+        "image_folder": shapes / "images",
         "cache_visual_tokens": tmp_path / "cache",
         "deepspeed": ROOT / "scripts/zero3.json",
-        **{**TRAINER, **ZIPPED, "max_steps": 2},
+        **{**TRAINER, **ZIPPED, "tune_mm_mlp_adapter": True, "save_strategy": "no", "max_steps": 2},
     }
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [str(quick_trainer / "bin/python"), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "llava.train.train", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -365,10 +206,3 @@ def test_a_model_takes_encoded_images(load, merge_type: str, setting: tuple[int,
             torch.testing.assert_close(image, tokens, atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError, match="5 of 6 images are EncodedImage"):
         model.visual_tokens([*encoded[:5], pixels[5]], SIZES)
-
-
-def test_a_choice_behind_the_projector_is_not_kept(load, tmp_path: Path):
-    """The projector may learn, and the choice with it."""
-    model = visionzip(load()[1], keep=4, method="norm")
-    with pytest.raises(ValueError, match=r"method='norm' chooses by what is behind the projector.*leave the cache out"):
-        cache_visual_tokens(str(tmp_path), None, model, None)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from training import TRAINER, assert_same, command, record_of
+from training import TRAINER, command, record_of
 from transformers import (
     CLIPImageProcessorPil,
 )
 
 from checkpoints import picture
+from layouts import assert_same
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.train import contrastive
 from llava.train.contrastive import ContrastiveModel, TowerArguments, collate, new_tower, word_ids

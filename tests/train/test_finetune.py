@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import record_of, steps_of, turns
+from training import record_of, steps_of, turns, wait_for_the_end
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import LANGUAGE_MODEL, NEXT, TOWER_PREFIX, picture, write_tokenizer
@@ -51,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def script(world: Path, make_checkpoint: Callable[..., Path]) -> Callable[..., subprocess.Popen]:
+def script(world: Path, make_checkpoint: Callable[..., Path], quick_trainer: Path) -> Callable[..., subprocess.Popen]:
     """Starts ``bash scripts/NAME.sh FLAG…``; variables are added to those that make it small."""
 
     def start(name: str, out: Path, *flags: str, **variables: Any) -> subprocess.Popen:
@@ -68,7 +67,7 @@ def script(world: Path, make_checkpoint: Callable[..., Path]) -> Callable[..., s
             "GLOBAL_BATCH": 4,
             "MICRO_BATCH": 1,
             "LEARNING_RATE": 0.01,
-            "VIRTUAL_ENV": sys.prefix,
+            "VIRTUAL_ENV": quick_trainer,
             "HF_HUB_OFFLINE": 1,
         }
         environment = {**os.environ, **{key: str(value) for key, value in {**own, **variables}.items()}}
@@ -149,6 +148,7 @@ def test_a_run_that_is_killed_goes_on(zero3: Path, script, tmp_path: Path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "run.json").exists()
+    wait_for_the_end(out)
     written = (out / f"checkpoint-{HALF}/mm_projector.bin").stat().st_mtime_ns
     shutil.copytree(out / f"checkpoint-{HALF}", out / f"checkpoint-{STEPS}", dirs_exist_ok=True)
     os.truncate(next((out / f"checkpoint-{STEPS}").glob("*/*optim_states.pt")), 1000)  # as if killed in the middle

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from training import wait_for_the_end
 
 from eval.__main__ import main as eval_command
 from llava.model.builder import load_pretrained_model
@@ -36,7 +36,8 @@ def test_the_checkpoint_is_small_and_complete():
 
 def test_the_checkpoint_answers_as_its_card_says(tmp_path: Path):
     """On the whole test set, with all tokens and with the smallest budget of the quickstart."""
-    vanilla, zipped = results_of(tmp_path, "--method", "vanilla", "visionzip", "--tokens", "16")["rows"]
+    flags = ("--method", "vanilla", "visionzip", "--tokens", "16", "--batch-size", "32")
+    vanilla, zipped = results_of(tmp_path, *flags)["rows"]
     card = (CHECKPOINT / "README.md").read_text()
     for row, name, tokens in ((vanilla, "vanilla", 144), (zipped, "visionzip 13+3", 16)):
         assert row["visual_tokens"] == tokens
@@ -47,9 +48,9 @@ def test_the_checkpoint_answers_as_its_card_says(tmp_path: Path):
         assert found == pytest.approx(stated, abs=1.1)
 
 
-def test_the_recipe_runs_from_nothing(tmp_path: Path):
+def test_the_recipe_runs_from_nothing(quick_trainer: Path, tmp_path: Path):
     """All of it at a thousandth of its length, killed in the middle and started again."""
-    environment = {**os.environ, "SCALE": "0.001", "PROCESSES": "1", "VIRTUAL_ENV": sys.prefix}
+    environment = {**os.environ, "SCALE": "0.001", "PROCESSES": "1", "VIRTUAL_ENV": str(quick_trainer)}
     command = ["bash", str(ROOT / "scripts" / "train_llava_mini.sh"), str(tmp_path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as first:
         deadline = time.monotonic() + 240
@@ -57,6 +58,7 @@ def test_the_recipe_runs_from_nothing(tmp_path: Path):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         os.killpg(first.pid, signal.SIGKILL)
+    wait_for_the_end(tmp_path / "tower-kinds")  # the next step
     images = (tmp_path / "small" / "tower.json").stat().st_mtime_ns
     assert not (tmp_path / "llava-mini").exists()
     subprocess.run(command, env=environment, check=True, timeout=600)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from training import assert_same, record_of, steps_of, turns
+from training import record_of, steps_of, turns
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -21,47 +21,12 @@ from transformers import (
 )
 
 from checkpoints import CLIP, TOWER_PREFIX, picture, write_tower
+from layouts import assert_same
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
 from llava.train import train as llava_training
 from visionzip import VisionZipConfig
-
-
-@pytest.fixture(scope="module")
-def projector(world: Path, llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first stage's folder."""
-    out = tmp_path_factory.mktemp("projector")
-    new = {"model_name_or_path": world / "base", "vision_tower": world / "tower"}
-    assert llava(out, **new, tune_mm_mlp_adapter=True, version="plain", data_path=captions(world), save_steps=2) == 0
-    return out
-
-
-def captions(world: Path) -> Path:
-    path = world / "captions.json"
-    records = json.loads((world / "data.json").read_text())[:8]
-    path.write_text(json.dumps([{**record, "conversations": record["conversations"][:2]} for record in records]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def second_stage(world: Path, projector: Path) -> dict[str, Any]:
-    """Its arguments, beside the folder."""
-    return {
-        "model_name_or_path": world / "base",
-        "vision_tower": world / "tower",
-        "pretrain_mm_mlp_adapter": projector / "mm_projector.safetensors",
-        "mm_projector_lr": 1e-3,
-        "save_steps": 2,
-    }
-
-
-@pytest.fixture(scope="module")
-def tuned(llava, second_stage: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The second stage's folder."""
-    out = tmp_path_factory.mktemp("tuned")
-    assert llava(out, **second_stage) == 0
-    return out
 
 
 def weights_by_part(file: Path) -> dict[str, dict[str, Tensor]]:

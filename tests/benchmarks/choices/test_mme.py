@@ -16,18 +16,6 @@ from eval.reading.tables import Tables
 from eval.records import Answer, Question
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data.write_folder(tmp_path)
-    return tmp_path / "MME"
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def answered(texts: list[str]) -> list[Answer]:
     return [Answer(row[0], text, row[1] + data.SHORT) for row, text in zip(data.ROWS, texts, strict=True)]
 

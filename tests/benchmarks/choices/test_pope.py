@@ -17,18 +17,6 @@ from eval.reading.tables import Tables
 from eval.records import Answer, Question
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data.write_folder(tmp_path)
-    return tmp_path / "pope"
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def test_the_questions_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """For the questions and for their labels; once more when it has changed."""
     read, opened = sources._text, list[str]()

@@ -15,20 +15,6 @@ from eval.reading.tables import Tables
 from eval.records import Answer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("folder")
-    data.write_folder(root)
-    return root / BENCHMARK.folder
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tables")
-    data.write_tables(root)
-    return root
-
-
 def test_questions_of_the_folder(folder: Path):
     asked = BENCHMARK.from_folder(folder)
     assert [(question.id, question.category) for question in asked] == [
@@ -45,8 +31,7 @@ def test_questions_of_the_folder(folder: Path):
     assert asked[0].visuals[0].open()[0].size == (18, 22)
 
 
-def test_questions_of_the_tables_are_about_images(folder: Path, copy: Path):
-    tables = Tables(BENCHMARK.tables, copy)
+def test_questions_of_the_tables_are_about_images(folder: Path, tables: Tables):
     asked = BENCHMARK.from_tables(tables)
     assert [question.text for question in asked] == [each.text for each in BENCHMARK.from_folder(folder)[:2]]
     assert [question.id for question in asked] == ["101669", "23000"]
@@ -58,12 +43,13 @@ def test_questions_of_the_tables_are_about_images(folder: Path, copy: Path):
 
 
 @pytest.mark.parametrize("content", [b"no image", None])
-def test_a_broken_image_and_parquet_without_the_hubs_types(content, copy: Path, tmp_path: Path):
+def test_a_broken_image_and_parquet_without_the_hubs_types(content, tables: Tables, tmp_path: Path):
     """As plain pyarrow writes it; the broken one is named when it is opened."""
-    table = pq.read_table(copy / "data" / "test-00000-of-00001.parquet").to_pylist()
+    table = pq.read_table(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet").to_pylist()
     table[1]["image"] = [{"bytes": content, "path": None}]
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "test-00000-of-00001.parquet")
-    first, second = BENCHMARK.from_tables(Tables(BENCHMARK.tables, tmp_path))
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "plain" / "test-00000-of-00001.parquet")
+    first, second = BENCHMARK.from_tables(Tables(BENCHMARK.tables, tmp_path / "plain"))
     assert first.visuals[0].open()[0].getpixel((0, 0)) == (0, 120, 30)
     with pytest.raises(ValueError, match="SEED-Bench test row 1 image"):
         second.visuals[0].open()
@@ -114,8 +100,7 @@ def test_truth_needs_one_file_only(tmp_path: Path):
 
 
 @pytest.mark.parametrize("texts", [["A", "C", "D"], ["A", "C.", "B"], ["x", "C", ""]])
-def test_expected_agrees(texts, folder: Path, copy: Path):
-    tables = Tables(BENCHMARK.tables, copy)
+def test_expected_agrees(texts, folder: Path, tables: Tables):
     for asked, truth in (
         (BENCHMARK.from_folder(folder), BENCHMARK.truth_from_folder(folder)),
         (BENCHMARK.from_tables(tables), BENCHMARK.truth_from_tables(tables)),

@@ -15,20 +15,6 @@ from eval.records import Answer
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("folder")
-    data.write_folder(root)
-    return root / BENCHMARK.folder
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory) -> Tables:
-    root = tmp_path_factory.mktemp("tables")
-    data.write_tables(root)
-    return Tables(BENCHMARK.tables, root)
-
-
 def test_questions_of_the_folder(folder: Path):
     first, second, third = BENCHMARK.from_folder(folder)
     assert first.text == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,18 +25,8 @@ TEXTS = ["It is red .", "A big red field", "Paint", "There are no people to be s
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data_llavabench.write_folder(tmp_path)
-    return tmp_path / "llava-bench-in-the-wild"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    with JudgeServer(data_llavabench.review) as running:
-        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield running
+def server(serve: Callable[..., JudgeServer], hurried: None) -> JudgeServer:
+    return serve(data_llavabench.review)
 
 
 @pytest.fixture
@@ -69,9 +59,7 @@ def write_reviews(path: Path, ratings: list[tuple[str, list[float]]]) -> Path:
 # Data
 
 
-def test_both_ways_give_the_same(folder: Path, tmp_path: Path):
-    data_llavabench.write_tables(tmp_path / "hub")
-    tables = Tables(BENCHMARK.tables, tmp_path / "hub")
+def test_both_ways_give_the_same(folder: Path, tables: Tables):
     ours, theirs = BENCHMARK.from_folder(folder), BENCHMARK.from_tables(tables)
     assert [(one.id, one.text, one.category) for one in ours] == [(one.id, one.text, one.category) for one in theirs]
     assert (ours[0].id, ours[0].text, ours[0].category) == (0, "What is the color of the field?", "conv")

@@ -16,18 +16,6 @@ IDS = [row[0] for row in data_gqa.QUESTIONS]
 ANSWERS = ["No.", "man", "large", "No, there are none", "Hot Dog.."]  # right, wrong, right, wrong, right
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data_gqa.write_folder(tmp_path)
-    return tmp_path / BENCHMARK.folder
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data_gqa.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def answers(texts: list[str] = ANSWERS) -> list[Answer]:
     return [Answer(name, text) for name, text in zip(IDS, texts, strict=True)]
 
@@ -121,7 +109,7 @@ def test_bad_data_is_named(folder: Path, tmp_path: Path):
 
 
 def test_an_image_that_the_hub_has_not(tables: Tables, tmp_path: Path):
-    file = tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
+    file = tmp_path / "hub" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
     features = data_gqa.datasets.Features({"id": data_gqa.datasets.Value("string"), "image": data_gqa.datasets.Image()})
     data_gqa.write_parquet(file, [{"id": "n1", "image": {"bytes": data_gqa.jpeg((0, 0, 0)), "path": "a"}}], features)
     with pytest.raises(ValueError, match="has no image 'n161313'"):

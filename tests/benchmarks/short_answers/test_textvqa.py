@@ -15,18 +15,6 @@ from eval.records import Answer
 ANSWERS = ["Nous les gosses!", "Malt.", "10 years", "Twenty"]  # 0.3, 0.6, 0.9 (with "ten years"), 0
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data_textvqa.write_folder(tmp_path)
-    return tmp_path / BENCHMARK.folder
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data_textvqa.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def answered(questions: list) -> list[Answer]:
     return [Answer(question.id, text, question.text) for question, text in zip(questions, ANSWERS, strict=True)]
 

@@ -17,18 +17,6 @@ IDS = [f"VizWiz_val_{number:08d}" for number in range(3)]
 ANSWERS = ["Unsuitable", "the Beatles", "Yes"]  # 0.6, 0.9, 0.3
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data_vizwiz.write_folder(tmp_path)
-    return tmp_path / BENCHMARK.folder
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data_vizwiz.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def answers(ids: list[str] = IDS) -> list[Answer]:
     return [Answer(name, text) for name, text in zip(ids, ANSWERS, strict=True)]
 

@@ -16,18 +16,6 @@ IDS = [row[0] for row in data_vqav2.VALIDATION]
 ANSWERS = ["At the table", "Yes", "two", "Cat"]  # "at table": 0.9; 1; "2", which five people gave: 1; "cat": 0
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    data_vqav2.write_folder(tmp_path)
-    return tmp_path / BENCHMARK.folder
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Tables:
-    data_vqav2.write_tables(tmp_path)
-    return Tables(BENCHMARK.tables, tmp_path)
-
-
 def answers() -> list[Answer]:
     return [Answer(name, text) for name, text in zip(IDS, ANSWERS, strict=True)]
 

@@ -15,10 +15,10 @@ from seam_checkpoints import save_checkpoint
 from eval.__main__ import add_run_arguments
 from eval.__main__ import main as eval_command
 from eval.config import RunConfig
-from eval.launch import shared
 from eval.reports.leaderboard import default_methods
 from eval.reports.leaderboard_plot import spaced
 from eval.running.methods import METHODS
+from eval.sharing import shared
 from llava.commands.parsers import parser_of
 from playground.scenes import TEST_SET, make_test_set, write_parquet
 from visionzip.methods import METHODS as CHOOSING

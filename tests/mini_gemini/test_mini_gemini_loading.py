@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
 from mini_gemini import convnext, openclip_weights, pixels
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
 from checkpoints import LANGUAGE_MODEL, SIGLIP, edit_config, edit_weights, write_tokenizer
+from layouts import device_map_for
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_mode_for
 from llava.model import MGMLlamaForCausalLM
@@ -141,13 +141,8 @@ class TestCheckpoint:
     @pytest.mark.parametrize("room", [0.5, 0.9])
     def test_what_does_not_fit_on_a_device_is_the_end_of_the_language_model(self, make_mgm, room: float) -> None:
         config = AutoConfig.from_pretrained(make_mgm(), num_hidden_layers=60)
-        with torch.device("meta"):
-            model = MGMLlamaForCausalLM(config)
-        size = sum(value.nbytes for value in model.parameters())
-        memory = {"cpu": int(room * size), "disk": size}
-        device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+        device_map, offloaded = device_map_for(MGMLlamaForCausalLM, config, room)
         assert device_map["model.vision_tower_aux"] == "cpu"  # in one piece
-        offloaded = {name.split(".")[1] for name, place in device_map.items() if place == "disk" and name != "lm_head"}
         assert offloaded and offloaded <= {"layers", "norm", "rotary_emb"}
 
     def test_saved_and_loaded_again(self, load_mgm, tmp_path: Path) -> None:

@@ -73,9 +73,7 @@ def test_the_patches_of_dominant_only_in_tiles(load: Any):
 @torch.no_grad()
 @pytest.mark.parametrize("family", hf_video_models.STOCK)
 def test_the_patches_of_dominant_only_in_models_of_transformers(family: str):
-    model, processor = (make() for make in hf_video_models.STOCK[family])
-    inputs = processor(images=[hf_models.IMAGES[0]], text=["what is <image> here"], return_tensors="pt")
-    images = inputs.get("pixel_values", inputs.get("pixel_values_images")).flatten(0, -4)
+    model, processor, inputs, images = hf_video_models.one_image_for(family)
     visionzip(model, keep=5, method="dominant-only")
     expected = model(**inputs).logits
     answer = model.generate(**inputs, do_sample=False, max_new_tokens=4)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attaching import classes_of
 from hf_plain import text_labels
 from hf_video_models import FAMILIES, build, processor_for, video
 from peft import LoraConfig, get_peft_model
@@ -158,10 +159,9 @@ def test_gradient_checkpointing_changes_no_gradient(model: Any, mixed: Any):
 
 
 def test_no_class_is_modified(model: Any, mixed: Any):
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    before = {cls: dict(vars(cls)) for cls in classes}
+    before = classes_of(model)
     visionzip(model, 4, 2).generate(**mixed, **GREEDY)
-    assert {cls: dict(vars(cls)) for cls in classes} == before
+    assert classes_of(model) == before
     assert not any("forward" in vars(module) for module in model.modules())
 
 

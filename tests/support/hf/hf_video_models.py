@@ -13,6 +13,7 @@ from typing import Any
 import hf_models
 import numpy as np
 from hf_models import IMAGE, PAD, VIDEO, text_config, tokenizer, vision_config
+from torch import Tensor
 from transformers import (
     BatchFeature,
     CLIPImageProcessorPil,
@@ -119,3 +120,13 @@ STOCK: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     **hf_models.FAMILIES,
     **{name: (lambda name=name: build(name), lambda name=name: processor_for(name)) for name in FAMILIES},
 }
+
+
+def one_image_for(family: str) -> tuple[Any, Any, Any, Tensor]:
+    """A model of ``STOCK``, its processor, what that makes of a prompt with one image, and the image's tiles.
+
+    The tiles are (T, 3, h, w).
+    """
+    model, processor = (make() for make in STOCK[family])
+    inputs = processor(images=[hf_models.IMAGES[0]], text=["what is <image> here"], return_tensors="pt")
+    return model, processor, inputs, inputs.get("pixel_values", inputs.get("pixel_values_images")).flatten(0, -4)

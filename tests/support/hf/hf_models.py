@@ -80,49 +80,38 @@ def build(model_class: type, config: Any, attention: str = "sdpa", seed: int = 0
 
 
 def llava(siglip: bool = False, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
-    """``LlavaForConditionalGeneration``."""
-    values = {"vision_feature_select_strategy": "full" if siglip else "default", **changes}
-    config = LlavaConfig(
-        vision_config=vision_config(siglip),
-        text_config=text_config(),
-        image_token_index=IMAGE,
-        image_seq_length=PATCHES,
-        pad_token_id=PAD,
-        **values,
-    )
+    """``LlavaForConditionalGeneration``; ``changes`` replace fields of its config."""
+    config = _llava_config(LlavaConfig, siglip, {"image_seq_length": PATCHES, **changes})
     return build(LlavaForConditionalGeneration, config, attention, seed)
 
 
-def llava_processor(padding_side: str = "left", **changes: Any) -> LlavaProcessor:
-    """Its stock processor, as llava-hf's checkpoints set it up."""
-    values = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    images = CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE})
-    text = tokenizer(padding_side)
-    return LlavaProcessor(images, text, chat_template=CHAT_TEMPLATE, **{**values, **changes})
-
-
 def llava_next(siglip: bool = False, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
-    """``LlavaNextForConditionalGeneration``."""
-    values = {"vision_feature_select_strategy": "full" if siglip else "default", **changes}
-    config = LlavaNextConfig(
-        vision_config=vision_config(siglip),
-        text_config=text_config(),
-        image_token_index=IMAGE,
-        image_grid_pinpoints=PINPOINTS,
-        pad_token_id=PAD,
-        **values,
-    )
+    """``LlavaNextForConditionalGeneration``; ``changes`` replace fields of its config."""
+    config = _llava_config(LlavaNextConfig, siglip, {"image_grid_pinpoints": PINPOINTS, **changes})
     return build(LlavaNextForConditionalGeneration, config, attention, seed)
 
 
+def _llava_config(config_class: type, siglip: bool, own: dict[str, Any]) -> Any:
+    values = {"vision_feature_select_strategy": "full" if siglip else "default", **own}
+    tokens = {"image_token_index": IMAGE, "pad_token_id": PAD}
+    return config_class(vision_config=vision_config(siglip), text_config=text_config(), **tokens, **values)
+
+
+COUNTING = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+SQUARE = {"size": {"shortest_edge": EDGE}, "crop_size": {"height": EDGE, "width": EDGE}}
+
+
+def llava_processor(padding_side: str = "left", **changes: Any) -> LlavaProcessor:
+    """LLaVA-1.5's stock processor, as llava-hf's checkpoints set it up."""
+    images, text = CLIPImageProcessorPil(**SQUARE), tokenizer(padding_side)
+    return LlavaProcessor(images, text, chat_template=CHAT_TEMPLATE, **{**COUNTING, **changes})
+
+
 def next_processor(padding_side: str = "left", **changes: Any) -> LlavaNextProcessor:
-    """Its stock processor, as llava-hf's checkpoints set it up."""
-    values = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}, image_grid_pinpoints=PINPOINTS
-    )
+    """LLaVA-NeXT's."""
+    images = LlavaNextImageProcessorPil(**SQUARE, image_grid_pinpoints=PINPOINTS)
     text = tokenizer(padding_side)
-    return LlavaNextProcessor(images, text, chat_template=CHAT_TEMPLATE, **{**values, **changes})
+    return LlavaNextProcessor(images, text, chat_template=CHAT_TEMPLATE, **{**COUNTING, **changes})
 
 
 FAMILIES = {"llava": (llava, llava_processor), "llava_next": (llava_next, next_processor)}
@@ -162,3 +151,15 @@ def short_rows(inputs: Any, tokens: int) -> list[list[int]]:
             ids = ids[PATCHES if is_image else 1 :]
         rows.append(short)
     return rows
+
+
+def one_image() -> Any:
+    """What the stock processor makes of one prompt with one image."""
+    return llava_processor()(images=pictures((90, 60)), text="what is <image> here", return_tensors="pt")
+
+
+def answers(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
+    """The new tokens of a greedy answer."""
+    out = model.generate(**inputs, **{"max_new_tokens": 5, "do_sample": False, **options})
+    assert torch.equal(out[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    return out[:, inputs["input_ids"].shape[1] :]

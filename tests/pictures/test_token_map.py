@@ -62,9 +62,7 @@ def test_every_method_in_models_of_transformers(method: str):
 @pytest.mark.parametrize("family", hf_video_models.STOCK)
 def test_every_family_of_transformers(family: str):
     """All tiles of an image: their dominant patches are what the model passes on first."""
-    model, processor = (make() for make in hf_video_models.STOCK[family])
-    inputs = processor(images=[hf_models.IMAGES[0]], text=["what is <image> here"], return_tensors="pt")
-    images = inputs.get("pixel_values", inputs.get("pixel_values_images")).flatten(0, -4)
+    model, processor, inputs, images = hf_video_models.one_image_for(family)
     visionzip(model, dominant=5, contextual=2)
     features = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
     features = features if "pixel_values" in features else {"pixel_values": images}
