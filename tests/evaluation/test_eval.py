@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from eval_results import results_of
 
 from checkpoints import CLIP, NEXT
 from eval.__main__ import main as eval_command
@@ -23,7 +24,6 @@ from eval.registry import BENCHMARKS
 from eval.running.answer_files import read_answers
 from eval.running.methods import METHODS, Run, plan
 from llava.images import AS_STORED
-from results import results_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # An average over both layers is more than half of the tokens, and SparseVLM's is published for 32 layers.

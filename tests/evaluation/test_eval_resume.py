@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from eval_results import results_of
 
 from checkpoints import edit_weights
 from eval.__main__ import main as eval_command
 from playground.scenes import make_test_set, write_parquet
-from results import results_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
