@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from PIL import Image
 
 from eval.reading.frames import clip, frames_of, videos_below, with_frames
 from eval.records import Question, Visual
-from llava.video import _count_packets, _decode, read_frames
+from llava.video import _count_packets, _decode, _opened, read_frames
 
 SPREAD = {12: [0, 1, 3, 4, 6, 7, 9, 11], 8: [0, 1, 2, 3, 4, 5, 6, 7], 3: [0, 0, 0, 0, 1, 1, 1, 2], 1: [0] * 8}
 
@@ -95,7 +96,7 @@ def test_frames_are_upright(tmp_path: Path):
 
 
 def test_only_wanted_frames_are_kept():
-    frames, total = _decode(video(12), "video", [3, 11, 3], "AUTO")
+    frames, total = _decode(partial(_opened, video(12), "video", None), [3, 11, 3], "AUTO")
     assert total == 12
     assert sorted(frames) == [3, 11]
 
@@ -103,7 +104,7 @@ def test_only_wanted_frames_are_kept():
 def test_packets_that_lead_to_no_frame():
     """Those before the time 0, that the file says to leave out."""
     content = video(12, "libx264", "mp4", times=list(range(-4, 8)))
-    assert _count_packets(content, "video") == 12
+    assert _count_packets(partial(_opened, content, "video", None), "video", None) == 12
     assert shown(read_frames(content, "video")) == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
