@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,36 @@ def write_random(source: str, folder: str, width: int, layers: int) -> None:
         layers: of it.
     """
     torch.manual_seed(0)
-    config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source)
     text = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 8 * width // 3 // 64 * 64}
     text |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
     config.text_config.update(text)
-    (_qwen if config.model_type == "qwen3_vl" else _llava)(config, processor, width)
+    (_write_qwen if config.model_type == "qwen3_vl" else _write_llava)(source, folder, config, width)
     config.dtype = torch.float32
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
-def _llava(config: Any, processor: Any, width: int) -> None:
+def _write_llava(source: str, folder: str, config: Any, width: int) -> None:
     config.vision_config.update({"image_size": 336, "patch_size": 14, "hidden_size": 256, "intermediate_size": 1024})
     config.image_seq_length = 576
+    processor = AutoProcessor.from_pretrained(source)
     processor.patch_size = 14
     processor.image_processor.size = {"shortest_edge": 336}
     processor.image_processor.crop_size = {"height": 336, "width": 336}
+    processor.save_pretrained(folder)
 
 
-def _qwen(config: Any, processor: Any, width: int) -> None:
+def _write_qwen(source: str, folder: str, config: Any, width: int) -> None:
     config.text_config.rope_parameters["mrope_section"] = [12, 10, 10]
     vision = {"patch_size": 14, "hidden_size": 256, "intermediate_size": 1024, "out_hidden_size": width}
     config.vision_config.update({**vision, "num_position_embeddings": 48**2})
-    for each in (processor.image_processor, processor.video_processor):
-        each.patch_size, each.size = 14, {"shortest_edge": 56**2, "longest_edge": 672**2}
+    shutil.copytree(
+        source, folder, ignore=shutil.ignore_patterns("config.json", "training.json", "*.safetensors", "*.md", "*.png")
+    )
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # whose class needs torchvision
+        file = Path(folder, name)
+        size = {"patch_size": 14, "size": {"shortest_edge": 56**2, "longest_edge": 672**2}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | size, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
