@@ -44,7 +44,7 @@ from visionzip.attention import packed_scores, read_parts
 from visionzip.config import VisionZipConfig
 from visionzip.encoder import reads_of
 from visionzip.integrations.seam.choice import choose_in_frames, is_whole
-from visionzip.integrations.seam.families import merged_tokens
+from visionzip.integrations.seam.families import token_merger
 from visionzip.methods import token_counts
 from visionzip.serving.places import Placed, prompt_positions, split_places, with_places
 from visionzip.serving.setting import check_engine, images_at_once
@@ -161,7 +161,7 @@ class _ZippedQwen(ZippedModel):
         lengths = grid.prod(dim=1).tolist()
         with _read_attention(self.visual.blocks[setting.layer].attn, lengths) if scored else nullcontext() as found:
             features = self.visual(pixels, grid_thw=grid.tolist())
-        scores, keys = (None, None) if found is None else (merged_tokens(self.visual, grid, own) for own in found[0])
+        scores, keys = (None, None) if found is None else map(token_merger(self.visual, grid), found[0])
         # the tokens of deepstack's layers lie side by side with those of the first
         layers = features.split(self.config.get_text_config().hidden_size, dim=1)
         chosen = choose_in_frames(list(layers), sizes, scores, keys, pixels, [setting] * len(sizes))

@@ -39,36 +39,39 @@ from visionzip.integrations.seam.pairs import of_tokens, packed_attention
 # --- encoders for pictures of any size, whose patches lie in one packed sequence: Qwen-VL's and GLM-V's ---
 
 
-def merged_tokens(encoder: nn.Module, grid: Tensor, values: Tensor) -> Tensor:
-    """Average values of packed patches, such as scores or keys, over the patches of each token.
+def token_merger(encoder: nn.Module, grid: Tensor) -> Callable[[Tensor], Tensor]:
+    """Make what averages values of packed patches, such as scores or keys, over the patches of each token.
 
     Args:
         encoder: Qwen-VL's or GLM-V's, of transformers or of vLLM.
         grid: (n, 3), the (frames, rows, columns) of patches of each image or video.
-        values: (S, ...) of the patches, in the order in which the encoder has them.
 
     Returns:
-        (N, ...) of the tokens in raster order.
+        A function of values (S, ...) of the patches, in the order in which the encoder has them. It returns (N, ...) of
+        the tokens in raster order.
     """
-    merged = values.unflatten(0, (-1, encoder.spatial_merge_size**2)).mean(dim=1)
-    if not hasattr(encoder, "window_size"):
-        return merged
-    # The encoder's sequence is in the order of its windows.
-    shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
-    order = get_vision_window_index(grid, spatial_merge_size=encoder.spatial_merge_size, **shape)[0].argsort()
-    return merged[order]
+    edge, order = encoder.spatial_merge_size, None
+    if hasattr(encoder, "window_size"):  # the encoder's sequence is in the order of its windows
+        shape = {"window_size": encoder.window_size, "patch_size": encoder.patch_size}
+        order = get_vision_window_index(grid, spatial_merge_size=edge, **shape)[0].argsort()
+
+    def merge(values: Tensor) -> Tensor:
+        merged = values.unflatten(0, (-1, edge**2)).mean(dim=1)
+        return merged if order is None else merged[order]
+
+    return merge
 
 
 @contextmanager
 def _read_packed(name: str, base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Scored]:
-    merge = partial(merged_tokens, base.visual, arguments[name])
+    merge = token_merger(base.visual, arguments[name])
     with read_packed_attention(base.visual.blocks[layer].attn) as found:
         yield lambda: (merge(found[0][0]), merge(found[0][1]))
 
 
 @contextmanager
 def _packed_pairs(base: nn.Module, layer: int, arguments: Arguments) -> Iterator[Callable[[], Tensor]]:
-    merge = partial(merged_tokens, base.visual, arguments["image_grid_thw"])
+    merge = token_merger(base.visual, arguments["image_grid_thw"])
     with read_packed_attention(base.visual.blocks[layer].attn, packed_attention) as found:
         yield lambda: of_tokens(merge, found[0], base.visual.spatial_merge_size**2)
 
