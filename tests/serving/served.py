@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from llava.measure.meters.engine import read_metric
+
 ROOT = Path(__file__).parents[2]
 QUESTIONS, END = 200, 2
 needs_engine = pytest.mark.skipif(
@@ -63,8 +65,7 @@ class Server:
     def count(self, name: str) -> float:
         """A counter of vLLM's, such as ``vllm:mm_cache_hits_total``."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
-            lines = [line for line in reply.read().decode().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+            return sum(read_metric(reply.read().decode(), name))
 
 
 def ids_of(reply: dict[str, Any]) -> list[int]:
